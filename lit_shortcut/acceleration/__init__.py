@@ -1,0 +1,1 @@
+"""What stands in for the base between full steps, and when."""

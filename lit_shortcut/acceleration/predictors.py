@@ -1,0 +1,64 @@
+"""Training-free predictors: the last features again, and polynomials through past full steps."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lit_shortcut.acceleration.planned import Past, PredictFn
+from lit_shortcut.contracts import MaskedImageModel, State
+
+
+class Hold:
+    """The previous features again."""
+
+    memory = 1
+
+    def start(self, base: MaskedImageModel) -> PredictFn:
+        """Repeat the latest features."""
+        return lambda past, state: past.latest
+
+
+class Taylor:
+    """Extrapolation by the polynomial through the last full steps (TaylorSeer, Liu et al., arXiv 2503.06923).
+
+    TaylorSeer's finite differences at evenly spaced full steps are this polynomial; in this form the spacing may vary.
+    Until there are ``order`` + 1 full steps the polynomial goes through those there are.
+
+    Args:
+        order: degree of the polynomial, 1 or 2.
+
+    Raises:
+        ValueError: if ``order`` is neither.
+    """
+
+    def __init__(self, order: int) -> None:
+        if order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2 (order 0 is Hold), got {order}")
+        self.order, self.memory = order, order + 1
+
+    def start(self, base: MaskedImageModel) -> PredictFn:
+        """Extrapolate to the present step."""
+        return _extrapolate
+
+
+def _extrapolate(past: Past, state: State) -> Tensor:
+    steps = [index for index, _ in past.full]
+    weights = lagrange_weights(steps, state.index)
+    terms = [weight * features for weight, (_, features) in zip(weights, past.full, strict=True)]
+    return sum(terms[1:], start=terms[0])
+
+
+def lagrange_weights(nodes: list[int], x: int) -> list[float]:
+    """Weights of the values at ``nodes`` in the value at ``x`` of the polynomial through them; they sum to 1.
+
+    >>> lagrange_weights([0, 2], 3)
+    [-0.5, 1.5]
+    """
+    weights = []
+    for node in nodes:
+        weight = 1.0
+        for other in nodes:
+            if other != node:
+                weight *= (x - other) / (node - other)
+        weights.append(weight)
+    return weights

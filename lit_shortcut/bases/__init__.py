@@ -1,0 +1,1 @@
+"""Frozen masked image generation models behind one protocol."""

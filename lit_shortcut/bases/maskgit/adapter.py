@@ -1,0 +1,60 @@
+"""MaskGIT's answer to the base protocol."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
+from lit_shortcut.contracts import Conditions, Context, ImageTokenizer, TokenSpec
+from lit_shortcut.weights import fingerprint
+
+
+class MaskGIT(nn.Module):
+    """A frozen class-conditional MaskGIT with its image tokenizer.
+
+    Args:
+        transformer: the network that is accelerated.
+        tokenizer: decodes its tokens to images.
+    """
+
+    def __init__(self, transformer: MaskGITTransformer, tokenizer: ImageTokenizer) -> None:
+        super().__init__()
+        self.transformer, self.tokenizer = transformer.eval().requires_grad_(False), tokenizer
+        self.interface = transformer.interface()
+        self.spec = TokenSpec(
+            num_tokens=transformer.num_tokens,
+            sequence_length=transformer.num_tokens + 1,
+            width=transformer.token_embedding.embedding_dim,
+            codebook_size=transformer.codebook_size,
+            mask_id=transformer.mask_id,
+            num_classes=transformer.num_classes,
+        )
+        self.fingerprint = fingerprint(transformer.state_dict())
+
+    def train(self, mode: bool = True) -> MaskGIT:
+        """Stay in eval mode: a base is frozen."""
+        return super().train(False)
+
+    def context(self, conditions: Conditions, *, guided: bool) -> Context:
+        """Class token ids (G, B, 1).
+
+        Raises:
+            ValueError: if a label lies outside 0..num_classes-1.
+        """
+        labels = conditions.labels
+        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < self.spec.num_classes):
+            raise ValueError(f"class labels must lie in 0..{self.spec.num_classes - 1}; got {labels.tolist()}")
+        classes = self.transformer.class_ids(labels)
+        dropped = torch.full_like(classes, self.transformer.dropped_class_id)
+        return Context(torch.stack([classes, dropped] if guided else [classes])[..., None])
+
+    def features(self, tokens: Tensor, context: Context) -> Tensor:
+        """Features (G, B, L + 1, C), both branches in one batch; the last row belongs to the class token."""
+        branches = context.prompt.shape[0]
+        stacked: Tensor = self.transformer(tokens.repeat(branches, 1), context.prompt.flatten())
+        return stacked.unflatten(0, (branches, -1))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
+        return self.tokenizer.decode(tokens)

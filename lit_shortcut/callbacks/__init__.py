@@ -1,0 +1,1 @@
+"""What happens beside a task: averages, recording, sampling, result rows."""

@@ -1,0 +1,117 @@
+"""Exponential moving average of one submodule's weights; validation and sampling during fit run with the average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+class ModuleEMA(WeightAveraging):
+    """Average of ``pl_module.<module>`` alone, with a warm-up so that short runs profit.
+
+    Lightning's ``EMAWeightAveraging`` copies the whole LightningModule (frozen teachers and, through the optimiser
+    factory, the command line itself), and puts the raw weights back before the hooks that sample images run. This one
+    copies one submodule and swaps around the whole validation run. In a checkpoint ``state_dict`` holds the average and
+    ``current_model_state`` the raw weights, as Lightning's does.
+
+    Args:
+        decay: weight of the old average per update.
+        module: name of the submodule of the LightningModule.
+        warmup: use min(decay, (1 + n) / (10 + n)) at update n, the schedule of TensorFlow's moving average.
+    """
+
+    def __init__(self, decay: float = 0.9999, module: str = "network", warmup: bool = True) -> None:
+        def average(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
+            updates = int(num_averaged)
+            now = min(decay, (1 + updates) / (10 + updates)) if warmup else decay
+            get_ema_multi_avg_fn(now)(averaged, current, num_averaged)
+
+        super().__init__(use_buffers=False, multi_avg_fn=average)
+        self.module = module
+        self._swapped = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copy the submodule; the module itself is still on the CPU here, so the device comes from the strategy."""
+        if stage == "fit":
+            self._average_model = AveragedModel(
+                self._submodule(pl_module), device=trainer.strategy.root_device, use_buffers=False, **self._kwargs
+            )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update after each optimiser step, not after each accumulated batch."""
+        if self._average_model is not None and trainer.global_step > self._latest_update_step:
+            self._average_model.update_parameters(self._submodule(pl_module))
+            self._latest_update_step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """No update by epoch."""
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """No swap here: ``on_validation_start`` has done it, before any callback's epoch hook."""
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """No swap here: other callbacks sample with the average in this hook."""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the average in, unless nothing was averaged yet (Lightning issue 21724)."""
+        if self._has_average():
+            self._swap_models(self._submodule(pl_module))
+            self._swapped = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the raw weights back."""
+        if self._swapped:
+            self._swap_models(self._submodule(pl_module))
+            self._swapped = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put the raw weights back before anything saves them."""
+        self.on_validation_end(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store the average as ``state_dict`` and the raw weights as ``current_model_state``."""
+        if self._average_model is None:
+            return
+        prefix, averaged = f"{self.module}.", self._average_model.state_dict()
+        state = checkpoint["state_dict"]
+        checkpoint["current_model_state"] = {k: v for k, v in state.items() if k.startswith(prefix)}
+        checkpoint["averaging_state"] = {k: v for k, v in averaged.items() if not k.startswith("module.")}
+        if self._has_average():
+            checkpoint["state_dict"] = state | {
+                prefix + k.removeprefix("module."): v for k, v in averaged.items() if k.startswith("module.")
+            }
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore both; a checkpoint written without an average starts one from its weights."""
+        if self._average_model is None:
+            return
+        prefix = f"{self.module}."
+        averaged = {
+            "module." + k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)
+        }
+        counts = checkpoint.get("averaging_state", {"n_averaged": torch.tensor(0)})
+        self._average_model.load_state_dict(averaged | counts)
+        if "current_model_state" in checkpoint:
+            pl_module.load_state_dict(checkpoint["current_model_state"], strict=False)
+
+    def _copy_average_to_current(self, pl_module: L.LightningModule) -> None:
+        if self._has_average():
+            super()._copy_average_to_current(self._submodule(pl_module))  # type: ignore[arg-type]
+
+    def _has_average(self) -> bool:
+        return self._average_model is not None and int(self._average_model.n_averaged) > 0
+
+    def _submodule(self, pl_module: L.LightningModule) -> Any:
+        module: nn.Module = pl_module.get_submodule(self.module)
+        return module

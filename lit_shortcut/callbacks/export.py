@@ -1,0 +1,38 @@
+"""Write a trained network as safetensors when fit ends, and enter it in the manifest."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lit_shortcut.weights import save_module, update_manifest
+
+
+class ExportWeights(L.Callback):
+    """Save ``pl_module.network`` (averaged, where an EMA runs) to ``path`` after the last step of fit.
+
+    Args:
+        path: safetensors file; ``manifest.yaml`` beside it gets an entry.
+        licence: SPDX identifier of the weights.
+        trained_on: the data, for the manifest.
+    """
+
+    def __init__(self, path: Path, licence: str, trained_on: str) -> None:
+        self.path, self.facts = path, {"licence": licence, "trained_on": trained_on}
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file on the first rank."""
+        if not trainer.is_global_zero:
+            return
+        save_module(self.path, pl_module.network)
+        update_manifest(self.path, self.facts | made_by(trainer))
+
+
+def made_by(trainer: L.Trainer) -> dict[str, Any]:
+    """The command, its length, and the validation metrics it ended with."""
+    metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items() if "val/" in name}
+    command = " ".join(["lightning", *sys.argv[1:]])
+    return {"made_by": command, "optimizer_steps": trainer.global_step, "metrics": metrics}

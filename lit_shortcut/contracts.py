@@ -1,0 +1,161 @@
+"""Read first: the protocols at the seams, the tuples that cross them, and the letters for shapes.
+
+Letters, the same in every docstring: B batch, G guidance branches (conditional first; 1 without guidance, else 2),
+L image tokens, S sequence length the base sees (S ≥ L), M tokens still masked, K tokens committed in one step,
+C feature width, V codebook, N steps, b budget (full steps among them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from lit_shortcut.interface import TokenInterface
+
+
+class LabelledImages(NamedTuple):
+    """Real images: ``pixels`` uint8 (B, 1 or 3, H, W) and class ``labels`` (B,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+class Conditions(NamedTuple):
+    """What to generate: one row a sample.
+
+    ``ids`` (B,) name the samples within a run, ``seeds`` (B,) int64 drive all their noise, ``labels`` (B,) are classes.
+    """
+
+    ids: Tensor
+    seeds: Tensor
+    labels: Tensor
+
+
+class Context(NamedTuple):
+    """A base's own form of the conditions: ``prompt`` (G, B, P) token ids beside the image tokens, branch by branch."""
+
+    prompt: Tensor
+
+
+class TokenSpec(NamedTuple):
+    """A base's sizes and special ids; they live here once."""
+
+    num_tokens: int
+    sequence_length: int
+    width: int
+    codebook_size: int
+    mask_id: int
+    num_classes: int
+
+
+class Control(NamedTuple):
+    """Tokens just committed, the control of the next step's features (arXiv 2602.23996, section 3).
+
+    ``tokens`` and ``positions`` (B, K) are codes and image places; ``is_real`` (B, K) is false at padding, None where
+    there is none. In a :class:`Transition` all three have a further dimension, (B, R, K).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    is_real: Tensor | None = None
+
+
+class State(NamedTuple):
+    """What a step of the decoding loop knows before its features are computed.
+
+    ``index`` counts steps from 0; ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step
+    committed (K = 0 at step 0); ``masked_share`` (B,) is the share of image tokens still masked, r in the paper.
+    """
+
+    index: int
+    tokens: Tensor
+    control: Control
+    masked_share: Tensor
+
+
+class Step(NamedTuple):
+    """What one step of the decoding loop did.
+
+    ``features`` (G, B, S, C) and ``is_full`` (the base computed them) belong to ``state``; ``committed`` are the tokens
+    this step revealed and ``tokens`` (B, L) the grid after it.
+    """
+
+    state: State
+    features: Tensor
+    is_full: bool
+    committed: Control
+    tokens: Tensor
+
+
+class Trajectories(NamedTuple):
+    """Recorded runs of the decoding loop: all features of all steps.
+
+    ``features`` (B, G, N, S, C); ``tokens`` (B, L) at the end; ``committed_at`` (B, L) the step that revealed each.
+    """
+
+    conditions: Conditions
+    features: Tensor
+    tokens: Tensor
+    committed_at: Tensor
+
+
+class Transition(NamedTuple):
+    """A training window of R consecutive steps (R = 1: a pair), guidance branches apart, samples mixed.
+
+    ``features`` (B, S, C) before the window; for each of its steps ``control`` (B, R, K), padded to the longest K of
+    the batch, ``masked_share`` (B, R) and ``targets`` (B, R, S, C), the features after it; ``is_masked`` (B, R, L),
+    places still masked when the targets were computed. ``step`` (B,) is the index of ``features``.
+    """
+
+    features: Tensor
+    control: Control
+    masked_share: Tensor
+    targets: Tensor
+    is_masked: Tensor
+    step: Tensor
+
+
+class MaskedImageModel(Protocol):
+    """A frozen base: heavy ``features``, cheap ends in ``interface``.
+
+    The first L rows of its features are the image tokens, row by row; what follows is the base's own.
+    """
+
+    spec: TokenSpec
+    interface: TokenInterface
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal weights alone; ties shards and shortcuts to their base."""
+
+    def context(self, conditions: Conditions, *, guided: bool) -> Context:
+        """The base's form of ``conditions``, with the unconditional branch when ``guided``."""
+
+    def features(self, tokens: Tensor, context: Context) -> Tensor:
+        """Features (G, B, S, C) of ``tokens`` (B, L): the expensive pass."""
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
+
+
+FeatureFn = Callable[[State], tuple[Tensor, bool]]
+"""From a state to features (G, B, S, C), and whether the base computed them. Memory lives in its closure."""
+
+
+class Acceleration(Protocol):
+    """Decides what computes the features of each step. Not "accelerator": Lightning means hardware by that."""
+
+    def start(self, base: MaskedImageModel, context: Context, num_steps: int) -> FeatureFn:
+        """A feature function for one batch; nothing outlives it."""
+
+
+class ImageTokenizer(Protocol):
+    """Images to codes and back."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, L) of uint8 ``images`` (B, 1 or 3, H, W)."""
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""

@@ -1,0 +1,1 @@
+"""The arithmetic of decoding, apart from any network."""

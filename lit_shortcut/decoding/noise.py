@@ -1,0 +1,45 @@
+"""Uniform noise that belongs to a sample: the same for its seed whatever the batch, the rank or the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Constants of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014) as int64.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+_BITS = 23  # with the half added, 24 significant bits: exact in float32, never 0 or 1
+
+
+def uniform(seeds: Tensor, stream: int, positions: Tensor) -> Tensor:
+    """Uniform values in (0, 1), float32 (B, M), one for each of ``seeds`` (B,) and ``positions`` (B, M).
+
+    A counter-based generator: the value at a position depends on seed, ``stream`` and position alone. ``stream`` tells
+    apart draws at the same place (each step of the decoding loop takes its own).
+
+    >>> alone = uniform(torch.tensor([7]), 0, torch.tensor([[0, 1, 2]]))
+    >>> batch = uniform(torch.tensor([3, 7]), 0, torch.tensor([[0, 1, 2], [2, 1, 0]]))
+    >>> torch.equal(alone[0], batch[1].flip(0))
+    True
+    """
+    key = _mix(_mix(seeds) + torch.full_like(seeds, stream + 1) * _GOLDEN)
+    bits = _mix(key[:, None] + (positions + 1) * _GOLDEN)
+    top = _logical_shift(bits, 64 - _BITS)
+    return (top.float() + 0.5) * 2.0**-_BITS
+
+
+def gumbel(uniforms: Tensor) -> Tensor:
+    """Standard Gumbel noise from ``uniforms`` in (0, 1): −log(−log u)."""
+    return -(-uniforms.log()).log()
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _logical_shift(x, 30)) * _FIRST
+    x = (x ^ _logical_shift(x, 27)) * _SECOND
+    return x ^ _logical_shift(x, 31)
+
+
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    """Shift right, filling with zeros; torch's own shift of int64 fills with the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

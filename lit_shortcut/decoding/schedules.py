@@ -1,0 +1,56 @@
+"""How many tokens each step reveals, and how guidance and noise change over the steps. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Schedule = Literal["root", "linear", "square", "cosine", "arccos"]
+
+
+def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
+    """Schedule's value at ``progress`` in [0, 1], falling from 1 to 0 (Chang et al., arXiv 2202.04200, section 3.3).
+
+    >>> share_masked("arccos", torch.tensor([0.0, 0.5, 1.0]))
+    tensor([1.0000, 0.6667, 0.0000])
+    """
+    match schedule:
+        case "root":
+            return 1 - progress.sqrt()
+        case "linear":
+            return 1 - progress
+        case "square":
+            return 1 - progress**2
+        case "cosine":
+            return (progress * (math.pi / 2)).cos()
+        case "arccos":
+            return progress.arccos() / (math.pi / 2)
+    raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}; got {schedule!r}")
+
+
+def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list[int]:
+    """Tokens committed at each of ``num_steps`` steps; they sum to ``num_tokens`` and each is at least 1.
+
+    Each step gets its share of the schedule, rounded, at least 1; the last step takes what remains.
+
+    >>> tokens_per_step("arccos", num_steps=8, num_tokens=64)
+    [1, 4, 6, 8, 9, 10, 12, 14]
+
+    Raises:
+        ValueError: if there are more steps than tokens, or the rounded counts overspend so that nothing remains for
+            the last step.
+    """
+    if not 1 <= num_steps <= num_tokens:
+        raise ValueError(f"num_steps must lie in 1..{num_tokens}, one token a step at least; got {num_steps}")
+    weights = share_masked(schedule, torch.linspace(1, 0, num_steps))
+    counts = [max(1, round(float(w))) for w in weights / weights.sum() * num_tokens]
+    counts[-1] = num_tokens - sum(counts[:-1])
+    if counts[-1] < 1:
+        raise ValueError(
+            f"schedule {schedule!r} cannot spend {num_tokens} tokens in {num_steps} steps: rounding leaves "
+            f"{counts[-1]} for the last step; use fewer steps or another schedule"
+        )
+    return counts

@@ -1,0 +1,62 @@
+"""One step's choice: guide the logits, sample a code at each masked place, commit the most confident ones."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_shortcut.decoding.noise import gumbel, uniform
+
+
+def guide(logits: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: (1 + w)·conditional − w·unconditional.
+
+    ``logits`` (G, B, M, V) to (B, M, V); with one branch alone ``scale`` has no meaning and must be 0 (Ho and Salimans,
+    arXiv 2207.12598, equation 6).
+
+    Raises:
+        ValueError: if ``scale`` is not 0 and there is no unconditional branch.
+    """
+    if logits.shape[0] == 1:
+        if scale:
+            raise ValueError(f"guidance of scale {scale} needs the unconditional branch, which was not computed")
+        return logits[0]
+    return torch.lerp(logits[1], logits[0], 1 + scale)
+
+
+class Choice(NamedTuple):
+    """Codes (B, M) drawn at the masked places, and their log-probabilities (B, M)."""
+
+    codes: Tensor
+    log_probs: Tensor
+
+
+def sample_codes(logits: Tensor, uniforms: Tensor | None) -> Choice:
+    """Draw from softmax(``logits`` (B, M, V)) by inverting its cumulative distribution at ``uniforms`` (B, M).
+
+    One uniform value a place suffices, where Gumbel noise would take V. None takes the most probable code.
+
+    >>> sample_codes(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[0.75]])).codes
+    tensor([[1]])
+    """
+    log_probs = logits.float().log_softmax(dim=-1)
+    if uniforms is None:
+        codes = log_probs.argmax(dim=-1)
+    else:
+        cumulative = log_probs.exp().cumsum(dim=-1)
+        # scaled by the total, which rounding leaves just off 1, so that the last code with mass is the last drawn
+        codes = torch.searchsorted(cumulative, (uniforms * cumulative[..., -1])[..., None]).squeeze(-1)
+        codes = codes.clamp(max=logits.shape[-1] - 1)
+    return Choice(codes, log_probs.gather(-1, codes[..., None]).squeeze(-1))
+
+
+def confidence(log_probs: Tensor, uniforms: Tensor, noise_scale: float) -> Tensor:
+    """log p(code) + ``noise_scale``·Gumbel (B, M): the order in which places are committed (arXiv 2202.04200, 3.2)."""
+    return log_probs if noise_scale == 0 else log_probs + noise_scale * gumbel(uniforms)
+
+
+def uniforms_at(seeds: Tensor, step: int, purpose: int, positions: Tensor) -> Tensor:
+    """Noise of one ``purpose`` (0: codes, 1: confidence) at one ``step``; see :func:`lit_shortcut.decoding.noise.uniform`."""
+    return uniform(seeds, 2 * step + purpose, positions)

@@ -1,0 +1,1 @@
+"""Pure measures and the thin states around them."""

@@ -1,0 +1,59 @@
+"""Multi-head attention and feed-forward, the two parts every transformer here is made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Multi-head attention with biases and one packed input projection.
+
+    The parameters are those of :class:`torch.nn.MultiheadAttention` under other names (``in_proj``, ``out_proj``), so
+    published weights load by renaming; the computation is one fused kernel without the attention map.
+
+    Raises:
+        ValueError: if ``width`` is not a multiple of ``num_heads``.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width must be a multiple of num_heads, got width {width} and num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj.weight)
+        nn.init.zeros_(self.in_proj.bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, memory: Tensor, is_real: Tensor | None = None) -> Tensor:
+        """Attend from ``query`` (B, Q, C) to ``memory`` (B, K, C), both projected here; returns (B, Q, C).
+
+        ``is_real`` (B, K) is false where ``memory`` is padding. A row whose memory is all padding attends to nothing
+        and gets the output projection's bias.
+        """
+        if query is memory:
+            queries, keys, values = self.in_proj(query).chunk(3, dim=-1)
+        else:
+            width = query.shape[-1]
+            weight, bias = self.in_proj.weight, self.in_proj.bias
+            queries = F.linear(query, weight[:width], bias[:width])
+            keys, values = F.linear(memory, weight[width:], bias[width:]).chunk(2, dim=-1)
+        mask = None if is_real is None else is_real[:, None, None, :]
+        heads = F.scaled_dot_product_attention(
+            self._split(queries), self._split(keys), self._split(values), attn_mask=mask
+        )
+        if is_real is not None:  # softmax over nothing is undefined; kernels differ in what they return for it
+            heads = torch.where(is_real.any(dim=1)[:, None, None, None], heads, heads.new_zeros(()))
+        mixed: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
+        return mixed
+
+    def _split(self, packed: Tensor) -> Tensor:
+        return packed.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def feed_forward(width: int, hidden_width: int) -> nn.Sequential:
+    """Linear, exact GELU, Linear: (..., C) to (..., C)."""
+    return nn.Sequential(nn.Linear(width, hidden_width), nn.GELU(), nn.Linear(hidden_width, width))

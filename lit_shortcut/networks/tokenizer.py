@@ -1,0 +1,90 @@
+"""A small image tokenizer: convolutions around finite scalar quantisation (Mentzer et al., arXiv 2309.15505)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+from vector_quantize_pytorch import FSQ
+
+from lit_shortcut.weights import load_module
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions with a residual: (B, C, H, W) to the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        refined: Tensor = x + self.body(x)
+        return refined
+
+
+class FSQTokenizer(nn.Module):
+    """Grey images to a grid of codes and back, each code standing for 2×2 pixels and their surroundings.
+
+    Args:
+        levels: FSQ levels per channel; their product is the codebook size V.
+        width: channels of the convolutions.
+        image_size: side of the square images in pixels, even.
+
+    Raises:
+        ValueError: if ``image_size`` is odd.
+    """
+
+    def __init__(self, levels: list[int], width: int, image_size: int) -> None:
+        super().__init__()
+        if image_size % 2:
+            raise ValueError(f"image_size must be even, each token covers 2×2 pixels; got {image_size}")
+        self.hparams = {"levels": levels, "width": width, "image_size": image_size}
+        self.image_size, self.grid = image_size, image_size // 2
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, width, 4, stride=2, padding=1),
+            ResidualBlock(width),
+            ResidualBlock(width),
+            nn.SiLU(),
+            nn.Conv2d(width, len(levels), 1),
+        )
+        self.quantizer = FSQ(levels)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(len(levels), width, 3, padding=1),
+            ResidualBlock(width),
+            ResidualBlock(width),
+            nn.SiLU(),
+            nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width // 2, 1, 3, padding=1),
+        )
+
+    @property
+    def codebook_size(self) -> int:
+        """V, number of codes."""
+        return int(self.quantizer.codebook_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstructions (B, 1, H, W) in [-1, 1] of ``images`` in the same form, differentiable."""
+        quantized, _ = self.quantizer(self.encoder(images))
+        reconstructions: Tensor = self.decoder(quantized)
+        return reconstructions
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, L), row by row, of uint8 ``images`` (B, 1 or 3, H, W); colour images are averaged to grey."""
+        grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
+        _, codes = self.quantizer(self.encoder(grey))
+        return codes.flatten(1).long()
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L); the three channels are equal."""
+        grid = tokens.unflatten(1, (self.grid, self.grid))
+        grey = self.decoder(self.quantizer.indices_to_codes(grid))
+        return ((grey.float() + 1) * 127.5).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
+
+    @classmethod
+    def load(cls, path: Path) -> FSQTokenizer:
+        """The tokenizer stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        return load_module(cls, path)

@@ -1,0 +1,1 @@
+"""LightningModules: batch in, pure loss, log, return."""

@@ -1,0 +1,93 @@
+"""Weight files: safetensors with the constructor's arguments inside, and a manifest that says where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class WeightsError(ValueError):
+    """A weight file is missing, damaged, or does not belong to what asked for it."""
+
+
+def save_module(path: Path, module: nn.Module, metadata: dict[str, Any] | None = None) -> None:
+    """Write ``module``'s state and its ``hparams`` to ``path``, whole or not at all.
+
+    Args:
+        path: file to write, usually ``….safetensors``; its folder is made.
+        module: has ``hparams``, the arguments its class is built from.
+        metadata: JSON values kept beside the tensors.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    save_tensors(path, tensors, {"class": type(module).__name__, "hparams": module.hparams} | (metadata or {}))
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write ``tensors`` and JSON ``metadata`` to ``path``: aside first, then renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
+    os.replace(aside, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON metadata of the safetensors file at ``path``.
+
+    Raises:
+        WeightsError: if the file is missing, unreadable, or no whole safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: no such weight file") from error
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def load_module(cls: type[Module], path: Path) -> Module:
+    """The ``cls`` that :func:`save_module` wrote to ``path``, in eval mode and frozen.
+
+    Raises:
+        WeightsError: if the file is missing or damaged, holds another class, or its tensors do not fit.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("class") != cls.__name__:
+        raise WeightsError(f"{path}: expected the weights of a {cls.__name__}, found {metadata.get('class')!r}")
+    module = cls(**metadata["hparams"])
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return module.eval().requires_grad_(False)
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """First 16 hex digits of a sha256 over names, types, shapes and bytes: equal for equal weights alone."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.view(-1).view(dtype=torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def update_manifest(weights: Path, facts: dict[str, Any]) -> None:
+    """Enter ``weights`` with its size, sha256 and ``facts`` into ``manifest.yaml`` of its folder."""
+    manifest = weights.with_name("manifest.yaml")
+    entries: dict[str, Any] = yaml.safe_load(manifest.read_text()) if manifest.exists() else {}
+    content = weights.read_bytes()
+    entries[weights.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} | facts
+    manifest.write_text(yaml.safe_dump(entries, sort_keys=True, allow_unicode=True, width=120))
