@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -66,8 +67,6 @@ class FashionMNIST(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Download once, on one rank, where neither a folder is given nor Debian's package installed."""
         if self.folder is None and not DEBIAN_FOLDER.is_dir():
-            import torchvision
-
             torchvision.datasets.FashionMNIST("data", download=True)
 
     def split(self, name: str) -> LabelledImages:
@@ -94,6 +93,10 @@ class FashionMNIST(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[LabelledImages]:
         """The 10,000 test images."""
         return self._loader(self.split("t10k"), shuffle=False)
+
+    def predict_dataloader(self) -> DataLoader[LabelledImages]:
+        """The 10,000 test images, for reference statistics."""
+        return self.test_dataloader()
 
     def _loader(self, images: LabelledImages, *, shuffle: bool) -> DataLoader[LabelledImages]:
         dataset = _Batches(images.pixels, images.labels)

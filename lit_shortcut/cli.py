@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 
-import datamodules  # noqa: F401 - so that YAML may name its classes in short
-import lit_shortcut  # noqa: F401
+from lit_shortcut.callbacks.wandb_axes import WandbAxes
 
 
-def main(args: ArgsType = None) -> LightningCLI:
+class SaveConfig(SaveConfigCallback):
+    """Give the whole configuration to every logger, in W&B as the run's config and as a file of the run.
+
+    Lightning's own callback writes one ``config.yaml`` into the logger's folder and refuses the second run there.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Runs on the first rank alone."""
+        text = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"config": yaml.safe_load(text)})
+            if isinstance(logger, WandbLogger):
+                Path(logger.experiment.dir, "config_cli.yaml").write_text(text)
+
+
+class ShortcutCLI(LightningCLI):
+    """LightningCLI whose checkpoints are read without pickled code and never overrule the YAML."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults(weights_only=True)
+        if subcommand == "predict":
+            parser.set_defaults(return_predictions=False)  # trajectories go to disk, not into memory
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would replace the model's YAML by hyperparameters from the checkpoint; the YAML holds here."""
+
+
+def main(args: ArgsType = None) -> None:
     """Run the command line ``args``, or the process's own."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.…} works under every verb
+    os.environ.setdefault("WANDB_MODE", "offline")  # online is asked for by WANDB_MODE=online
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 against torch 2.14 and later
     torch.set_float32_matmul_precision("high")
-    return LightningCLI(
+    ShortcutCLI(
         subclass_mode_model=True,
         subclass_mode_data=True,
+        save_config_callback=SaveConfig,
+        trainer_defaults={"callbacks": [WandbAxes()]},
         auto_configure_optimizers=False,  # tasks take the optimiser and its schedule as arguments
         parser_kwargs={"parser_mode": "omegaconf+"},
         args=args,

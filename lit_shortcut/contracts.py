@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lit_shortcut.interface import TokenInterface
 
@@ -65,11 +66,11 @@ class Control(NamedTuple):
 class State(NamedTuple):
     """What a step of the decoding loop knows before its features are computed.
 
-    ``index`` counts steps from 0; ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step
+    ``step`` counts from 0; ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step
     committed (K = 0 at step 0); ``masked_share`` (B,) is the share of image tokens still masked, r in the paper.
     """
 
-    index: int
+    step: int
     tokens: Tensor
     control: Control
     masked_share: Tensor
@@ -147,8 +148,18 @@ FeatureFn = Callable[[State], tuple[Tensor, bool]]
 class Acceleration(Protocol):
     """Decides what computes the features of each step. Not "accelerator": Lightning means hardware by that."""
 
+    def facts(self) -> dict[str, str | int]:
+        """What identifies it in tables and result rows: ``method``, ``budget`` where there is one, weights."""
+
     def start(self, base: MaskedImageModel, context: Context, num_steps: int) -> FeatureFn:
         """A feature function for one batch; nothing outlives it."""
+
+
+class ConditionSource(Protocol):
+    """What to generate, batch by batch."""
+
+    def loader(self, seed: int | None = None) -> DataLoader[Conditions]:
+        """Batches of conditions under run seed ``seed``; None takes the source's own."""
 
 
 class ImageTokenizer(Protocol):

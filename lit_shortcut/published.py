@@ -56,12 +56,12 @@ def shortcut_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _rename(state: dict[str, Tensor], rules: list[tuple[str, str]]) -> dict[str, Tensor]:
     """Apply the first rule that matches; other names pass as they are, for strict loading to name them."""
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, ours in rules:
-            new_name, matched = re.subn(pattern, ours, name)
-            if matched:
-                name = new_name
-                break
-        renamed[name] = tensor
-    return renamed
+    return {_ours(name, rules): tensor for name, tensor in state.items()}
+
+
+def _ours(name: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        renamed, matches = re.subn(pattern, replacement, name)
+        if matches:
+            return renamed
+    return name

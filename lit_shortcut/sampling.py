@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Decoding:
     Args:
         num_steps: N, steps of the decoding loop.
         schedule: shape of the number of tokens each step commits.
-        guidance: classifier-free guidance at the last step, rising linearly from 0; 0 runs the conditional branch alone.
+        guidance: classifier-free guidance at the last step, rising linearly from 0; 0 runs one branch alone.
         temperature: logits are multiplied by its inverse before codes are drawn; 0 takes the most probable code.
         confidence_noise: scale of the Gumbel noise on confidences at step 0, falling linearly to 0.
     """
@@ -35,6 +35,10 @@ class Decoding:
         for name in ("temperature", "confidence_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def at(self, num_steps: int) -> Decoding:
+        """The same in ``num_steps`` steps."""
+        return replace(self, num_steps=num_steps)
 
     def progress(self, step: int) -> float:
         """0 at the first step, 1 at the last; 0 where there is one step alone."""
@@ -92,9 +96,7 @@ def _choose(
     return Control(choice.codes.gather(1, chosen), masked.gather(1, chosen)), masked.gather(1, left)
 
 
-def generate(
-    base: MaskedImageModel, conditions: Conditions, decoding: Decoding, acceleration: Acceleration
-) -> Tensor:
+def generate(base: MaskedImageModel, conditions: Conditions, decoding: Decoding, acceleration: Acceleration) -> Tensor:
     """Codes (B, L) at the end of :func:`sample`; ``base.decode`` turns them into images."""
     for step in sample(base, conditions, decoding, acceleration):
         tokens = step.tokens

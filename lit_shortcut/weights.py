@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle  # for the name of its error alone; nothing is unpickled
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-import torch
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -30,7 +31,12 @@ def save_module(path: Path, module: nn.Module, metadata: dict[str, Any] | None =
         metadata: JSON values kept beside the tensors.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    save_tensors(path, tensors, {"class": type(module).__name__, "hparams": module.hparams} | (metadata or {}))
+    save_tensors(path, tensors, identity(module) | (metadata or {}))
+
+
+def identity(module: nn.Module) -> dict[str, Any]:
+    """What :func:`load_module` needs to build ``module`` again: the name of its class and its ``hparams``."""
+    return {"class": type(module).__name__, "hparams": module.hparams}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -57,21 +63,45 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The network in a checkpoint of one of this project's tasks, averaged where an EMA ran, and its metadata.
+
+    Raises:
+        WeightsError: if the file is missing, unreadable without running pickled code, or of another project.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: no such checkpoint") from error
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"{path}: not a checkpoint that loads with weights_only=True ({error})") from error
+    if not isinstance(checkpoint, dict) or "network" not in checkpoint:
+        raise WeightsError(f"{path}: not a checkpoint of a lit-shortcut task; it has no key 'network'")
+    prefix = "network."
+    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    return state, checkpoint["network"]
+
+
 def load_module(cls: type[Module], path: Path) -> Module:
-    """The ``cls`` that :func:`save_module` wrote to ``path``, in eval mode and frozen.
+    """The ``cls`` that :func:`save_module` wrote to ``path``, or that a ``.ckpt`` holds, in eval mode and frozen.
 
     Raises:
         WeightsError: if the file is missing or damaged, holds another class, or its tensors do not fit.
     """
-    tensors, metadata = load_tensors(path)
+    return load_module_with_metadata(cls, path)[0]
+
+
+def load_module_with_metadata(cls: type[Module], path: Path) -> tuple[Module, dict[str, Any]]:
+    """As :func:`load_module`, with the metadata kept beside the tensors."""
+    tensors, metadata = load_checkpoint(path) if path.suffix == ".ckpt" else load_tensors(path)
     if metadata.get("class") != cls.__name__:
         raise WeightsError(f"{path}: expected the weights of a {cls.__name__}, found {metadata.get('class')!r}")
-    module = cls(**metadata["hparams"])
     try:
+        module = cls(**metadata["hparams"])
         module.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # no, other or wrong arguments; other tensors
         raise WeightsError(f"{path}: {error}") from error
-    return module.eval().requires_grad_(False)
+    return module.eval().requires_grad_(False), metadata
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

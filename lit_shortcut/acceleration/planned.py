@@ -33,12 +33,19 @@ class Predictor(Protocol):
     def memory(self) -> int:
         """Full steps it wants to look back at, at least 1."""
 
+    def facts(self) -> dict[str, str | int]:
+        """What identifies it in tables and result rows: ``method``, and its weights where it has any."""
+
     def start(self, base: MaskedImageModel) -> PredictFn:
         """A predicting function for one batch of ``base``'s features."""
 
 
 class Vanilla:
     """The base at every step."""
+
+    def facts(self) -> dict[str, str | int]:
+        """Its name."""
+        return {"method": "vanilla"}
 
     def start(self, base: MaskedImageModel, context: Context, num_steps: int) -> FeatureFn:
         """Features of the base alone."""
@@ -56,6 +63,10 @@ class Planned:
     def __init__(self, budget: int, predictor: Predictor) -> None:
         self.budget, self.predictor = budget, predictor
 
+    def facts(self) -> dict[str, str | int]:
+        """The predictor's name and the budget."""
+        return self.predictor.facts() | {"budget": self.budget}
+
     def start(self, base: MaskedImageModel, context: Context, num_steps: int) -> FeatureFn:
         """Features by plan; raises ValueError if the budget lies outside 1..num_steps."""
         plan = set(full_steps(num_steps, self.budget))
@@ -65,10 +76,10 @@ class Planned:
 
         def features_of(state: State) -> tuple[Tensor, bool]:
             nonlocal latest
-            is_full = state.index in plan
+            is_full = state.step in plan
             if is_full or latest is None:  # step 0 is always full
                 latest = base.features(state.tokens, context)
-                full.append((state.index, latest))
+                full.append((state.step, latest))
                 del full[: -self.predictor.memory]
             else:
                 latest = predict(Past(latest, full), state)

@@ -13,6 +13,10 @@ class Hold:
 
     memory = 1
 
+    def facts(self) -> dict[str, str | int]:
+        """Its name."""
+        return {"method": "hold"}
+
     def start(self, base: MaskedImageModel) -> PredictFn:
         """Repeat the latest features."""
         return lambda past, state: past.latest
@@ -36,6 +40,10 @@ class Taylor:
             raise ValueError(f"order must be 1 or 2 (order 0 is Hold), got {order}")
         self.order, self.memory = order, order + 1
 
+    def facts(self) -> dict[str, str | int]:
+        """Its name, with the order."""
+        return {"method": f"taylor {self.order}"}
+
     def start(self, base: MaskedImageModel) -> PredictFn:
         """Extrapolate to the present step."""
         return _extrapolate
@@ -43,7 +51,7 @@ class Taylor:
 
 def _extrapolate(past: Past, state: State) -> Tensor:
     steps = [index for index, _ in past.full]
-    weights = lagrange_weights(steps, state.index)
+    weights = lagrange_weights(steps, state.step)
     terms = [weight * features for weight, (_, features) in zip(weights, past.full, strict=True)]
     return sum(terms[1:], start=terms[0])
 

@@ -34,10 +34,12 @@ class ModuleEMA(WeightAveraging):
         super().__init__(use_buffers=False, multi_avg_fn=average)
         self.module = module
         self._swapped = False
+        self._raw_at_end: dict[str, Tensor] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy the submodule; the module itself is still on the CPU here, so the device comes from the strategy."""
         if stage == "fit":
+            self._raw_at_end = None
             self._average_model = AveragedModel(
                 self._submodule(pl_module), device=trainer.strategy.root_device, use_buffers=False, **self._kwargs
             )
@@ -52,6 +54,11 @@ class ModuleEMA(WeightAveraging):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """No update by epoch."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the average in the module; a checkpoint saved from now on still has the raw weights."""
+        self._raw_at_end = {k: v.clone() for k, v in self._submodule(pl_module).state_dict().items()}
+        super().on_train_end(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """No swap here: ``on_validation_start`` has done it, before any callback's epoch hook."""
@@ -75,24 +82,22 @@ class ModuleEMA(WeightAveraging):
         """Put the raw weights back before anything saves them."""
         self.on_validation_end(trainer, pl_module)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the average as ``state_dict`` and the raw weights as ``current_model_state``."""
         if self._average_model is None:
             return
         prefix, averaged = f"{self.module}.", self._average_model.state_dict()
         state = checkpoint["state_dict"]
-        checkpoint["current_model_state"] = {k: v for k, v in state.items() if k.startswith(prefix)}
+        checkpoint["current_model_state"] = {k: v for k, v in state.items() if k.startswith(prefix)} | {
+            prefix + k: v for k, v in (self._raw_at_end or {}).items()
+        }
         checkpoint["averaging_state"] = {k: v for k, v in averaged.items() if not k.startswith("module.")}
         if self._has_average():
             checkpoint["state_dict"] = state | {
                 prefix + k.removeprefix("module."): v for k, v in averaged.items() if k.startswith("module.")
             }
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore both; a checkpoint written without an average starts one from its weights."""
         if self._average_model is None:
             return
@@ -107,7 +112,7 @@ class ModuleEMA(WeightAveraging):
 
     def _copy_average_to_current(self, pl_module: L.LightningModule) -> None:
         if self._has_average():
-            super()._copy_average_to_current(self._submodule(pl_module))  # type: ignore[arg-type]
+            super()._copy_average_to_current(self._submodule(pl_module))
 
     def _has_average(self) -> bool:
         return self._average_model is not None and int(self._average_model.n_averaged) > 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 
+from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import save_module, update_manifest
 
 
@@ -27,12 +28,13 @@ class ExportWeights(L.Callback):
         """Write the file on the first rank."""
         if not trainer.is_global_zero:
             return
-        save_module(self.path, pl_module.network)
+        assert isinstance(pl_module, OptimizedTask)
+        save_module(self.path, pl_module.network, pl_module.network_facts())
         update_manifest(self.path, self.facts | made_by(trainer))
 
 
 def made_by(trainer: L.Trainer) -> dict[str, Any]:
     """The command, its length, and the validation metrics it ended with."""
-    metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items() if "val/" in name}
+    metrics = {name: round(float(v), 6) for name, v in trainer.callback_metrics.items() if not name.startswith("train")}
     command = " ".join(["lightning", *sys.argv[1:]])
     return {"made_by": command, "optimizer_steps": trainer.global_step, "metrics": metrics}

@@ -45,6 +45,8 @@ def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list
     """
     if not 1 <= num_steps <= num_tokens:
         raise ValueError(f"num_steps must lie in 1..{num_tokens}, one token a step at least; got {num_steps}")
+    if num_steps == 1:  # the schedule starts at 0, so there are no shares to divide by
+        return [num_tokens]
     weights = share_masked(schedule, torch.linspace(1, 0, num_steps))
     counts = [max(1, round(float(w))) for w in weights / weights.sum() * num_tokens]
     counts[-1] = num_tokens - sum(counts[:-1])

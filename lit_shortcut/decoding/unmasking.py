@@ -53,10 +53,10 @@ def sample_codes(logits: Tensor, uniforms: Tensor | None) -> Choice:
 
 
 def confidence(log_probs: Tensor, uniforms: Tensor, noise_scale: float) -> Tensor:
-    """log p(code) + ``noise_scale``·Gumbel (B, M): the order in which places are committed (arXiv 2202.04200, 3.2)."""
+    """Log p(code) + ``noise_scale``·Gumbel (B, M): the order in which places are committed (arXiv 2202.04200, 3.2)."""
     return log_probs if noise_scale == 0 else log_probs + noise_scale * gumbel(uniforms)
 
 
 def uniforms_at(seeds: Tensor, step: int, purpose: int, positions: Tensor) -> Tensor:
-    """Noise of one ``purpose`` (0: codes, 1: confidence) at one ``step``; see :func:`lit_shortcut.decoding.noise.uniform`."""
+    """Uniform noise (B, M) of one ``purpose`` (0: codes, 1: confidence) at one ``step`` and ``positions`` (B, M)."""
     return uniform(seeds, 2 * step + purpose, positions)

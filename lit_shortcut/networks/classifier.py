@@ -53,5 +53,5 @@ class FashionCNN(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> FashionCNN:
-        """The classifier stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """The one stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
         return load_module(cls, path)

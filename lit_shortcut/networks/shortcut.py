@@ -35,8 +35,8 @@ class Block(nn.Module):
         x = x + self.cross_attention(self.cross_norm(x), control, is_real)
         x = x + self.cross_mlp(self.cross_mlp_norm(x))
         x = x + self.self_attention(self.self_norm(x), x)
-        x = x + self.self_mlp(self.self_mlp_norm(x))
-        return x
+        refined: Tensor = x + self.self_mlp(self.self_mlp_norm(x))
+        return refined
 
 
 class ShortcutNet(nn.Module):
@@ -86,24 +86,19 @@ class ShortcutNet(nn.Module):
         )
         if uses_time:
             hidden = round(math.sqrt(2 * _FREQUENCIES * inner))
-            self.time_mlp = nn.Sequential(
-                nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, inner)
-            )
+            self.time_mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, inner))
             self.modulation = nn.Linear(inner, 2 * inner)
         self.uses_time = uses_time
         self.widen = nn.Linear(inner, width) if narrows else nn.Identity()
-        if narrows:
-            nn.init.zeros_(self.widen.weight)
-            nn.init.zeros_(self.widen.bias)
+        for parameter in self.widen.parameters():
+            nn.init.zeros_(parameter)
 
     @classmethod
     def load(cls, path: Path) -> ShortcutNet:
         """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
         return load_module(cls, path)
 
-    def forward(
-        self, features: Tensor, control: Tensor, masked_share: Tensor, is_real: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, features: Tensor, control: Tensor, masked_share: Tensor, is_real: Tensor | None = None) -> Tensor:
         """Next features (B, S, C).
 
         Args:

@@ -29,18 +29,20 @@ class FSQTokenizer(nn.Module):
     """Grey images to a grid of codes and back, each code standing for 2×2 pixels and their surroundings.
 
     Args:
-        levels: FSQ levels per channel; their product is the codebook size V.
+        levels: FSQ levels per channel, each at least 3; their product is the codebook size V.
         width: channels of the convolutions.
         image_size: side of the square images in pixels, even.
 
     Raises:
-        ValueError: if ``image_size`` is odd.
+        ValueError: if ``image_size`` is odd or a level is below 3.
     """
 
     def __init__(self, levels: list[int], width: int, image_size: int) -> None:
         super().__init__()
         if image_size % 2:
             raise ValueError(f"image_size must be even, each token covers 2×2 pixels; got {image_size}")
+        if min(levels) < 3:
+            raise ValueError(f"levels must be at least 3 each, FSQ is skewed below that; got {levels}")
         self.hparams = {"levels": levels, "width": width, "image_size": image_size}
         self.image_size, self.grid = image_size, image_size // 2
         self.encoder = nn.Sequential(
@@ -86,5 +88,5 @@ class FSQTokenizer(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> FSQTokenizer:
-        """The tokenizer stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """The one stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
         return load_module(cls, path)

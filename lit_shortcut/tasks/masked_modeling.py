@@ -36,11 +36,9 @@ class MaskedModelingTask(OptimizedTask):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler)
-        self.network = transformer
+        self.network: MaskGITTransformer = transformer
         self.class_drop, self.label_smoothing = class_drop, label_smoothing
-        object.__setattr__(self, "tokenizer", tokenizer)  # not a submodule: frozen, so in no checkpoint or average
-
-    tokenizer: ImageTokenizer
+        self.tokenizer = tokenizer
 
     def training_step(self, batch: LabelledImages, batch_idx: int) -> Tensor:
         """Loss of one batch."""
@@ -57,9 +55,9 @@ class MaskedModelingTask(OptimizedTask):
     def _loss(self, batch: LabelledImages, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             codes = self.tokenizer.encode(batch.pixels)
-        draw = {"device": codes.device, "generator": generator}
-        is_masked = torch.rand(codes.shape, **draw) < share_masked("arccos", torch.rand(len(codes), 1, **draw))
-        is_dropped = torch.rand(len(codes), **draw) < self.class_drop
+        draws = torch.rand(len(codes), codes.shape[1] + 2, device=codes.device, generator=generator)
+        is_masked = draws[:, 2:] < share_masked("arccos", draws[:, :1])
+        is_dropped = draws[:, 1] < self.class_drop
         classes = self.network.class_ids(batch.labels).masked_fill(is_dropped, self.network.dropped_class_id)
         features = self.network(codes.masked_fill(is_masked, self.network.mask_id), classes)
         logits = self.network.interface().logits(features)[is_masked]

@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
 from torch.optim import AdamW
+
+from lit_shortcut.weights import identity
 
 
 class OptimizedTask(L.LightningModule):
-    """A LightningModule that optimises its trainable parameters; the schedule advances once an optimiser step.
+    """A LightningModule that trains its ``network``; the schedule advances once an optimiser step.
+
+    Checkpoints hold the network alone, with what :func:`~lit_shortcut.weights.load_module` needs to build it again:
+    whatever else the task keeps (tokenizer, interface) is frozen and comes from its own file.
 
     Args:
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule from the optimiser; None keeps the rate.
     """
 
+    network: nn.Module
+    strict_loading = False
+
     def __init__(self, optimizer: OptimizerCallable = AdamW, scheduler: LRSchedulerCallable | None = None) -> None:
         super().__init__()
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Optimiser over what requires gradients, and the schedule, by the step."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        """Optimiser over the network's parameters, and the schedule, by the step."""
+        optimizer = self.optimizer(self.network.parameters())
         if self.scheduler is None:
             return optimizer
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"},
         }
+
+    def network_facts(self) -> dict[str, Any]:
+        """JSON values stored beside the network's weights; a task adds what ties the network to its data."""
+        return {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the network's weights alone, and say what they are."""
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("network.")}
+        checkpoint["network"] = identity(self.network) | self.network_facts()

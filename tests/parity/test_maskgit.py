@@ -84,7 +84,7 @@ def test_greedy_runs_equal_the_reference_token_for_token(
     for step, predicted, masked in zip(
         steps, GOLDEN[f"greedy.{run}.predicted"], GOLDEN[f"greedy.{run}.still_masked"], strict=True
     ):
-        logits = guide(base.interface.logits(step.features), decoding.guidance * decoding.progress(step.state.index))
+        logits = guide(base.interface.logits(step.features), decoding.guidance * decoding.progress(step.state.step))
         assert torch.equal(logits.argmax(-1), predicted)
         assert torch.equal(step.tokens == base.spec.mask_id, masked.bool())
     assert torch.equal(steps[-1].tokens, GOLDEN[f"greedy.{run}.tokens"])

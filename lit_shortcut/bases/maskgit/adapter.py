@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from lit_shortcut.bases.class_tokens import class_tokens
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.contracts import Conditions, Context, ImageTokenizer, TokenSpec
 from lit_shortcut.weights import fingerprint
@@ -20,7 +20,8 @@ class MaskGIT(nn.Module):
 
     def __init__(self, transformer: MaskGITTransformer, tokenizer: ImageTokenizer) -> None:
         super().__init__()
-        self.transformer, self.tokenizer = transformer.eval().requires_grad_(False), tokenizer
+        self.transformer, self.tokenizer = transformer, tokenizer
+        self.eval().requires_grad_(False)
         self.interface = transformer.interface()
         self.spec = TokenSpec(
             num_tokens=transformer.num_tokens,
@@ -42,12 +43,8 @@ class MaskGIT(nn.Module):
         Raises:
             ValueError: if a label lies outside 0..num_classes-1.
         """
-        labels = conditions.labels
-        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < self.spec.num_classes):
-            raise ValueError(f"class labels must lie in 0..{self.spec.num_classes - 1}; got {labels.tolist()}")
-        classes = self.transformer.class_ids(labels)
-        dropped = torch.full_like(classes, self.transformer.dropped_class_id)
-        return Context(torch.stack([classes, dropped] if guided else [classes])[..., None])
+        first_id = self.transformer.first_class_id
+        return Context(class_tokens(conditions.labels, self.spec.num_classes, first_id, guided=guided))
 
     def features(self, tokens: Tensor, context: Context) -> Tensor:
         """Features (G, B, L + 1, C), both branches in one batch; the last row belongs to the class token."""

@@ -28,8 +28,8 @@ class Layer(nn.Module):
         """(B, S, C) to (B, S, C)."""
         normed = self.attention_norm(x)
         x = x + self.attention(normed, normed)
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
+        refined: Tensor = x + self.mlp(self.mlp_norm(x))
+        return refined
 
 
 class MaskGITTransformer(nn.Module):
@@ -64,7 +64,8 @@ class MaskGITTransformer(nn.Module):
         }
         self.codebook_size, self.num_classes, self.num_tokens = codebook_size, num_classes, grid * grid
         self.mask_id = codebook_size
-        self.dropped_class_id = codebook_size + 1 + num_classes
+        self.first_class_id = codebook_size + 1
+        self.dropped_class_id = self.first_class_id + num_classes
         self.token_embedding = nn.Embedding(codebook_size + num_classes + 2, width)
         self.position_embedding = nn.Parameter(torch.zeros(self.num_tokens + 1, width))
         self.first = nn.Sequential(
@@ -87,7 +88,7 @@ class MaskGITTransformer(nn.Module):
 
     def class_ids(self, labels: Tensor) -> Tensor:
         """Token ids of class ``labels`` (B,), as embedded behind the image tokens."""
-        return labels + self.codebook_size + 1
+        return labels + self.first_class_id
 
     def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
         """Features (B, S, C), S = L + 1, of image ``tokens`` (B, L) under ``class_ids`` (B,)."""
@@ -111,5 +112,5 @@ class MaskGITTransformer(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> MaskGITTransformer:
-        """The transformer stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
         return load_module(cls, path)

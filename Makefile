@@ -1,0 +1,67 @@
+# make help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+BASE ?= fashion
+RUN := $(VENV)/bin/lit-shortcut
+INSTALLED := $(VENV)/.installed
+.DEFAULT_GOAL := help
+
+.PHONY: help install demo extract-trajectories fit report report-full base test lint format types unit toy clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## Make the virtual environment .venv and install the project with its development tools
+
+$(INSTALLED): pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --upgrade --quiet pip "setuptools>=77" wheel
+	$(VENV)/bin/pip install --progress-bar on -e ".[dev]"
+	touch $@
+
+demo: install ## The main job on the embedded default: record, train, measure, report (about 15 minutes on two cores)
+	$(MAKE) extract-trajectories fit report
+
+extract-trajectories: install ## Record trajectories of BASE (default: fashion)
+	$(RUN) predict --config configs/$(BASE)/extract.yaml
+
+fit: install ## Train the shortcut of BASE on its trajectories
+	$(RUN) fit --config configs/$(BASE)/fit.yaml
+
+report: install ## Measure vanilla and accelerated generation of BASE: few images, one seed; finished rows are kept
+	$(RUN) test --config configs/$(BASE)/evaluate.yaml
+
+report-full: install ## The same at full length: 5,000 images a row, 3 seeds; goes on where it was stopped
+	$(RUN) test --config configs/$(BASE)/evaluate.yaml --config configs/$(BASE)/full_length.yaml
+
+base: install ## Retrain the embedded default from images: tokenizer, classifier, reference statistics, base (hours)
+	$(RUN) fit --config configs/fashion/tokenizer.yaml
+	$(RUN) fit --config configs/fashion/classifier.yaml
+	$(RUN) predict --config configs/fashion/reference.yaml
+	$(RUN) test --config configs/fashion/reconstructions.yaml
+	$(RUN) fit --config configs/fashion/base.yaml
+
+test: lint types unit ## Lint, types, tests
+
+lint: install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports --no-cache
+
+types: install
+	$(VENV)/bin/mypy
+
+unit: install
+	$(VENV)/bin/pytest
+
+format: install ## Put the code in the project's form
+	$(VENV)/bin/ruff check --fix --exit-zero .
+	$(VENV)/bin/ruff format .
+
+toy: install ## All four verbs on a random toy base, in a minute
+	$(VENV)/bin/pytest tests/test_configs.py
+
+clean: ## Delete runs and caches; keep the virtual environment
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,102 @@
+"""What to generate: classes in turn, each image with a seed of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from math import ceil
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lit_shortcut.contracts import Conditions
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The int64 seed of sample ``index`` in a run seeded with ``seed``: neighbours share nothing."""
+    return int.from_bytes(blake2b(f"{seed}:{index}".encode(), digest_size=8).digest(), "big", signed=True)
+
+
+class _Batches(Dataset[Conditions]):
+    """Item k = the k-th batch."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, num_classes: int) -> None:
+        self.num_images, self.batch_size, self.seed, self.num_classes = num_images, batch_size, seed, num_classes
+
+    def __getitem__(self, index: int) -> Conditions:
+        start = index * self.batch_size
+        ids = range(start, min(start + self.batch_size, self.num_images))
+        seeds = torch.tensor([sample_seed(self.seed, i) for i in ids])
+        return Conditions(torch.tensor(ids), seeds, torch.tensor(ids) % self.num_classes)
+
+    def __len__(self) -> int:
+        return ceil(self.num_images / self.batch_size)
+
+
+class _Share(DistributedSampler[Conditions]):
+    """One rank's share of ``batches``, each on one rank exactly; a rank may have none.
+
+    Lightning leaves a ``DistributedSampler`` in place; its own repeat batches in test, and in predict refuse a rank
+    without any.
+    """
+
+    def __init__(self, dataset: _Batches, batches: Sequence[int], rank: int, world_size: int) -> None:
+        self.batches = batches[rank::world_size]
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # torch's stub names the item, not its index
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _only(batches: list[Conditions]) -> Conditions:
+    (batch,) = batches
+    return batch
+
+
+class ClassLabels(L.LightningDataModule):
+    """``num_images`` images, classes in turn. Image i depends on ``seed`` and i alone, not on batches or ranks.
+
+    Args:
+        num_images: to generate.
+        batch_size: images per batch; in predict a batch is recorded as one shard.
+        seed: of the run.
+        num_classes: image i is of class i modulo this.
+    """
+
+    def __init__(self, num_images: int, batch_size: int = 32, seed: int = 0, num_classes: int = 10) -> None:
+        super().__init__()
+        for name, value in {"num_images": num_images, "batch_size": batch_size, "num_classes": num_classes}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.num_images, self.batch_size, self.seed, self.num_classes = num_images, batch_size, seed, num_classes
+        self.finished: set[int] = set()  # batches that predict leaves out
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # the last batches may be fewer than the ranks
+
+    def loader(self, seed: int | None = None) -> DataLoader[Conditions]:
+        """All batches of :class:`Conditions`, shared out among the ranks; ``seed`` stands in for the run's."""
+        batches = self._batches(self.seed if seed is None else seed)
+        return self._loader(batches, range(len(batches)))
+
+    def test_dataloader(self) -> Any:
+        """What the task makes of :meth:`loader`, else all batches; Lightning asks the data module alone."""
+        task = self.trainer.lightning_module if self.trainer else None
+        return task.test_dataloader() if task and is_overridden("test_dataloader", task) else self.loader()
+
+    def predict_dataloader(self) -> DataLoader[Conditions]:
+        """The batches not ``finished``."""
+        batches = self._batches(self.seed)
+        return self._loader(batches, [index for index in range(len(batches)) if index not in self.finished])
+
+    def _batches(self, seed: int) -> _Batches:
+        return _Batches(self.num_images, self.batch_size, seed, self.num_classes)
+
+    def _loader(self, batches: _Batches, indices: Sequence[int]) -> DataLoader[Conditions]:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        # batches of one, not batch_size=None: Lightning then knows which item a prediction belongs to
+        return DataLoader(batches, batch_size=1, sampler=_Share(batches, indices, rank, world_size), collate_fn=_only)

@@ -1,0 +1,142 @@
+"""During fit: full accelerated sampling with the current network, measured against vanilla in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import lightning as L
+import torchvision
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
+from lit_shortcut.evaluation import Row, add_images, images_of, take_values
+from lit_shortcut.loggers import log_picture
+from lit_shortcut.metrics.images import ImageMetric
+from lit_shortcut.metrics.latency import measure_latency, speedups
+from lit_shortcut.report import grids, pixels
+from lit_shortcut.sampling import Decoding, generate
+from lit_shortcut.tasks.shortcut import ShortcutTask
+
+
+class AcceleratedSampling(L.Callback):
+    """At the end of validation, generate at each (N, b) and log metrics, latency, speed-up and an image grid.
+
+    With :class:`~lit_shortcut.callbacks.ema.ModuleEMA` the averaged network is sampled with, as in all of validation.
+    Latency is that of the decoding loop, synchronised and warmed up, without the image decoder, per image at the batch
+    size of ``conditions``; vanilla is timed in turns with the others. Logged under ``sampling/n<N>_b<b>/…`` and
+    ``sampling/vanilla_n<N>/…``.
+
+    Args:
+        base: the frozen model the trajectories come from; another one is refused.
+        decoding: how tokens are drawn; its ``num_steps`` is vanilla's N, which the speed-up refers to.
+        plans: pairs (N, b).
+        conditions: what to generate.
+        metrics: measures of images by name.
+        every_n_validations: sample at every so many validations.
+        latency_rounds: times each plan is timed.
+        grid_images: images of each plan shown side by side.
+    """
+
+    def __init__(
+        self,
+        base: MaskedImageModel,
+        decoding: Decoding,
+        plans: list[tuple[int, int]],
+        conditions: ConditionSource,
+        *,
+        metrics: dict[str, ImageMetric] | None = None,
+        every_n_validations: int = 1,
+        latency_rounds: int = 3,
+        grid_images: int = 20,
+    ) -> None:
+        self.base, self.decoding, self.plans, self.conditions = base, decoding, plans, conditions
+        self.metrics = metrics or {}
+        self.every_n_validations, self.latency_rounds, self.grid_images = (
+            every_n_validations,
+            latency_rounds,
+            grid_images,
+        )
+        self.validations = 0
+        self.vanilla: tuple[dict[str, float], Tensor] | None = None  # the base is frozen: once suffices
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a base the trajectories do not come from, and budgets outside 1..N, before anything is trained."""
+        assert isinstance(pl_module, ShortcutTask)
+        for row in self._rows(pl_module):
+            row.facts()
+        recorded = trainer.datamodule.card.base_fingerprint  # type: ignore[attr-defined]
+        if recorded != self.base.fingerprint:
+            raise ValueError(
+                f"the trajectories come from base {recorded}, but sampling would accelerate base "
+                f"{self.base.fingerprint}: give both the same weights"
+            )
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sample, measure, log."""
+        assert isinstance(pl_module, ShortcutTask)
+        if trainer.sanity_checking:
+            return
+        self.validations += 1
+        if (self.validations - 1) % self.every_n_validations:
+            return
+        assert isinstance(self.base, nn.Module)
+        self.base.to(pl_module.device)
+        for metric in self.metrics.values():
+            metric.to(pl_module.device)
+        was_training = pl_module.network.training
+        pl_module.network.eval()
+        self._sample(trainer, pl_module)
+        pl_module.network.train(was_training)
+
+    def _rows(self, pl_module: ShortcutTask) -> list[Row]:
+        shortcut = Shortcut(pl_module.network)
+        return [Row(num_steps, Planned(budget, shortcut)) for num_steps, budget in self.plans]
+
+    def _sample(self, trainer: L.Trainer, pl_module: ShortcutTask) -> None:
+        device, vanilla = pl_module.device, Row(self.decoding.num_steps)
+        mine = [
+            Conditions(*(part.to(device) for part in batch))
+            for k, batch in enumerate(self.conditions.loader())
+            if k % trainer.world_size == trainer.global_rank
+        ]
+        if not mine:
+            raise ValueError(f"conditions hold fewer batches than there are ranks ({trainer.world_size})")
+        if self.vanilla is None:
+            self.vanilla = self._measure(vanilla, mine)
+        measured = {f"vanilla_n{vanilla.num_steps}": self.vanilla}
+        runs: dict[str, Callable[[], object]] = {}
+        for row in [vanilla, *self._rows(pl_module)]:
+            facts = row.facts()
+            name = row.name if facts["method"] == "vanilla" else f"n{row.num_steps}_b{facts['budget']}"
+            if name not in measured:
+                measured[name] = self._measure(row, mine)
+            decoding = self.decoding.at(row.num_steps)
+            runs[name] = partial(generate, self.base, mine[0], decoding, row.method)
+        latencies = measure_latency(runs, device, len(mine[0].ids), self.latency_rounds)
+        ratios = speedups(latencies, f"vanilla_n{vanilla.num_steps}")
+        for name, (values, _) in measured.items():
+            logged = values | {"latency_ms": latencies[name].median_ms, "speedup": ratios[name]}
+            pl_module.log_dict({f"sampling/{name}/{metric}": value for metric, value in logged.items()})
+            shown = ", ".join(f"{metric} {value:.4g}" for metric, value in logged.items())
+            rank_zero_info(f"step {trainer.global_step}, {name}: {shown}")
+        if trainer.is_global_zero:
+            strips = {name: _strip(images) for name, (_, images) in measured.items()}
+            log_picture(trainer, "sampling/grid", pixels(grids(strips)))
+
+    def _measure(self, row: Row, batches: list[Conditions]) -> tuple[dict[str, float], Tensor]:
+        """Values of the metrics over ``batches``, and the first images."""
+        first: list[Tensor] = []
+        for conditions in batches:
+            images = images_of(self.base, conditions, self.decoding, row)
+            add_images(self.metrics.values(), images, conditions)
+            first = first or [images[: self.grid_images].cpu()]
+        return take_values(self.metrics), first[0]
+
+
+def _strip(images: Tensor) -> Tensor:
+    grid: Tensor = torchvision.utils.make_grid(images, nrow=len(images), padding=1, pad_value=255)
+    return grid

@@ -1,0 +1,177 @@
+"""Record what predict generates: a shard per batch, gone on with after an interruption."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_shortcut.contracts import MaskedImageModel, Trajectories
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.trajectory import (
+    FORMAT_VERSION,
+    Card,
+    TrajectoryError,
+    finished_shards,
+    is_complete,
+    recorded_bytes,
+    remove_shards,
+    save_interface,
+    write_shard,
+)
+
+_GB = 1e9
+
+
+class Recording(Protocol):
+    """What the LightningModule has: its ``predict_step`` returns :class:`Trajectories` of ``base``."""
+
+    base: MaskedImageModel
+    decoding: Decoding
+
+
+class Recorded(Protocol):
+    """What the data module has: batches of conditions, of which those ``finished`` are left out."""
+
+    num_images: int
+    batch_size: int
+    seed: int
+    num_classes: int
+    finished: set[int]
+
+
+class TrajectoryWriter(BasePredictionWriter):
+    """Write each predicted batch as one shard of a set of trajectories.
+
+    Interrupted and started again, predict generates the missing shards alone; their bytes are the same as without the
+    interruption.
+
+    Args:
+        folder: of the set.
+        dtype: of the recorded features.
+        overwrite: record anew where ``folder`` holds a complete set, or another one; its shards are deleted first.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16", overwrite: bool = False
+    ) -> None:
+        super().__init__("batch")
+        self.folder, self.dtype, self.overwrite = Path(folder), dtype, overwrite
+        self.is_recording = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write card and interface, and tell the data module which shards are there.
+
+        Raises:
+            TrajectoryError: if the folder holds another set, or the disk too little space.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            return
+        datamodule = getattr(trainer, "datamodule", None)
+        if datamodule is None:
+            raise TrajectoryError(
+                "recording needs a data module of conditions, such as datamodules.conditions.ClassLabels"
+            )
+        trainer.predict_loop.return_predictions = False  # the whole set would be kept in memory
+        module, data = cast(Recording, pl_module), cast(Recorded, datamodule)
+        self.card = self._card(module, data)
+        anew = self._is_anew()
+        if trainer.is_global_zero:
+            self._prepare(module.base, anew)
+        data.finished = trainer.strategy.broadcast(finished_shards(self.folder, self.card))
+        self.is_recording = len(data.finished) < self.card.num_shards
+        if not self.is_recording:  # Lightning warns of an empty loader, but not of none
+            self.limit, trainer.limit_predict_batches = trainer.limit_predict_batches, 0
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Trajectories,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the batch as the shard that its first id belongs to."""
+        index = int(prediction.conditions.ids[0]) // self.card.samples_per_shard
+        write_shard(self.folder, index, prediction, self.card)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say what is recorded. Not at ``on_predict_end``, which a rank without batches never reaches."""
+        if stage != "predict":
+            return
+        if not self.is_recording:
+            trainer.limit_predict_batches = self.limit
+            return
+        trainer.strategy.barrier("shards written")
+        if trainer.is_global_zero:
+            finished = finished_shards(self.folder, self.card)
+            samples = sum(len(self.card.ids(index)) for index in finished)
+            size = recorded_bytes(self.folder, self.card) / _GB
+            rank_zero_info(f"{self.folder}: {samples} of {self.card.num_samples} trajectories, {size:.3g} GB")
+
+    def _card(self, module: Recording, data: Recorded) -> Card:
+        return Card(
+            format_version=FORMAT_VERSION,
+            base_fingerprint=module.base.fingerprint,
+            spec=module.base.spec._asdict(),
+            decoding=asdict(module.decoding),
+            branches=1 if module.decoding.guidance == 0 else 2,
+            num_steps=module.decoding.num_steps,
+            dtype=self.dtype,
+            num_samples=data.num_images,
+            samples_per_shard=data.batch_size,
+            seed=data.seed,
+            num_classes=data.num_classes,
+        )
+
+    def _is_anew(self) -> bool:
+        """Whether what lies in the folder is to be replaced."""
+        if not (self.folder / "card.json").exists():
+            if any(self.folder.glob("shard-*")) and not self.overwrite:
+                raise TrajectoryError(f"{self.folder}: holds shards without a card; overwrite: true deletes them")
+            return self.overwrite
+        if self.overwrite:
+            try:
+                is_same = Card.read(self.folder) == self.card
+            except TrajectoryError:
+                return True
+            return not is_same or is_complete(self.folder, self.card)
+        found, expected = asdict(Card.read(self.folder)), asdict(self.card)
+        changes = [
+            f"{name} is {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]
+        ]
+        if changes:
+            raise TrajectoryError(
+                f"{self.folder}: holds another set: {'; '.join(changes)}. Take another folder; "
+                "overwrite: true deletes this set"
+            )
+        return False
+
+    def _prepare(self, base: MaskedImageModel, anew: bool) -> None:
+        if anew:
+            remove_shards(self.folder)
+        finished = finished_shards(self.folder, self.card)
+        if len(finished) == self.card.num_shards:
+            rank_zero_info(
+                f"{self.folder} is complete ({self.card.num_samples} trajectories); nothing to record; "
+                "overwrite: true records it anew"
+            )
+            return
+        missing = sum(len(self.card.ids(index)) for index in set(range(self.card.num_shards)) - finished)
+        disk = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists())
+        needed, free = missing * self.card.sample_bytes / _GB, shutil.disk_usage(disk).free / _GB
+        size = f"{missing} trajectories of {self.card.num_samples}, about {needed:.3g} GB"
+        if needed > free:
+            raise TrajectoryError(f"{self.folder}: {size} to record, but {free:.3g} GB free on the disk")
+        rank_zero_info(f"{self.folder}: recording {size}; {free:.3g} GB free")
+        self.card.write(self.folder)
+        save_interface(self.folder, base.interface)

@@ -1,0 +1,141 @@
+"""What is measured of generated images: one row is a way to decode them, at one run seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torchvision
+from torch import Tensor
+
+from lit_shortcut.acceleration.planned import Vanilla
+from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
+from lit_shortcut.metrics.images import ImageMetric
+from lit_shortcut.sampling import Decoding, generate
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to decode.
+
+    Args:
+        num_steps: N.
+        acceleration: what computes the features of each step; None is vanilla.
+    """
+
+    num_steps: int
+    acceleration: Acceleration | None = None
+
+    @property
+    def method(self) -> Acceleration:
+        """The acceleration, vanilla where none is given."""
+        return self.acceleration or Vanilla()
+
+    def facts(self) -> dict[str, Any]:
+        """``method``, ``num_steps``, ``budget`` (N itself for vanilla), and the weights where there are any."""
+        facts = {"num_steps": self.num_steps, "budget": self.num_steps} | self.method.facts()
+        if int(facts["budget"]) > self.num_steps:
+            raise ValueError(f"budget must lie in 1..{self.num_steps}, the number of steps; got {facts['budget']}")
+        return facts
+
+    @property
+    def name(self) -> str:
+        """As in tables and file names: ``vanilla_n8``, ``shortcut_n16_b4``."""
+        facts = self.facts()
+        budget = f"_b{facts['budget']}" if "budget" in self.method.facts() else ""
+        return f"{facts['method'].replace(' ', '')}_n{self.num_steps}{budget}"
+
+
+def images_of(base: MaskedImageModel, conditions: Conditions, decoding: Decoding, row: Row) -> Tensor:
+    """Images, uint8 (B, 3, H, W), that ``row`` draws for ``conditions``."""
+    return base.decode(generate(base, conditions, decoding.at(row.num_steps), row.method))
+
+
+def add_images(metrics: Iterable[ImageMetric], images: Tensor, conditions: Conditions) -> None:
+    """Feed each of ``metrics`` with ``images`` and what was asked for."""
+    for metric in metrics:
+        metric.update(images, conditions.labels)
+
+
+def take_values(metrics: dict[str, ImageMetric]) -> dict[str, float]:
+    """Value of each metric, over all ranks; the metrics start anew."""
+    values = {}
+    for name, metric in metrics.items():
+        values[name] = float(metric.compute())
+        metric.reset()
+    return values
+
+
+class Results:
+    """Finished rows as JSON files in a folder, so that a run that was stopped goes on where it was.
+
+    A row counts as finished only under the same facts (base, decoding, weights, number of images): a change of any of
+    them measures it anew.
+
+    Args:
+        folder: holds ``rows/``, ``images/`` and ``latency.json``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, row: Row, seed: int, facts: dict[str, Any]) -> dict[str, float] | None:
+        """Values of a row measured before under equal ``facts``, else None."""
+        stored = self._read(self._row_path(row, seed))
+        return stored["values"] if stored is not None and stored["facts"] == facts else None
+
+    def add(self, row: Row, seed: int, facts: dict[str, Any], values: dict[str, float]) -> None:
+        """Store a finished row."""
+        self._write(self._row_path(row, seed), {"facts": facts, "values": values})
+
+    def add_images(self, row: Row, images: Tensor, columns: int) -> None:
+        """Store a strip of ``images``, uint8 (B, 3, H, W), for the grids."""
+        path = self.images_path(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255)
+        torchvision.io.write_png(grid, str(path))
+
+    def images_path(self, row: Row) -> Path:
+        """Where a row's strip of images is."""
+        return self.folder / "images" / f"{row.name}.png"
+
+    def latency(self) -> dict[str, Any] | None:
+        """What :meth:`set_latency` stored, or None."""
+        return self._read(self.folder / "latency.json")
+
+    def set_latency(self, facts: dict[str, Any], measured: dict[str, dict[str, Any]]) -> None:
+        """Store latencies by row name, all measured in one run."""
+        self._write(self.folder / "latency.json", {"facts": facts, "measured": measured})
+
+    def _row_path(self, row: Row, seed: int) -> Path:
+        return self.folder / "rows" / f"{row.name}_seed{seed}.json"
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any] | None:
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not a result file ({error}); delete it and its row is measured anew") from error
+        return stored
+
+    @staticmethod
+    def _write(path: Path, content: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(content, indent=1) + "\n")
+        aside.replace(path)
+
+
+def row_facts(base: MaskedImageModel, decoding: Decoding, row: Row, num_images: int) -> dict[str, Any]:
+    """All that a row's values depend on besides the run seed."""
+    return {
+        "base": base.fingerprint,
+        "decoding": asdict(decoding.at(row.num_steps)),
+        "row": row.facts(),
+        "num_images": num_images,
+    }

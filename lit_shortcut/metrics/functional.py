@@ -1,0 +1,133 @@
+"""Measures of predicted features and logits, and the interval that goes with a mean over seeds.
+
+Features (..., S, C) are compared at the places still masked among their first L rows, the image tokens. A mean runs
+over all masked places of the batch, so samples count by how much they have left to predict; it is 0 where none is.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; a series serves beyond.
+_STUDENT_T = (12.70620, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216)
+
+
+def masked_mean(values: Tensor, is_masked: Tensor) -> Tensor:
+    """Mean, a scalar, of ``values`` (..., L) where ``is_masked`` (..., L); 0 where nothing is.
+
+    >>> masked_mean(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[True, False, True]]))
+    tensor(3.5000)
+    """
+    return values.masked_fill(~is_masked, 0).sum() / is_masked.sum().clamp(min=1)
+
+
+def masked_mse(prediction: Tensor, target: Tensor, is_masked: Tensor) -> Tensor:
+    """Squared error, a scalar, of ``prediction`` (..., S, C) from ``target``, mean over channels and masked places.
+
+    >>> target = torch.tensor([[[0.0, 0.0], [5.0, 5.0], [9.0, 9.0]]])  # L = 2 image tokens, one row of the base's own
+    >>> masked_mse(torch.zeros(1, 3, 2), target, torch.tensor([[False, True]]))
+    tensor(25.)
+    """
+    difference = _image_rows(prediction, is_masked) - _image_rows(target, is_masked)
+    return masked_mean(difference.square().mean(-1), is_masked)
+
+
+def masked_cosine(a: Tensor, b: Tensor, is_masked: Tensor) -> Tensor:
+    """Cosine similarity, a scalar, of features ``a`` and ``b`` (..., S, C), mean over masked places.
+
+    >>> a, b = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[4.0, 3.0], [0.0, 1.0]]])
+    >>> masked_cosine(a, b, torch.tensor([[True, False]]))
+    tensor(0.9600)
+    """
+    return masked_mean(F.cosine_similarity(_image_rows(a, is_masked), _image_rows(b, is_masked), dim=-1), is_masked)
+
+
+def centred_cosine(a: Tensor, b: Tensor, is_masked: Tensor, centre: Tensor) -> Tensor:
+    """:func:`masked_cosine` of ``a`` and ``b`` (..., S, C) after ``centre`` (C,), say their mean, is subtracted.
+
+    Features share a large constant part that alone brings the plain cosine close to 1.
+
+    >>> a, b = torch.tensor([[[11.0, 0.0]]]), torch.tensor([[[9.0, 0.0]]])
+    >>> masked = torch.tensor([[True]])
+    >>> masked_cosine(a, b, masked), centred_cosine(a, b, masked, torch.tensor([10.0, 0.0]))
+    (tensor(1.), tensor(-1.))
+    """
+    return masked_cosine(a - centre, b - centre, is_masked)
+
+
+def gain_over_hold(error: Tensor, hold_error: Tensor) -> Tensor:
+    """Share of the error of holding the last features that a predictor removes: 1 is perfect, 0 no better than holding.
+
+    >>> gain_over_hold(torch.tensor(0.5), torch.tensor(2.0))
+    tensor(0.7500)
+    """
+    return 1 - error / hold_error
+
+
+def head_kl(target_logits: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(target ‖ prediction) in nats, (..., L), of the distributions of logits (..., L, V) at ``temperature``.
+
+    The factor temperature² keeps gradients of one size at every temperature (Hinton et al., arXiv 1503.02531).
+
+    >>> head_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, math.log(3)]]))  # ½ log(4/3)
+    tensor([0.1438])
+    """
+    log_target = _at_least_single(target_logits).div(temperature).log_softmax(-1)
+    log_prediction = _at_least_single(logits).div(temperature).log_softmax(-1)
+    divergence = F.kl_div(log_prediction, log_target, reduction="none", log_target=True).sum(-1)
+    return divergence * temperature**2
+
+
+def token_agreement(logits: Tensor, target_logits: Tensor, is_masked: Tensor) -> Tensor:
+    """Share, a scalar, of masked places where logits (..., L, V) and their targets have the same most probable code.
+
+    >>> logits = torch.eye(3)[None]
+    >>> token_agreement(logits, logits.flip(1), torch.tensor([[True, True, False]]))
+    tensor(0.5000)
+    """
+    return masked_mean((logits.argmax(-1) == target_logits.argmax(-1)).float(), is_masked)
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % confidence interval (Student's t) over independent ``values``, such as seeds.
+
+    The half width of a single value is NaN.
+
+    >>> mean, half_width = mean_interval([1.0, 2.0, 3.0])
+    >>> f"{mean} ± {half_width:.3f}"
+    '2.0 ± 2.484'
+
+    Raises:
+        ValueError: if there is no value.
+    """
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, math.nan
+    return mean, _student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _student_t(freedom: int) -> float:
+    """97.5 % quantile; beyond the table by the series around the normal one (Abramowitz and Stegun, 26.7.5)."""
+    if freedom <= len(_STUDENT_T):
+        return _STUDENT_T[freedom - 1]
+    inverse, z = 1 / freedom, statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term * inverse**power for power, term in enumerate(terms, start=1))
+
+
+def _image_rows(features: Tensor, is_masked: Tensor) -> Tensor:
+    return _at_least_single(features[..., : is_masked.shape[-1], :])
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    """Half precision as float32: squares of features overflow float16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

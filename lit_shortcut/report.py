@@ -1,0 +1,138 @@
+"""Finished rows to a Markdown table, a Pareto plot and image grids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lit_shortcut.metrics.functional import mean_interval
+
+
+def collect(folder: Path, names: list[str]) -> pd.DataFrame:
+    """One line for each of the rows ``names``, in that order, with means and 95 % intervals over run seeds.
+
+    Columns: ``method``, ``N``, ``b``, ``images``, ``seeds``, ``latency_ms``, ``latency_iqr_ms``, ``speedup`` (where
+    latency was measured), and for each metric its mean under its name and half an interval under ``<name>_interval``
+    (NaN with one seed). Rows without any result are left out.
+    """
+    latency_file = folder / "latency.json"
+    latencies = json.loads(latency_file.read_text())["measured"] if latency_file.exists() else {}
+    lines = []
+    for name in names:
+        results = [json.loads(path.read_text()) for path in sorted((folder / "rows").glob(f"{name}_seed*.json"))]
+        if not results:
+            continue
+        row = results[0]["facts"]["row"]
+        line: dict[str, Any] = {"name": name, "method": row["method"], "N": row["num_steps"], "b": row["budget"]}
+        line |= {"images": results[0]["facts"]["num_images"], "seeds": len(results)}
+        if name in latencies:
+            measured = latencies[name]
+            line |= {"latency_ms": measured["median_ms"], "latency_iqr_ms": measured["iqr_ms"]}
+            line |= {"speedup": measured["speedup"]}
+        for metric in results[0]["values"]:
+            line[metric], line[f"{metric}_interval"] = mean_interval([r["values"][metric] for r in results])
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def metric_names(table: pd.DataFrame) -> list[str]:
+    """Metrics of a table made by :func:`collect`, in order."""
+    return [name for name in table.columns if f"{name}_interval" in table.columns]
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """``table`` for people: units in the header, intervals behind ±, and a dash where nothing was measured."""
+    shown = table[["method", "N", "b"]].copy()
+    if "latency_ms" in table:
+        shown["latency ms/image"] = [
+            f"{ms:.1f} ({iqr:.1f})" for ms, iqr in zip(table["latency_ms"], table["latency_iqr_ms"], strict=True)
+        ]
+        shown["speed-up"] = [f"{ratio:.2f}×" for ratio in table["speedup"]]
+    for name in metric_names(table):
+        shown[name] = [
+            f"{mean:.3f}" if pd.isna(half) else f"{mean:.3f} ± {half:.3f}"
+            for mean, half in zip(table[name], table[f"{name}_interval"], strict=True)
+        ]
+    text: str = shown.to_markdown(index=False, disable_numparse=True)
+    return text
+
+
+def dominated(table: pd.DataFrame, metric: str) -> list[tuple[str, str]]:
+    """Pairs (winner, loser) of row names: lower ``metric`` at lower or equal latency. Vanilla against accelerated."""
+    pairs = []
+    for _, winner in table.iterrows():
+        for _, loser in table.iterrows():
+            crosses = (winner["method"] == "vanilla") != (loser["method"] == "vanilla")
+            if crosses and winner[metric] < loser[metric] and winner["latency_ms"] <= loser["latency_ms"]:
+                pairs.append((winner["name"], loser["name"]))
+    return pairs
+
+
+def pareto(table: pd.DataFrame, metric: str) -> Figure:
+    """``metric`` against latency, a line per method, with intervals over seeds.
+
+    Raises:
+        ValueError: if ``table`` has no such metric.
+    """
+    if metric not in metric_names(table):
+        raise ValueError(f"the plot's metric must be one of {metric_names(table)}, got {metric!r}")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method, lines in table.groupby("method", sort=False):
+        ordered = lines.sort_values("latency_ms")
+        axes.errorbar(
+            ordered["latency_ms"],
+            ordered[metric],
+            yerr=ordered[f"{metric}_interval"].fillna(0),
+            marker="o",
+            capsize=3,
+            label=method,
+        )
+        for _, line in ordered.iterrows():
+            label = f"N={line['N']}" if method == "vanilla" else f"({line['N']}, {line['b']})"
+            axes.annotate(
+                label, (line["latency_ms"], line[metric]), textcoords="offset points", xytext=(5, 5), fontsize=8
+            )
+    axes.set_xlabel("latency of the decoding loop, ms per image")
+    axes.set_ylabel(f"{metric} (lower is better)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def grids(images: dict[str, Tensor]) -> Figure:
+    """Strips of images under one another, each with its name at the left; columns share seed and class.
+
+    ``images`` maps a row's name to uint8 (3, H, W), as :func:`torchvision.utils.make_grid` lays them out.
+    """
+    figure, axes = plt.subplots(len(images), 1, figsize=(12, 0.75 * len(images) + 0.3), squeeze=False)
+    figure.subplots_adjust(left=0.14, right=0.995, top=0.98, bottom=0.02, hspace=0.08)
+    for axis, (name, strip) in zip(axes[:, 0], images.items(), strict=True):
+        axis.imshow(strip.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(name.replace("_", " "), rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def read_strips(folder: Path, names: list[str]) -> dict[str, Tensor]:
+    """The strips of images stored for the rows ``names``, uint8 (3, H, W) each."""
+    paths = {name: folder / "images" / f"{name}.png" for name in names}
+    mode = torchvision.io.ImageReadMode.RGB
+    return {name: torchvision.io.read_image(str(path), mode) for name, path in paths.items() if path.exists()}
+
+
+def pixels(figure: Figure) -> Tensor:
+    """``figure`` as uint8 (3, H, W), and closed."""
+    figure.canvas.draw()
+    rgba = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)  # type: ignore[attr-defined]
+    width, height = figure.canvas.get_width_height()
+    plt.close(figure)
+    return rgba.view(height, width, 4)[..., :3].permute(2, 0, 1).contiguous()

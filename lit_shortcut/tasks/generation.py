@@ -1,0 +1,154 @@
+"""Generate with a frozen base: ``predict`` records trajectories, ``test`` measures images, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lit_shortcut.acceleration.planned import Vanilla
+from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
+from lit_shortcut.evaluation import Results, Row, add_images, images_of, row_facts, take_values
+from lit_shortcut.metrics.images import ImageMetric
+from lit_shortcut.metrics.latency import measure_latency, speedups
+from lit_shortcut.sampling import Decoding, generate, sample
+
+
+class GenerationTask(L.LightningModule):
+    """Vanilla and accelerated generation with a frozen base; nothing is trained.
+
+    ``test`` goes through the run seeds, and for each through ``rows``, feeds every metric with the images, and stores
+    each finished row; rows found finished are not run again. Last, all rows' latencies are measured in turns in one
+    go, so that a change of the machine's speed meets all alike. Latency is that of the decoding loop alone, without
+    the image decoder, synchronised, after a warm-up.
+
+    Args:
+        base: the frozen model.
+        decoding: how tokens are drawn; its ``num_steps`` is used by ``predict`` and is the reference of the speed-up.
+        rows: ways to decode that ``test`` compares; one of them is vanilla at ``decoding.num_steps``.
+        metrics: measures of images by the name they are logged under.
+        results: folder for finished rows.
+        run_seeds: ``test`` repeats the rows under each.
+        latency_rounds: times each row is timed; 0 leaves latency out.
+        latency_batch_size: images decoded at once when timing.
+        grid_images: images kept of each row for side-by-side grids.
+    """
+
+    def __init__(
+        self,
+        base: MaskedImageModel,
+        *,
+        decoding: Decoding | None = None,
+        rows: list[Row] | None = None,
+        metrics: dict[str, ImageMetric] | None = None,
+        results: Path = Path("runs/results"),
+        run_seeds: list[int] | None = None,
+        latency_rounds: int = 5,
+        latency_batch_size: int = 32,
+        grid_images: int = 20,
+    ) -> None:
+        super().__init__()
+        assert isinstance(base, nn.Module)
+        self.base: MaskedImageModel = base
+        self.decoding = decoding or Decoding()
+        self.rows, self.metrics, self.results = rows or [], metrics or {}, Results(results)
+        self.run_seeds = run_seeds or [0]
+        self.latency_rounds, self.latency_batch_size = latency_rounds, latency_batch_size
+        self.grid_images = grid_images
+        self.reference = Row(self.decoding.num_steps)
+        self.jobs: list[tuple[Row, int]] = []
+
+    def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
+        """Trajectories of one batch by the base alone, all features kept."""
+        return record(self.base, batch, self.decoding)
+
+    def setup(self, stage: str) -> None:
+        """Check the rows before anything is run.
+
+        Raises:
+            ValueError: if there are none, two have one name, a budget exceeds its steps, or the reference is missing.
+        """
+        if stage != "test":
+            return
+        names = [row.name for row in self.rows]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rows must differ from one another; got {names}")
+        if self.reference.name not in names:
+            raise ValueError(f"rows must hold {self.reference.name}, which speed-up refers to; got {names}")
+
+    def test_dataloader(self) -> list[Iterable[Conditions]]:
+        """One pass over the conditions for each row that is not finished, and one for latency."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        jobs = [(row, seed) for seed in self.run_seeds for row in self.rows]
+        self.jobs = [job for job in jobs if self.results.find(*job, self.facts(job[0])) is None]
+        if len(self.jobs) < len(jobs):
+            rank_zero_info(f"{len(jobs) - len(self.jobs)} of {len(jobs)} rows are finished already")
+        return [data.loader(seed) for _, seed in self.jobs] + [data.loader()]
+
+    def on_test_start(self) -> None:
+        """Move the metrics to the task's device."""
+        for metric in self.metrics.values():
+            metric.to(self.device)
+
+    def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure one batch of images, or latency when all rows are done."""
+        if dataloader_idx == len(self.jobs):
+            if batch_idx == 0 and self.latency_rounds:
+                self._measure_latency(batch)
+            return
+        row, seed = self.jobs[dataloader_idx]
+        images = images_of(self.base, batch, self.decoding, row)
+        add_images(self.metrics.values(), images, batch)
+        if batch_idx == 0 and seed == self.run_seeds[0] and self.trainer.is_global_zero:
+            self.results.add_images(row, images[: self.grid_images], columns=self.grid_images)
+        if batch_idx == int(self.trainer.num_test_batches[dataloader_idx]) - 1:
+            self._finish(row, seed)
+
+    def facts(self, row: Row) -> dict[str, Any]:
+        """What ``row``'s values depend on besides the run seed."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        facts = row_facts(self.base, self.decoding, row, data.num_images)
+        return facts | {"precision": str(self.trainer.precision), "metrics": sorted(self.metrics)}
+
+    def _finish(self, row: Row, seed: int) -> None:
+        values = take_values(self.metrics)
+        if self.trainer.is_global_zero:
+            self.results.add(row, seed, self.facts(row), values)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        rank_zero_info(f"{row.name}, seed {seed}: {shown}")
+
+    def _measure_latency(self, batch: Conditions) -> None:
+        conditions = Conditions(*(part[: self.latency_batch_size] for part in batch))
+        facts = {"rows": [self.facts(row) for row in self.rows], "rounds": self.latency_rounds}
+        facts |= {"device": str(self.device), "batch_size": len(conditions.ids)}
+        stored = self.results.latency()
+        if stored is not None and stored["facts"] == facts:
+            return
+        rank_zero_info(f"timing {len(self.rows)} rows, {self.latency_rounds} rounds in turns")
+        runs: dict[str, Callable[[], object]] = {
+            row.name: partial(generate, self.base, conditions, self.decoding.at(row.num_steps), row.method)
+            for row in self.rows
+        }
+        latencies = measure_latency(runs, self.device, len(conditions.ids), self.latency_rounds)
+        ratios = speedups(latencies, self.reference.name)
+        if self.trainer.is_global_zero:
+            measured = {name: latency._asdict() | {"speedup": ratios[name]} for name, latency in latencies.items()}
+            self.results.set_latency(facts, measured)
+
+
+def record(base: MaskedImageModel, conditions: Conditions, decoding: Decoding) -> Trajectories:
+    """Run the vanilla loop and keep the features of every step."""
+    features, tokens = [], conditions.ids
+    committed_at = torch.empty(len(conditions.ids), base.spec.num_tokens, dtype=torch.long, device=tokens.device)
+    for step in sample(base, conditions, decoding, Vanilla()):
+        features.append(step.features)
+        tokens = step.tokens
+        committed_at.scatter_(1, step.committed.positions, step.state.step)
+    stacked: Tensor = torch.stack(features, dim=2).transpose(0, 1)  # (G, B, N, S, C) to (B, G, N, S, C)
+    return Trajectories(conditions, stacked, tokens, committed_at)

@@ -1,0 +1,47 @@
+"""Reference statistics of real images, so that evaluation needs no images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from torch import nn
+
+from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.metrics.images import FeatureStatistics
+from lit_shortcut.weights import update_manifest
+
+
+class ReferenceTask(L.LightningModule):
+    """``predict`` over real images writes mean and covariance of their features; run on one device.
+
+    Args:
+        extractor: from uint8 images to features, the one that will judge generated images.
+        path: safetensors file to write; ``manifest.yaml`` beside it gets an entry.
+        images: says which images they are.
+        licence: SPDX identifier of the file.
+    """
+
+    def __init__(self, extractor: nn.Module, path: Path, images: str, licence: str = "Apache-2.0") -> None:
+        super().__init__()
+        self.statistics, self.path = FeatureStatistics(extractor), path
+        self.facts = {"images": images, "licence": licence}
+        self.extractor = extractor
+
+    def on_predict_start(self) -> None:
+        """Refuse several ranks.
+
+        Raises:
+            ValueError: if there is more than one; each would count its own images alone.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError(f"reference statistics are made on one device, got {self.trainer.world_size}")
+
+    def predict_step(self, batch: LabelledImages, batch_idx: int) -> None:
+        """Take in one batch."""
+        self.statistics.update(batch.pixels)
+
+    def on_predict_end(self) -> None:
+        """Write the file."""
+        self.statistics.save(self.path, self.facts["images"])
+        update_manifest(self.path, self.facts)

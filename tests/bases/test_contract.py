@@ -1,0 +1,145 @@
+"""Every base answers the same questions. A new base adds its maker to BASES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_shortcut.contracts import Conditions, MaskedImageModel
+
+BASES = ["make_base"]  # fixtures: from a seed to a base with random weights
+MakeBase = Callable[[int], MaskedImageModel]
+MakeConditions = Callable[..., Conditions]
+
+
+@pytest.fixture(params=BASES)
+def make(request: pytest.FixtureRequest) -> MakeBase:
+    maker: MakeBase = request.getfixturevalue(request.param)
+    return maker
+
+
+@pytest.fixture
+def model(make: MakeBase) -> MaskedImageModel:
+    return make(0)
+
+
+def half_masked(model: MaskedImageModel, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(model.spec.codebook_size, (count, model.spec.num_tokens), generator=generator)
+    return tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 0.5, model.spec.mask_id)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_spec_tells_the_shapes(model: MaskedImageModel, conditions: MakeConditions, guided: bool) -> None:
+    spec, branches = model.spec, 1 + guided
+    context = model.context(conditions(3), guided=guided)
+    assert context.prompt.shape[:2] == (branches, 3)
+    features = model.features(half_masked(model, 3), context)
+    assert features.shape == (branches, 3, spec.sequence_length, spec.width)
+    assert spec.sequence_length >= spec.num_tokens
+    assert model.interface.logits(features).shape == (branches, 3, spec.num_tokens, spec.codebook_size)
+    places = torch.arange(spec.num_tokens).expand(3, -1)
+    assert model.interface.embed(places % spec.codebook_size, places).shape == (3, spec.num_tokens, spec.width)
+
+
+def test_mask_is_no_code(model: MaskedImageModel) -> None:
+    assert not 0 <= model.spec.mask_id < model.spec.codebook_size
+
+
+def test_first_rows_of_the_features_are_the_image_tokens(model: MaskedImageModel, conditions: MakeConditions) -> None:
+    features = model.features(half_masked(model, 2), model.context(conditions(2), guided=True))
+    rest_changed = features.clone()
+    rest_changed[..., model.spec.num_tokens :, :] += 1
+    every = model.interface.logits(features)
+    assert torch.equal(model.interface.logits(rest_changed), every)
+    places = torch.stack([torch.randperm(model.spec.num_tokens)[:5] for _ in range(2)])
+    chosen = model.interface.logits(features, places)
+    for row, own_places in enumerate(places):
+        torch.testing.assert_close(chosen[:, row], every[:, row, own_places])
+
+
+def test_features_know_where_a_token_stands(model: MaskedImageModel, conditions: MakeConditions) -> None:
+    """Of all rows, the place whose token changed moves most (by a random network's residual path)."""
+    context = model.context(conditions(1), guided=False)
+    tokens = torch.full((1, model.spec.num_tokens), model.spec.mask_id)
+    before = model.features(tokens, context)
+    for place in (0, 3, model.spec.num_tokens - 1):
+        changed = tokens.clone()
+        changed[0, place] = 1
+        moved = (model.features(changed, context) - before).norm(dim=-1)[0, 0]
+        assert int(moved.argmax()) == place
+
+
+def test_base_is_frozen(model: MaskedImageModel, conditions: MakeConditions) -> None:
+    assert isinstance(model, nn.Module)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    features = model.features(half_masked(model, 1), model.context(conditions(1), guided=True))
+    assert not features.requires_grad
+    assert not model.interface.logits(features).requires_grad
+
+
+def test_base_stays_in_eval_inside_a_module_that_trains(model: MaskedImageModel) -> None:
+    assert isinstance(model, nn.Module)
+    nn.ModuleDict({"base": model}).train()
+    assert not any(module.training for module in model.modules())
+
+
+def test_fingerprint_is_of_the_weights(make: MakeBase) -> None:
+    assert make(0).fingerprint == make(0).fingerprint
+    assert len({make(seed).fingerprint for seed in range(4)}) == 4
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("offset", [-1, 0, 1000])
+def test_class_out_of_range_is_refused(
+    model: MaskedImageModel, conditions: MakeConditions, guided: bool, offset: int
+) -> None:
+    label = -1 if offset < 0 else model.spec.num_classes + offset
+    wrong = conditions(2)._replace(labels=torch.tensor([0, label]))
+    with pytest.raises(ValueError, match=rf"0\.\.{model.spec.num_classes - 1}.*{label}"):
+        model.context(wrong, guided=guided)
+
+
+def test_every_class_has_a_context_of_its_own(model: MaskedImageModel) -> None:
+    everyone = torch.arange(model.spec.num_classes)
+    context = model.context(Conditions(everyone, everyone, everyone), guided=True)
+    assert len(context.prompt[0].unique(dim=0)) == model.spec.num_classes
+    assert len(context.prompt[1].unique(dim=0)) == 1
+    features = model.features(half_masked(model, 1).expand(len(everyone), -1), context)
+    conditional, unconditional = features
+    assert (conditional[1:] - conditional[:1]).abs().amax(dim=(1, 2)).min() > 1e-3
+    torch.testing.assert_close(unconditional, unconditional[:1].expand_as(unconditional), rtol=1e-4, atol=1e-5)
+
+
+def test_doubled_batch_equals_two_single_branches(model: MaskedImageModel, conditions: MakeConditions) -> None:
+    tokens = half_masked(model, 3)
+    context = model.context(conditions(3), guided=True)
+    both = model.features(tokens, context)
+    for branch in range(2):
+        alone = model.features(tokens, context._replace(prompt=context.prompt[branch : branch + 1]))
+        torch.testing.assert_close(both[branch], alone[0], rtol=1e-4, atol=1e-5)
+    unguided = model.context(conditions(3), guided=False)
+    assert torch.equal(unguided.prompt[0], context.prompt[0])
+
+
+def test_samples_of_a_batch_do_not_see_each_other(model: MaskedImageModel, conditions: MakeConditions) -> None:
+    tokens, everyone = half_masked(model, 3), conditions(3)
+    together = model.features(tokens, model.context(everyone, guided=True))
+    for row in range(3):
+        context = model.context(Conditions(*(field[row : row + 1] for field in everyone)), guided=True)
+        alone = model.features(tokens[row : row + 1], context)
+        torch.testing.assert_close(together[:, row], alone[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_decode_gives_images_for_all_codes(model: MaskedImageModel) -> None:
+    spec = model.spec
+    tokens = torch.arange(2 * spec.num_tokens).view(2, -1) % spec.codebook_size
+    images = model.decode(tokens)
+    assert images.dtype == torch.uint8
+    assert images.shape[:2] == (2, 3)
+    assert images.shape[2] == images.shape[3]
+    assert torch.equal(model.decode(tokens), images)
+    assert torch.equal(model.decode(tokens[1:])[0], images[1])

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from datamodules.conditions import ClassLabels
+from lit_shortcut.callbacks import trajectory_writer
+from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
+from lit_shortcut.contracts import Conditions, Trajectories
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.trajectory import Card, TrajectoryError, is_complete, load_interface, read_shard, read_trajectory
+from tests.tiny_trajectories import SPEC, interface, trajectories
+
+
+class Recorder(L.LightningModule):
+    """Records what depends on the ids alone; raises at batch ``fails_at``."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        super().__init__()
+        self.base: Any = SimpleNamespace(spec=SPEC, fingerprint="0123456789abcdef", interface=interface())
+        self.decoding = Decoding(num_steps=4)
+        self.fails_at, self.batches = fails_at, 0
+
+    def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
+        if self.batches == self.fails_at:
+            raise RuntimeError("interrupted")
+        self.batches += 1
+        recorded = trajectories(batch.ids.tolist())
+        return recorded._replace(conditions=batch)
+
+
+def predict(folder: Path, module: Recorder | None = None, num_images: int = 11, **arguments: Any) -> Recorder:
+    module = module or Recorder()
+    overwrite, dtype = arguments.pop("overwrite", False), arguments.pop("dtype", "bfloat16")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[TrajectoryWriter(folder, dtype=dtype, overwrite=overwrite)],
+        **{key: arguments.pop(key) for key in ("strategy", "devices") if key in arguments},
+    )
+    trainer.predict(module, datamodule=ClassLabels(num_images, **({"batch_size": 3} | arguments)))
+    return module
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    messages: list[str] = []
+    monkeypatch.setattr(trajectory_writer, "rank_zero_info", messages.append)
+    return messages
+
+
+def test_predict_records_a_set(tmp_path: Path, said: list[str]) -> None:
+    assert predict(tmp_path / "set").batches == 4
+    card = Card.read(tmp_path / "set")
+    assert (card.num_samples, card.samples_per_shard, card.branches, card.dtype) == (11, 3, 2, "bfloat16")
+    assert card.decoding["guidance"] == 2.8
+    assert is_complete(tmp_path / "set", card)
+    assert load_interface(tmp_path / "set").num_tokens == 9
+    (first, *_) = read_shard(tmp_path / "set", 3, card)
+    one = read_trajectory(first, card)
+    assert one.id == 9
+    assert one.seed == next(iter(ClassLabels(11, batch_size=11).loader())).seeds[9]
+    assert torch.equal(one.features, trajectories([9]).features[0].bfloat16())
+    assert said[0].endswith("GB free")
+    assert "recording 11 trajectories of 11" in said[0]
+    assert "11 of 11 trajectories" in said[1]
+
+
+def test_predictions_are_not_kept_in_memory(tmp_path: Path) -> None:
+    module = Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[TrajectoryWriter(tmp_path)]
+    )
+    assert trainer.predict(module, datamodule=ClassLabels(4, batch_size=2)) is None
+    assert trainer.predict_loop.predictions == []
+
+
+def test_interrupted_recording_goes_on_and_ends_the_same(tmp_path: Path, said: list[str]) -> None:
+    predict(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="interrupted"):
+        predict(tmp_path / "set", Recorder(fails_at=2))
+    assert not is_complete(tmp_path / "set", Card.read(tmp_path / "set"))
+    assert predict(tmp_path / "set").batches == 2
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert "recording 5 trajectories of 11" in said[-2]
+
+
+def test_complete_set_is_left_alone(tmp_path: Path, said: list[str]) -> None:
+    predict(tmp_path)
+    before = contents(tmp_path)
+    assert predict(tmp_path).batches == 0
+    assert contents(tmp_path) == before
+    assert said[-1] == (f"{tmp_path} is complete (11 trajectories); nothing to record; overwrite: true records it anew")
+
+
+def test_other_set_is_refused_and_each_difference_named(tmp_path: Path) -> None:
+    predict(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(TrajectoryError, match="dtype is bfloat16, not float32; seed is 0, not 5") as caught:
+        predict(tmp_path, dtype="float32", seed=5)
+    assert "overwrite: true" in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_leaves_nothing_of_the_old_set(tmp_path: Path) -> None:
+    predict(tmp_path / "set")
+    predict(tmp_path / "set", num_images=4, seed=5, overwrite=True)
+    predict(tmp_path / "fresh", num_images=4, seed=5)
+    assert contents(tmp_path / "set") == contents(tmp_path / "fresh")
+    assert predict(tmp_path / "set", num_images=4, seed=5, overwrite=True).batches == 2
+
+
+def test_interrupted_overwriting_goes_on(tmp_path: Path) -> None:
+    predict(tmp_path)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        predict(tmp_path, Recorder(fails_at=3), overwrite=True)
+    assert predict(tmp_path, overwrite=True).batches == 1
+
+
+def test_shards_without_a_card_are_not_mixed_with_new_ones(tmp_path: Path) -> None:
+    predict(tmp_path)
+    (tmp_path / "card.json").unlink()
+    with pytest.raises(TrajectoryError, match="holds shards without a card"):
+        predict(tmp_path)
+
+
+def test_too_little_disk_is_said_before_anything_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    module = Recorder()
+    with pytest.raises(TrajectoryError, match=r"11 trajectories of 11, about .* GB to record, but 1e-06 GB free"):
+        predict(tmp_path / "set", module)
+    assert module.batches == 0
+    assert not (tmp_path / "set").exists()
+
+
+def test_recording_without_conditions_is_refused(tmp_path: Path) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[TrajectoryWriter(tmp_path)]
+    )
+    with pytest.raises(TrajectoryError, match="ClassLabels"):
+        trainer.predict(Recorder(), dataloaders=torch.utils.data.DataLoader([0]))
+
+
+@pytest.mark.parametrize("num_images", [11, 2])  # with 2 images the second rank has nothing to do
+def test_two_ranks_record_what_one_records(tmp_path: Path, num_images: int) -> None:
+    predict(tmp_path / "one", num_images=num_images)
+    predict(tmp_path / "two", num_images=num_images, strategy="ddp_fork", devices=2)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from datamodules.trajectories import TrajectoryDataModule
+from lit_shortcut.contracts import Trajectories, Transition
+from lit_shortcut.trajectory import TrajectoryError
+from tests.tiny_trajectories import interface, trajectories, write_set
+
+IDS = 0  # the channel that holds the sample's id
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("set")
+    write_set(path, num_samples=17)  # five full shards to train on and one of two samples
+    return path
+
+
+def make(folder: Path, *, rank: int = 0, world_size: int = 1, epoch: int = 0, **arguments: Any) -> TrajectoryDataModule:
+    module = TrajectoryDataModule(str(folder), **({"batch_size": 8, "shuffle_buffer": 16} | arguments))
+    module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=epoch)
+    module.setup("fit")
+    return module
+
+
+def names(batch: Transition) -> list[tuple[int, int, float]]:
+    """What tells transitions apart: sample, step, and a value that differs between branches."""
+    values = zip(batch.features[:, 0, IDS].tolist(), batch.step.tolist(), batch.features[:, 0, 1].tolist(), strict=True)
+    return [(int(sample), step, value) for sample, step, value in values]
+
+
+def order(module: TrajectoryDataModule) -> list[list[tuple[int, int, float]]]:
+    return [names(batch) for batch in module.train_dataloader()]
+
+
+def test_epoch_has_as_many_batches_as_transitions_fill(folder: Path) -> None:
+    batches = list(make(folder).train_dataloader())
+    assert len(batches) == len(make(folder).train_dataloader()) == 15 * 2 * 3 // 8
+    assert {len(batch.step) for batch in batches} == {8}
+    assert len(make(folder, world_size=2).train_dataloader()) == 15 * 2 * 3 // 16
+    assert len(make(folder, window=2).train_dataloader()) == 15 * 2 * 2 // 8
+
+
+def test_epoch_sees_most_transitions_once_and_validation_samples_never(folder: Path) -> None:
+    seen = [name for batch in order(make(folder, shuffle_buffer=6)) for name in batch]
+    assert {sample for sample, _, _ in seen} <= set(range(15))
+    assert len(set(seen)) >= 88 - 6
+
+
+def test_several_readers_of_one_shard_share_its_samples(tmp_path: Path) -> None:
+    write_set(tmp_path, num_samples=8, samples_per_shard=4)
+    seen = [
+        name
+        for rank in range(2)
+        for batch in order(make(tmp_path, rank=rank, world_size=2, batch_size=2, shuffle_buffer=1))
+        for name in batch
+    ]
+    assert {sample for sample, _, _ in seen} == {0, 1, 2, 3}
+    assert len(set(seen)) >= 24 - 2
+
+
+def test_batches_mix_trajectories_and_steps(folder: Path) -> None:
+    for batch in islice(order(make(folder, shuffle_buffer=40)), 5):
+        assert len({sample for sample, _, _ in batch}) > 2
+        assert len({step for _, step, _ in batch}) > 1
+
+
+def test_transition_is_one_of_its_trajectory(folder: Path) -> None:
+    batch = next(iter(make(folder).train_dataloader()))
+    for row, (sample, step, _) in enumerate(names(batch)):
+        recorded = trajectories([sample])
+        branch = [torch.equal(batch.features[row], recorded.features[0, g, step]) for g in (0, 1)].index(True)
+        assert torch.equal(batch.targets[row, 0], recorded.features[0, branch, step + 1])
+        places = batch.control.positions[row, 0][batch.control.is_real[row, 0]]  # type: ignore[index]
+        assert torch.equal(places, (recorded.committed_at[0] == step).nonzero()[:, 0])
+
+
+def test_same_seed_gives_the_same_order_and_epochs_differ(folder: Path) -> None:
+    first = order(make(folder))
+    assert order(make(folder)) == first
+    assert order(make(folder, epoch=1)) != first
+    assert order(make(folder, seed=1)) != first
+    assert order(make(folder, rank=1, world_size=2)) != order(make(folder, rank=0, world_size=2))
+
+
+def test_loader_kept_over_epochs_gives_each_its_own_order(folder: Path) -> None:
+    module = make(folder)
+    loader = module.train_dataloader()
+    first = [names(batch) for batch in loader]
+    module.trainer.current_epoch = 1
+    assert [names(batch) for batch in loader] == order(make(folder, epoch=1)) != first
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumed_epoch_goes_on_with_the_same_batches(folder: Path, num_workers: int) -> None:
+    expected = order(make(folder, epoch=3, num_workers=num_workers))
+    loader = make(folder, epoch=3, num_workers=num_workers).train_dataloader()
+    begun = [names(batch) for batch in islice(loader, 4)]
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = make(folder, epoch=3, num_workers=num_workers).train_dataloader()
+    resumed.load_state_dict(state)
+    assert begun + [names(batch) for batch in resumed] == expected
+
+
+def test_epoch_after_a_resumed_one_is_whole(folder: Path) -> None:
+    module = make(folder)
+    loader = module.train_dataloader()
+    loader.load_state_dict({"epoch": 0, "done": len(loader), "layout": loader.state_dict()["layout"]})
+    assert list(loader) == []
+    module.trainer.current_epoch = 1
+    assert len(list(loader)) == len(loader)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"world_size": 2}, "world_size was 1, is 2"), ({"num_workers": 2}, "num_workers was 0, is 2")],
+)
+def test_place_in_another_layout_is_refused(folder: Path, change: dict[str, int], message: str) -> None:
+    state = make(folder).train_dataloader().state_dict()
+    with pytest.raises(TrajectoryError, match=message):
+        make(folder, **change).train_dataloader().load_state_dict(state)
+
+
+class Watch(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[Any] = []
+        self.validated: list[int] = []
+
+    def training_step(self, batch: Transition, batch_idx: int) -> torch.Tensor:
+        self.seen.append(names(batch))
+        return self.weight.sum()
+
+    def validation_step(self, batch: Trajectories, batch_idx: int) -> None:
+        self.validated += batch.conditions.ids.tolist()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveAt(L.Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("stop", [3, 11, 14])  # in the first epoch, at its end, in the second
+def test_training_resumed_from_a_checkpoint_sees_what_one_run_sees(folder: Path, tmp_path: Path, stop: int) -> None:
+    def fit(checkpoint: Path | None = None) -> Watch:
+        module = Watch()
+        trainer = L.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_steps=18,
+            num_sanity_val_steps=0,
+            callbacks=[] if checkpoint else [SaveAt(stop, tmp_path / "stopped.ckpt")],
+            enable_checkpointing=False,
+        )
+        data = TrajectoryDataModule(str(folder), batch_size=8, shuffle_buffer=16)
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        return module
+
+    whole = fit()
+    assert len(whole.seen) == 18
+    assert whole.validated == [15, 16]
+    assert fit(tmp_path / "stopped.ckpt").seen == whole.seen[stop:]
+
+
+def test_validation_reads_every_trajectory_once_over_ranks_and_workers(folder: Path) -> None:
+    seen = [
+        i
+        for rank in range(2)
+        for batch in make(
+            folder, rank=rank, world_size=2, num_workers=2, validation_shards=4, validation_batch_size=2
+        ).val_dataloader()
+        for i in batch.conditions.ids.tolist()
+    ]
+    assert sorted(seen) == list(range(6, 17))
+
+
+def test_validation_batches_whole_trajectories_and_keeps_the_last(folder: Path) -> None:
+    batches = list(make(folder, validation_shards=2, validation_batch_size=3).val_dataloader())
+    assert [len(batch.tokens) for batch in batches] == [3, 2]
+    assert batches[0].features.shape == (3, 2, 4, 10, 6)
+    expected = trajectories([12, 13, 14])
+    assert torch.equal(batches[0].features, expected.features)
+    assert torch.equal(batches[0].tokens, expected.tokens)
+    assert torch.equal(batches[0].committed_at, expected.committed_at)
+    assert batches[1].conditions.labels.tolist() == [5, 6]
+
+
+def test_interface_is_the_recorded_one(folder: Path) -> None:
+    assert torch.equal(make(folder).interface.head_weight, interface().head_weight)
+
+
+def test_velocity_scale_is_the_deviation_over_masked_places(folder: Path) -> None:
+    rows = []
+    for i in range(3):
+        recorded = trajectories([i])
+        for step in range(3):
+            masked = recorded.committed_at[0] > step
+            change = recorded.features[0, :, step + 1, :9] - recorded.features[0, :, step, :9]
+            rows.append(change[:, masked].flatten(0, 1))
+    expected = torch.cat(rows).std(0, correction=0)
+    found = make(folder).velocity_scale()
+    assert found[IDS] == 1  # never changes
+    torch.testing.assert_close(found[1:], expected[1:])
+
+
+def test_missing_folder_and_empty_folder_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(TrajectoryError, match=rf"{path}/card\.json"):
+            make(path)
+
+
+@pytest.mark.parametrize("source", ["pipe:cat shards", "https://host/set::other"])
+def test_sources_that_run_commands_are_refused(source: str) -> None:
+    with pytest.raises(TrajectoryError, match="refused"):
+        TrajectoryDataModule(source)
+
+
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    (tmp_path / "shard-000002.tar").unlink()
+    with pytest.raises(TrajectoryError, match=r"shard-000002\.tar: no such shard; 1 of 4 shards are not whole"):
+        make(tmp_path)
+
+
+def test_shard_cut_short_is_named(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    path = tmp_path / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(TrajectoryError, match=r"shard-000001\.tar: its size differs from shard-000001\.json"):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shard_cut_short_with_a_fitting_sidecar_is_named_when_read(tmp_path: Path, num_workers: int) -> None:
+    write_set(tmp_path)
+    path = tmp_path / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    path.with_suffix(".json").write_text(json.dumps({"samples": 3, "bytes": 5000, "sha256": ""}))
+    with pytest.raises(TrajectoryError, match=r"shard-000001\.tar"):
+        list(make(tmp_path, num_workers=num_workers).train_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"validation_shards": 6}, "validation_shards must be below 6"),
+        ({"window": 4}, "window must be below 4 steps, got 4"),
+        ({"base_fingerprint": "feedfeedfeedfeed"}, "expected trajectories of base feedfeedfeedfeed, found 0123456789"),
+    ],
+)
+def test_set_that_does_not_fit_the_arguments_is_refused(folder: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrajectoryError, match=message):
+        make(folder, **change)
+
+
+def test_set_too_small_for_a_batch_is_refused(folder: Path) -> None:
+    with pytest.raises(TrajectoryError, match="90 training windows do not fill 1 batches of 91"):
+        make(folder, batch_size=91).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    "name", ["batch_size", "shuffle_buffer", "validation_shards", "window", "validation_batch_size"]
+)
+def test_sizes_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        TrajectoryDataModule("somewhere", **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format_version", 2, "format_version: expected 1, found 2"),
+        ("dtype", "float16", "features: expected torch.float16"),
+        ("width", 8, r"features: expected .*10, 8\), found"),
+    ],
+)
+def test_card_of_other_samples_is_noticed(tmp_path: Path, key: str, value: object, message: str) -> None:
+    write_set(tmp_path)
+    path = tmp_path / "card.json"
+    card = json.loads(path.read_text())
+    (card["spec"] if key == "width" else card)[key] = value
+    path.write_text(json.dumps(card))
+    with pytest.raises(TrajectoryError, match=message):
+        next(iter(make(tmp_path).train_dataloader()))
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset opens URLs with curl")
+def test_set_behind_a_url_is_read_like_a_folder(folder: Path) -> None:
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=folder)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        module = TrajectoryDataModule(url, batch_size=8, shuffle_buffer=16)
+        module.setup("fit")
+        assert [names(batch) for batch in module.train_dataloader()] == order(make(folder))
+        assert torch.equal(module.interface.head_weight, interface().head_weight)
+        with pytest.raises(TrajectoryError, match=r"nowhere/card\.json"):
+            TrajectoryDataModule(f"{url}/nowhere").setup("fit")
+        server.shutdown()

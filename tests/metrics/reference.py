@@ -1,0 +1,17 @@
+"""Reference statistics in one call, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lit_shortcut.metrics.images import FeatureStatistics
+
+
+def write_reference(path: Path, extractor: nn.Module, batches: Iterable[Tensor], images: str) -> None:
+    statistics = FeatureStatistics(extractor)
+    for batch in batches:
+        statistics.update(batch)
+    statistics.save(path, images)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_shortcut.networks.shortcut import ShortcutNet, sinusoids
+from lit_shortcut.weights import save_module
+
+BATCH, SEQUENCE, WIDTH, CONTROL = 3, 6, 16, 4
+
+
+def make(randomly: bool = True, **hparams: Any) -> ShortcutNet:
+    """With ``randomly``, no parameter is left at a special value."""
+    torch.manual_seed(0)
+    network = ShortcutNet(WIDTH, **({"num_heads": 2} | hparams))
+    if randomly:
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return network.eval()
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(BATCH, SEQUENCE, WIDTH), torch.randn(BATCH, CONTROL, WIDTH), torch.tensor([0.1, 0.5, 1.0])
+
+
+def test_untrained_network_holds_and_is_still_trained_by_gradients() -> None:
+    network = make(randomly=False)
+    features, control, share = inputs()
+    following = network(features, control, share)
+    assert torch.equal(following, features)
+    following.square().sum().backward()
+    assert network.widen.weight.grad is not None
+    assert network.widen.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("hparams", [{}, {"bottleneck_ratio": 1}, {"num_blocks": 2}, {"uses_time": False}])
+def test_padding_of_control_does_not_change_the_output(hparams: dict[str, Any]) -> None:
+    network = make(**hparams)
+    features, control, share = inputs()
+    padded = torch.cat([control, torch.full((BATCH, 3, WIDTH), 50.0)], dim=1)
+    is_real = torch.arange(CONTROL + 3).expand(BATCH, -1) < CONTROL
+    expected = network(features, control, share)
+    torch.testing.assert_close(network(features, padded, share, is_real), expected, rtol=1e-5, atol=1e-5)
+    assert (network(features, padded, share) - expected).abs().max() > 1e-3  # the mask is what hides it
+
+
+def test_rows_may_be_padded_each_in_its_own_way() -> None:
+    network = make()
+    features, control, share = inputs()
+    counts = [1, 4, 2]
+    is_real = torch.arange(CONTROL) < torch.tensor(counts)[:, None]
+    together = network(features, control, share, is_real)
+    for row, count in enumerate(counts):
+        one = slice(row, row + 1)
+        alone = network(features[one], control[one, :count], share[one])
+        torch.testing.assert_close(together[one], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_control_tokens_are_a_set() -> None:
+    network = make()
+    features, control, share = inputs()
+    expected = network(features, control, share)
+    torch.testing.assert_close(network(features, control.flip(1), share), expected, rtol=1e-5, atol=1e-5)
+    assert (network(features, control + 1, share) - expected).abs().max() > 1e-3
+
+
+def test_no_control_tokens_work_and_equal_padding_alone() -> None:
+    network = make()
+    features, control, share = inputs()
+    nothing = network(features, control[:, :0], share)
+    assert bool(nothing.isfinite().all())
+    padding = network(features, control, share, torch.zeros(BATCH, CONTROL, dtype=torch.bool))
+    torch.testing.assert_close(nothing, padding, rtol=1e-5, atol=1e-5)
+
+
+def test_time_conditions_the_output() -> None:
+    network = make()
+    features, control, share = inputs()
+    assert (network(features, control, share) - network(features, control, share / 2)).abs().max() > 1e-3
+
+
+def test_without_time_the_masked_share_has_no_part_and_no_parameters() -> None:
+    network = make(uses_time=False)
+    features, control, share = inputs()
+    assert torch.equal(network(features, control, share), network(features, control, share / 2))
+    assert not [name for name, _ in network.named_parameters() if "time" in name or "modulation" in name]
+
+
+@pytest.mark.parametrize(("ratio", "inner"), [(1, 16), (2, 8), (4, 4), (8 / 3, 6)])
+def test_bottleneck_ratio_sets_the_inner_width(ratio: float, inner: int) -> None:
+    network = make(bottleneck_ratio=ratio)
+    projections = [name for name, _ in network.named_parameters() if name.startswith(("narrow", "widen"))]
+    assert bool(projections) == (ratio > 1)
+    assert {block.cross_attention.out_proj.out_features for block in network.blocks} == {inner}  # type: ignore[union-attr]
+    features, control, share = inputs()
+    assert network(features, control, share).shape == features.shape
+
+
+def test_sizes_at_imagenet_are_the_published_ones() -> None:
+    """The hidden width of the time network is round(√(256·384)) = 314."""
+    with torch.device("meta"):
+        network = ShortcutNet(768)
+    assert network.time_mlp[0].out_features == 314
+    count = sum(parameter.numel() for parameter in network.parameters())
+    inner, hidden = 384, 314
+    attention, mlp = 4 * inner**2 + 4 * inner, 8 * inner**2 + 5 * inner
+    block = 2 * (attention + mlp + 2 * 2 * inner)
+    projections = 2 * (768 * inner + inner) + inner * 768 + 768
+    last, time = inner**2 + 5 * inner, 257 * hidden + hidden * inner + inner + inner * 2 * inner + 2 * inner
+    assert count == block + projections + last + time
+
+
+def test_sinusoids_are_cosines_then_sines_of_a_thousandfold_share() -> None:
+    share = torch.tensor([0.0, 0.25, 1.0])
+    values = sinusoids(share)
+    assert values.shape == (3, 256)
+    assert values[0].tolist() == [1.0] * 128 + [0.0] * 128
+    for row, r in enumerate(share.tolist()):
+        for k in (0, 1, 64, 127):
+            angle = 1000 * r * math.exp(-math.log(10000) * k / 128)
+            assert values[row, k].item() == pytest.approx(math.cos(angle), abs=1e-3)
+            assert values[row, 128 + k].item() == pytest.approx(math.sin(angle), abs=1e-3)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5, 0.99])
+def test_ratio_below_one_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match=f"bottleneck_ratio must be at least 1, got {ratio}"):
+        ShortcutNet(WIDTH, 2, ratio)
+
+
+@pytest.mark.parametrize("num_heads", [3, 16])
+def test_heads_that_do_not_divide_the_inner_width_are_refused(num_heads: int) -> None:
+    with pytest.raises(ValueError, match=f"width 8 and num_heads {num_heads}"):
+        ShortcutNet(WIDTH, num_heads)
+
+
+@pytest.mark.parametrize("hparams", [{}, {"bottleneck_ratio": 1, "num_blocks": 2, "uses_time": False}])
+def test_load_returns_what_was_saved_frozen(tmp_path: Path, hparams: dict[str, Any]) -> None:
+    network = make(**hparams)
+    save_module(tmp_path / "shortcut.safetensors", network)
+    loaded = ShortcutNet.load(tmp_path / "shortcut.safetensors")
+    assert torch.equal(loaded(*inputs()), network(*inputs()))
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())

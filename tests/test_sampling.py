@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.bases.maskgit.adapter import MaskGIT
+from lit_shortcut.contracts import Conditions, Context, Step, TokenSpec
+from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
+from lit_shortcut.interface import TokenInterface
+from lit_shortcut.sampling import Decoding, generate, sample
+
+GOLDEN = json.loads((Path(__file__).parent / "parity" / "schedules.json").read_text())
+SHARES = GOLDEN["maskgit_mask_ratio_before_next_step"]
+GREEDY = {"temperature": 0.0, "confidence_noise": 0.0}
+MakeConditions = Callable[..., Conditions]
+
+
+class FixedLogits:
+    """A base whose logits at each place are given: (G, L, V), whatever the tokens."""
+
+    fingerprint = "fixed"
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        _, num_tokens, codebook_size = logits.shape
+        self.spec = TokenSpec(num_tokens, num_tokens, codebook_size, codebook_size, codebook_size, num_classes=5)
+        self.interface = TokenInterface(num_tokens, torch.eye(codebook_size), torch.eye(codebook_size))
+
+    def context(self, conditions: Conditions, *, guided: bool) -> Context:
+        return Context(conditions.labels.expand(1 + guided, -1)[..., None])
+
+    def features(self, tokens: Tensor, context: Context) -> Tensor:
+        branches, count, _ = context.prompt.shape
+        return self.logits[:branches, None].expand(-1, count, -1, -1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        raise AssertionError("not used here")
+
+
+def steps_of(base: Any, conditions: Conditions, **decoding: Any) -> list[Step]:
+    return list(sample(base, conditions, Decoding(**decoding), Vanilla()))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.8])
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_known_tokens_are_never_changed(
+    base: MaskGIT, conditions: MakeConditions, schedule: Schedule, guidance: float
+) -> None:
+    steps = steps_of(base, conditions(3), num_steps=5, schedule=schedule, guidance=guidance)
+    assert bool((steps[0].state.tokens == base.spec.mask_id).all())
+    for step in steps:
+        was_known = step.state.tokens != base.spec.mask_id
+        assert torch.equal(step.tokens[was_known], step.state.tokens[was_known])
+    for earlier, later in pairwise(steps):
+        assert torch.equal(later.state.tokens, earlier.tokens)
+        assert later.state.control is earlier.committed
+        assert later.state.step == earlier.state.step + 1
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_counts_follow_the_schedule_until_every_token_is_known(
+    base: MaskGIT, conditions: MakeConditions, schedule: Schedule, num_steps: int
+) -> None:
+    steps = steps_of(base, conditions(3), num_steps=num_steps, schedule=schedule)
+    counts = tokens_per_step(schedule, num_steps, base.spec.num_tokens)
+    for step, count in zip(steps, counts, strict=True):
+        newly = (step.tokens != base.spec.mask_id) & (step.state.tokens == base.spec.mask_id)
+        assert newly.sum(1).tolist() == [count] * 3
+        assert torch.equal(step.committed.positions.sort(1).values, newly.nonzero()[:, 1].view(3, count))
+        assert torch.equal(step.tokens.gather(1, step.committed.positions), step.committed.tokens)
+    assert 0 <= steps[-1].tokens.min()
+    assert steps[-1].tokens.max() < base.spec.codebook_size
+
+
+@pytest.mark.parametrize("row", SHARES, ids=lambda row: f"{row['num_steps']}-{row['num_tokens']}")
+def test_masked_share_equals_the_reference(conditions: MakeConditions, row: dict[str, Any]) -> None:
+    empty = FixedLogits(torch.zeros(1, row["num_tokens"], 2))
+    steps = steps_of(empty, conditions(2), num_steps=row["num_steps"], guidance=0.0)
+    assert steps[0].state.masked_share.tolist() == [1.0, 1.0]
+    assert [step.state.masked_share.tolist() for step in steps[1:]] == [[ratio, ratio] for ratio in row["ratio"]]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.8])
+def test_an_image_depends_on_its_seed_and_class_not_on_its_batch(
+    base: MaskGIT, conditions: MakeConditions, guidance: float
+) -> None:
+    everyone, decoding = conditions(5), Decoding(num_steps=5, guidance=guidance)
+    together = generate(base, everyone, decoding, Vanilla())
+    for row in range(5):
+        alone = generate(base, Conditions(*(field[row : row + 1] for field in everyone)), decoding, Vanilla())
+        assert torch.equal(alone[0], together[row])
+    order = torch.tensor([3, 0, 4, 1, 2])
+    permuted = generate(base, Conditions(*(field[order] for field in everyone)), decoding, Vanilla())
+    assert torch.equal(permuted, together[order])
+    renamed = generate(base, everyone._replace(ids=everyone.ids + 77), decoding, Vanilla())
+    assert torch.equal(renamed, together)
+
+
+def test_same_seed_gives_the_same_image_and_another_seed_another(base: MaskGIT) -> None:
+    seeds = torch.tensor([4, 5, 4, -6, 2**62])
+    tokens = generate(base, Conditions(torch.arange(5), seeds, torch.zeros_like(seeds)), Decoding(5), Vanilla())
+    assert torch.equal(tokens[0], tokens[2])
+    assert len(tokens.unique(dim=0)) == 4
+
+
+def test_global_random_state_has_no_part(base: MaskGIT, conditions: MakeConditions) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = generate(base, conditions(2), Decoding(5), Vanilla())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(generate(base, conditions(2), Decoding(5), Vanilla()), first)
+
+
+def test_another_class_changes_its_own_image_alone(base: MaskGIT, conditions: MakeConditions) -> None:
+    everyone = conditions(4)
+    labels = everyone.labels.clone()
+    labels[2] = 4
+    before = generate(base, everyone, Decoding(5), Vanilla())
+    after = generate(base, everyone._replace(labels=labels), Decoding(5), Vanilla())
+    assert (before != after).any(1).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(("guidance", "branches"), [(0.0, 1), (2.8, 2)])
+def test_guidance_decides_the_number_of_branches(
+    base: MaskGIT, conditions: MakeConditions, guidance: float, branches: int
+) -> None:
+    for step in steps_of(base, conditions(2), num_steps=3, guidance=guidance):
+        assert step.features.shape[0] == branches
+
+
+@pytest.mark.parametrize("noise", [0.0, 7.0])
+def test_one_step_reveals_the_conditional_branch_own_choice(
+    base: MaskGIT, conditions: MakeConditions, noise: float
+) -> None:
+    (step,) = steps_of(base, conditions(3), num_steps=1, temperature=0.0, confidence_noise=noise)
+    context = base.context(conditions(3), guided=False)
+    features = base.features(torch.full_like(step.tokens, base.spec.mask_id), context)
+    assert torch.equal(step.tokens, base.interface.logits(features)[0].argmax(-1))
+
+
+def test_without_temperature_and_noise_seeds_have_no_part(base: MaskGIT, conditions: MakeConditions) -> None:
+    one, other = (steps_of(base, conditions(4, first_seed=first), num_steps=5, **GREEDY) for first in (0, 10_000))
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.committed.positions, b.committed.positions)
+
+
+def test_most_confident_places_are_committed_first(conditions: MakeConditions) -> None:
+    ranks = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4])
+    codes = torch.tensor([1, 0, 2, 2, 1, 0, 0, 1])
+    logits = torch.nn.functional.one_hot(codes, 3) * (8.0 - ranks)[:, None]  # rank 0 is surest
+    steps = steps_of(FixedLogits(logits[None]), conditions(2), num_steps=4, schedule="linear", guidance=0.0, **GREEDY)
+    order = torch.cat([step.committed.positions for step in steps], dim=1)
+    assert torch.equal(order, ranks.argsort().expand(2, -1))
+    assert torch.equal(steps[-1].tokens, codes.expand(2, -1))
+
+
+def test_guidance_rises_linearly_from_zero(conditions: MakeConditions) -> None:
+    """Codes 0..4 win in turn as the weight w of (1 + w)·c − w·u passes 0.5, 1.5, 2.5 and 3.5."""
+    conditional = torch.tensor([0.0, -0.5, -2.0, -4.5, -8.0])  # −k²/2, and u falls by one a code
+    unconditional = conditional + torch.tensor([0.0, -1.0, -2.0, -3.0, -4.0])
+    logits = torch.stack([conditional, unconditional])[:, None].expand(-1, 15, -1)
+    steps = steps_of(FixedLogits(logits), conditions(1), num_steps=5, schedule="linear", guidance=4.0, **GREEDY)
+    assert [step.committed.tokens.unique().tolist() for step in steps] == [[0], [1], [2], [3], [4]]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_codes_follow_the_tempered_softmax(temperature: float) -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.4])
+    fixed, ids = FixedLogits(logits.expand(1, 4, -1)), torch.arange(5000)
+    conditions = Conditions(ids, ids, torch.zeros_like(ids))
+    # noise far above any log p: places are chosen regardless of their codes, which leaves the codes' shares alone
+    (*_, last) = steps_of(fixed, conditions, num_steps=2, guidance=0.0, temperature=temperature, confidence_noise=1e6)
+    for place in range(4):
+        counts = torch.bincount(last.tokens[:, place], minlength=4)
+        expected = (logits.double() / temperature).softmax(0) * len(ids)
+        assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_confidence_noise_orders_the_places_by_chance_and_ends_at_the_last_step() -> None:
+    ids = torch.arange(8000)
+    conditions = Conditions(ids, ids, torch.zeros_like(ids))
+    sure_first = torch.tensor([[4.0, 0.0], [3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])[None]
+    greedy = {"num_steps": 4, "schedule": "linear", "guidance": 0.0, "temperature": 0.0}
+    noisy = steps_of(FixedLogits(sure_first), conditions, confidence_noise=1e6, **greedy)
+    places = torch.bincount(noisy[0].committed.positions[:, 0], minlength=4)
+    assert stats.chisquare(places).pvalue > 1e-3
+    # Gumbel's trick: with noise of scale s, a place is first with probability softmax(log p / s)
+    scale = 0.1
+    noisy = steps_of(FixedLogits(sure_first), conditions, confidence_noise=scale, **greedy)
+    expected = (sure_first[0].double().log_softmax(-1).amax(-1) / scale).softmax(0) * len(ids)
+    assert stats.chisquare(torch.bincount(noisy[0].committed.positions[:, 0], minlength=4), expected).pvalue > 1e-3
+    two = {**greedy, "num_steps": 2, "schedule": "square"}  # the last step has no noise left: sure places come first
+    last = steps_of(FixedLogits(sure_first), conditions, confidence_noise=1e6, **two)[-1].committed.positions
+    assert torch.equal(last, last.sort(1).values)
+
+
+def test_budget_out_of_range_is_refused(base: MaskGIT, conditions: MakeConditions) -> None:
+    with pytest.raises(ValueError, match=r"budget must lie in 1\.\.5.*got 6"):
+        generate(base, conditions(1), Decoding(5), Planned(6, Hold()))
+
+
+@pytest.mark.parametrize("num_steps", [0, 17])
+def test_too_many_or_no_steps_are_refused(base: MaskGIT, conditions: MakeConditions, num_steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"num_steps must lie in 1\.\.16.*got {num_steps}"):
+        generate(base, conditions(1), Decoding(num_steps), Vanilla())
+
+
+def test_wrong_class_is_refused(base: MaskGIT, conditions: MakeConditions) -> None:
+    with pytest.raises(ValueError, match=r"class labels must lie in 0\.\.4"):
+        generate(base, conditions(1)._replace(labels=torch.tensor([5])), Decoding(5), Vanilla())
+
+
+@pytest.mark.parametrize("name", ["temperature", "confidence_noise"])
+def test_negative_noise_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
+        Decoding(**{name: -1.0})  # type: ignore[arg-type]
+
+
+def test_progress_runs_from_zero_to_one() -> None:
+    assert [Decoding(num_steps=5).progress(step) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert Decoding(num_steps=1).progress(0) == 0
+
+
+def test_features_carry_no_gradient_history(base: MaskGIT, conditions: MakeConditions) -> None:
+    with torch.enable_grad():
+        for step in sample(base, conditions(1), Decoding(3), Vanilla()):
+            assert not step.features.requires_grad
+            assert torch.is_grad_enabled()  # the loop's own mode does not reach its consumer
