@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
 from pathlib import Path
 
 import lightning as L
@@ -28,12 +30,12 @@ def read_idx(path: Path) -> Tensor:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zero, kind, rank = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{rank}I", content, 4)
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise ValueError(f"{path}: not a readable IDX file ({error})") from error
-    values = torch.frombuffer(bytearray(content[4 + 4 * rank :]), dtype=torch.uint8)
-    if zero != 0 or kind != _IDX_UINT8 or values.numel() != torch.Size(shape).numel():
-        raise ValueError(f"{path}: expected an IDX file of uint8 with shape {shape}, found {values.numel()} bytes")
-    return values.view(shape)
+    values = bytearray(content[4 + 4 * rank :])
+    if zero != 0 or kind != _IDX_UINT8 or not values or len(values) != math.prod(shape):
+        raise ValueError(f"{path}: expected an IDX file of uint8 with shape {shape}, found {len(values)} bytes")
+    return torch.frombuffer(values, dtype=torch.uint8).view(shape)
 
 
 class _Batches(Dataset[LabelledImages]):

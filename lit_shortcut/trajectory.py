@@ -286,7 +286,8 @@ def read_shard(source: str | Path, index: int, card: Card) -> Iterator[dict[str,
                 found += 1
                 yield sample
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise TrajectoryError(f"{url}: not a readable shard ({error})") from error
+        reason = next((part for part in error.args if isinstance(part, str)), error)  # WebDataset adds streams
+        raise TrajectoryError(f"{url}: not a readable shard ({reason})") from error
     if found != len(card.ids(index)):  # tar readers take a file cut between two members for a whole one
         raise TrajectoryError(f"{url}: expected {len(card.ids(index))} samples, found {found}; the shard is cut short")
 

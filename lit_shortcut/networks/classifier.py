@@ -9,11 +9,8 @@ from torch import Tensor, nn
 from lit_shortcut.weights import load_module
 
 
-def _stage(in_width: int, width: int) -> list[nn.Module]:
-    convolutions: list[nn.Module] = []
-    for channels in (in_width, width):
-        convolutions += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    return convolutions
+def _convolution(in_width: int, width: int) -> list[nn.Module]:
+    return [nn.Conv2d(in_width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
 
 
 class FashionCNN(nn.Module):
@@ -29,11 +26,12 @@ class FashionCNN(nn.Module):
         self.hparams = {"num_classes": num_classes, "width": width}
         self.num_features = 4 * width
         self.body = nn.Sequential(
-            *_stage(1, width),
+            *_convolution(1, width),
             nn.MaxPool2d(2),
-            *_stage(width, 2 * width),
+            *_convolution(width, 2 * width),
             nn.MaxPool2d(2),
-            *_stage(2 * width, 4 * width),
+            *_convolution(2 * width, 4 * width),
+            *_convolution(4 * width, 4 * width),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ def test_shortcut_sees_the_tokens_just_committed_and_the_share_left(
 ) -> None:
     network = trained(base.spec.width)
     steps = list(sample(base, conditions(2), decoding, Planned(1, Shortcut(network))))
-    for before, step in zip(steps[:-1], steps[1:], strict=True):
+    for before, step in pairwise(steps):
         control = base.interface.embed(before.committed.tokens, before.committed.positions)
         share = (before.tokens == base.spec.mask_id).float().mean(1)
         for branch, features in enumerate(step.features):  # both branches take the same control

@@ -74,7 +74,7 @@ def test_impossible_numbers_of_steps_are_refused(num_steps: int) -> None:
 
 
 def test_overspent_counts_are_refused() -> None:
-    with pytest.raises(ValueError, match="'root' cannot spend 64 tokens in 60 steps.*-"):
+    with pytest.raises(ValueError, match=r"'root' cannot spend 64 tokens in 60 steps.*-"):
         tokens_per_step("root", num_steps=60, num_tokens=64)
 
 

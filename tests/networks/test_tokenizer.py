@@ -100,7 +100,7 @@ def test_load_returns_what_was_saved(tmp_path: Path, tokenizer: FSQTokenizer) ->
 
 
 def test_odd_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="image_size must be even.*got 27"):
+    with pytest.raises(ValueError, match=r"image_size must be even.*got 27"):
         FSQTokenizer([4, 4], 8, image_size=27)
 
 

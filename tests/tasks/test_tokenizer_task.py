@@ -40,7 +40,7 @@ def test_training_lowers_the_loss_and_its_checkpoint_loads(tmp_path: Path) -> No
         callbacks=[ModelCheckpoint(tmp_path, filename="tokenizer")],
     )
     before = trainer.validate(task, batches(1), verbose=False)[0]["val/loss"]
-    trainer.fit(task, batches(60))
+    trainer.fit(task, batches(60), batches(1))
     after = trainer.validate(task, batches(1), verbose=False)[0]["val/loss"]
     assert after < 0.7 * before
     loaded = FSQTokenizer.load(tmp_path / "tokenizer.ckpt")
