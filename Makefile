@@ -8,6 +8,7 @@ RUN := $(VENV)/bin/lit-shortcut
 INSTALLED := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
+.NOTPARALLEL:
 .PHONY: help install demo extract-trajectories fit report report-full base test lint format types unit toy clean
 
 help: ## Show this list

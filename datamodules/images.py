@@ -72,25 +72,27 @@ class FashionMNIST(L.LightningDataModule):
             torchvision.datasets.FashionMNIST("data", download=True)
 
     def split(self, name: str) -> LabelledImages:
-        """All images of split ``name``, ``train`` or ``t10k`` (test)."""
+        """All images of split ``name``, ``train`` or ``t10k`` (test).
+
+        Raises:
+            ValueError: if a file is missing or damaged, or there are more labels than images or fewer.
+        """
         folder = self.folder or (DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else Path("data/FashionMNIST/raw"))
         pixels, labels = (
             read_idx(next((p for p in (folder / f"{stem}.gz", folder / stem) if p.exists()), folder / stem))
             for stem in (f"{name}-images-idx3-ubyte", f"{name}-labels-idx1-ubyte")
         )
+        if len(pixels) != len(labels):
+            raise ValueError(f"{folder}: {len(pixels)} images but {len(labels)} labels in split {name!r}")
         return LabelledImages(pixels[:, None], labels.long())
 
     def train_dataloader(self) -> DataLoader[LabelledImages]:
         """Training images, shuffled anew each epoch."""
-        images = self.split("train")
-        kept = len(images.labels) - self.validation_images
-        return self._loader(LabelledImages(images.pixels[:kept], images.labels[:kept]), shuffle=True)
+        return self._loader(self._parts()[0], shuffle=True)
 
     def val_dataloader(self) -> DataLoader[LabelledImages]:
         """The training images kept aside."""
-        images = self.split("train")
-        kept = len(images.labels) - self.validation_images
-        return self._loader(LabelledImages(images.pixels[kept:], images.labels[kept:]), shuffle=False)
+        return self._loader(self._parts()[1], shuffle=False)
 
     def test_dataloader(self) -> DataLoader[LabelledImages]:
         """The 10,000 test images."""
@@ -99,6 +101,20 @@ class FashionMNIST(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[LabelledImages]:
         """The 10,000 test images, for reference statistics."""
         return self.test_dataloader()
+
+    def _parts(self) -> tuple[LabelledImages, LabelledImages]:
+        """Training images, and those kept aside."""
+        images = self.split("train")
+        kept = len(images.labels) - self.validation_images
+        if not 0 < kept < len(images.labels):
+            raise ValueError(
+                f"validation_images must lie in 1..{len(images.labels) - 1}, below the number of training images; "
+                f"got {self.validation_images}"
+            )
+        return (
+            LabelledImages(images.pixels[:kept], images.labels[:kept]),
+            LabelledImages(images.pixels[kept:], images.labels[kept:]),
+        )
 
     def _loader(self, images: LabelledImages, *, shuffle: bool) -> DataLoader[LabelledImages]:
         dataset = _Batches(images.pixels, images.labels)

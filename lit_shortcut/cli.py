@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
 
+_UNION_REPORT = "Does not validate against any of the Union subtypes"  # of jsonargparse; the cause is the class's error
+
 
 class SaveConfig(SaveConfigCallback):
     """Give the whole configuration to every logger, in W&B as the run's config and as a file of the run.
@@ -45,6 +47,16 @@ class ShortcutCLI(LightningCLI):
             parser.set_defaults(return_predictions=False)  # trajectories go to disk, not into memory
         return parser
 
+    def instantiate_classes(self) -> None:
+        """As Lightning does; what a class says of its arguments is raised itself, not a union's report around it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            own: BaseException = error
+            while own.__cause__ is not None and str(own).startswith(_UNION_REPORT):
+                own = own.__cause__
+            raise own from own.__cause__
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would replace the model's YAML by hyperparameters from the checkpoint; the YAML holds here."""
 
@@ -54,6 +66,7 @@ def main(args: ArgsType = None) -> None:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.…} works under every verb
     os.environ.setdefault("WANDB_MODE", "offline")  # online is asked for by WANDB_MODE=online
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 against torch 2.14 and later
+    warnings.filterwarnings("ignore", message="Found .* in eval mode")  # frozen parts of a task are meant to be
     torch.set_float32_matmul_precision("high")
     ShortcutCLI(
         subclass_mode_model=True,

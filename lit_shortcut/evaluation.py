@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor
 
 from lit_shortcut.acceleration.planned import Vanilla
-from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
+from lit_shortcut.contracts import Acceleration, Conditions, ConditionSource, MaskedImageModel
+from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.sampling import Decoding, generate
 
@@ -52,6 +53,23 @@ class Row:
 def images_of(base: MaskedImageModel, conditions: Conditions, decoding: Decoding, row: Row) -> Tensor:
     """Images, uint8 (B, 3, H, W), that ``row`` draws for ``conditions``."""
     return base.decode(generate(base, conditions, decoding.at(row.num_steps), row.method))
+
+
+def require_feasible(
+    base: MaskedImageModel, decoding: Decoding, rows: Iterable[Row], conditions: ConditionSource
+) -> None:
+    """Refuse before anything is run what would fail only when its turn comes.
+
+    Raises:
+        ValueError: if the base does not know a condition, this rank has none, the schedule cannot spend the tokens in a
+            row's steps, a budget lies outside 1..N, or a shortcut was trained for another base.
+    """
+    contexts = [base.context(batch, guided=decoding.guidance != 0) for batch in conditions.loader()]
+    if not contexts:
+        raise ValueError("conditions hold fewer batches than there are ranks: take smaller batches")
+    for row in rows:
+        tokens_per_step(decoding.schedule, row.num_steps, base.spec.num_tokens)
+        row.method.start(base, contexts[0], row.num_steps)
 
 
 def add_images(metrics: Iterable[ImageMetric], images: Tensor, conditions: Conditions) -> None:
@@ -119,7 +137,7 @@ class Results:
             stored: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no text at all
             raise ValueError(f"{path}: not a result file ({error}); delete it and its row is measured anew") from error
         return stored
 

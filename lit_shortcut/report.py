@@ -16,8 +16,8 @@ from torch import Tensor
 from lit_shortcut.metrics.functional import mean_interval
 
 
-def collect(folder: Path, names: list[str]) -> pd.DataFrame:
-    """One line for each of the rows ``names``, in that order, with means and 95 % intervals over run seeds.
+def collect(folder: Path, names: list[str], seeds: list[int]) -> pd.DataFrame:
+    """One line for each of the rows ``names``, in that order, with means and 95 % intervals over run ``seeds``.
 
     Columns: ``method``, ``N``, ``b``, ``images``, ``seeds``, ``latency_ms``, ``latency_iqr_ms``, ``speedup`` (where
     latency was measured), and for each metric its mean under its name and half an interval under ``<name>_interval``
@@ -27,7 +27,8 @@ def collect(folder: Path, names: list[str]) -> pd.DataFrame:
     latencies = json.loads(latency_file.read_text())["measured"] if latency_file.exists() else {}
     lines = []
     for name in names:
-        results = [json.loads(path.read_text()) for path in sorted((folder / "rows").glob(f"{name}_seed*.json"))]
+        paths = [folder / "rows" / f"{name}_seed{seed}.json" for seed in seeds]
+        results = [json.loads(path.read_text()) for path in paths if path.exists()]
         if not results:
             continue
         row = results[0]["facts"]["row"]

@@ -43,8 +43,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     """Write ``tensors`` and JSON ``metadata`` to ``path``: aside first, then renamed into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
-    os.replace(aside, path)
+    try:
+        save_file(tensors, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

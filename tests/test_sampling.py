@@ -16,6 +16,7 @@ from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Conditions, Context, Step, TokenSpec
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
+from lit_shortcut.decoding.unmasking import uniforms_at
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.sampling import Decoding, generate, sample
 
@@ -205,6 +206,21 @@ def test_confidence_noise_orders_the_places_by_chance_and_ends_at_the_last_step(
     two = {**greedy, "num_steps": 2, "schedule": "square"}  # the last step has no noise left: sure places come first
     last = steps_of(FixedLogits(sure_first), conditions, confidence_noise=1e6, **two)[-1].committed.positions
     assert torch.equal(last, last.sort(1).values)
+
+
+def test_each_step_draws_noise_of_its_own() -> None:
+    """Flat logits, one place a step: what step 0 left undone says nothing about what step 1 does."""
+    ids = torch.arange(6000)
+    flat, conditions = FixedLogits(torch.zeros(1, 4, 4)), Conditions(ids, ids, torch.zeros_like(ids))
+    first, second, *_ = steps_of(flat, conditions, num_steps=4, schedule="linear", guidance=0.0)
+    everywhere = torch.arange(4).expand(len(ids), -1)
+    ranked = uniforms_at(ids, 0, 1, everywhere).argsort(1, descending=True)
+    assert torch.equal(first.committed.positions, ranked[:, :1])
+    runner_up = torch.bincount((second.committed.positions == ranked[:, 1:]).long().argmax(1), minlength=3)
+    assert stats.chisquare(runner_up).pvalue > 1e-3
+    drawn_before = (uniforms_at(ids, 0, 0, everywhere) * 4).long().gather(1, second.committed.positions)
+    repeats = int((drawn_before == second.committed.tokens).sum())
+    assert stats.binomtest(repeats, len(ids), 1 / 4).pvalue > 1e-3
 
 
 def test_budget_out_of_range_is_refused(base: MaskGIT, conditions: MakeConditions) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_shortcut.acceleration.planned import Planned
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
-from lit_shortcut.evaluation import Row, add_images, images_of, take_values
+from lit_shortcut.evaluation import Row, add_images, images_of, require_feasible, take_values
 from lit_shortcut.loggers import log_picture
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import measure_latency, speedups
@@ -64,10 +64,10 @@ class AcceleratedSampling(L.Callback):
         self.vanilla: tuple[dict[str, float], Tensor] | None = None  # the base is frozen: once suffices
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a base the trajectories do not come from, and budgets outside 1..N, before anything is trained."""
+        """Refuse before anything is trained a base the trajectories do not come from, and plans that cannot be run."""
         assert isinstance(pl_module, ShortcutTask)
-        for row in self._rows(pl_module):
-            row.facts()
+        rows = [Row(self.decoding.num_steps), *self._rows(pl_module)]
+        require_feasible(self.base, self.decoding, rows, self.conditions)
         recorded = trainer.datamodule.card.base_fingerprint  # type: ignore[attr-defined]
         if recorded != self.base.fingerprint:
             raise ValueError(
@@ -120,7 +120,7 @@ class AcceleratedSampling(L.Callback):
         ratios = speedups(latencies, f"vanilla_n{vanilla.num_steps}")
         for name, (values, _) in measured.items():
             logged = values | {"latency_ms": latencies[name].median_ms, "speedup": ratios[name]}
-            pl_module.log_dict({f"sampling/{name}/{metric}": value for metric, value in logged.items()})
+            pl_module.log_dict({f"sampling/{name}/{metric}": v for metric, v in logged.items()}, sync_dist=True)
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in logged.items())
             rank_zero_info(f"step {trainer.global_step}, {name}: {shown}")
         if trainer.is_global_zero:

@@ -25,8 +25,8 @@ class ExportWeights(L.Callback):
         self.path, self.facts = path, {"licence": licence, "trained_on": trained_on}
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file on the first rank."""
-        if not trainer.is_global_zero:
+        """Write the file on the first rank, unless this was a trial run."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, OptimizedTask)
         save_module(self.path, pl_module.network, pl_module.network_facts())

@@ -27,13 +27,23 @@ class Report(L.Callback):
     def __init__(self, distance: str) -> None:
         self.distance = distance
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a metric that is not measured, before anything is.
+
+        Raises:
+            ValueError: if the task has no metric named ``distance``.
+        """
+        assert isinstance(pl_module, GenerationTask)
+        if self.distance not in pl_module.metrics:
+            raise ValueError(f"distance must be one of the metrics {sorted(pl_module.metrics)}, got {self.distance!r}")
+
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Collect, write, print, log; on the first rank."""
         assert isinstance(pl_module, GenerationTask)
         if not trainer.is_global_zero:
             return
         folder, names = pl_module.results.folder, [row.name for row in pl_module.rows]
-        table = collect(folder, names)
+        table = collect(folder, names, pl_module.run_seeds)
         strips = grids(read_strips(folder, list(table["name"])))
         strips.savefig(folder / "grids.png", dpi=130)
         log_picture(trainer, "report/grids", pixels(strips))

@@ -42,7 +42,8 @@ class Block(nn.Module):
 class ShortcutNet(nn.Module):
     """Average velocity of the features over one step: f + S(f, control, r). Knows no base.
 
-    The last projection starts at zero, so that an untrained network repeats its input and training begins at "hold".
+    With a bottleneck the last projection starts at zero, so that an untrained network repeats its input and training
+    begins at "hold"; at ratio 1 there is none.
 
     Args:
         width: C, width of the base's features.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_shortcut.acceleration.planned import Vanilla
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
-from lit_shortcut.evaluation import Results, Row, add_images, images_of, row_facts, take_values
+from lit_shortcut.evaluation import Results, Row, add_images, images_of, require_feasible, row_facts, take_values
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import measure_latency, speedups
 from lit_shortcut.sampling import Decoding, generate, sample
@@ -72,7 +72,8 @@ class GenerationTask(L.LightningModule):
         """Check the rows before anything is run.
 
         Raises:
-            ValueError: if there are none, two have one name, a budget exceeds its steps, or the reference is missing.
+            ValueError: if two rows have one name, the reference is missing, a row cannot be run, or Lightning would
+                leave out images that the rows' values count.
         """
         if stage != "test":
             return
@@ -81,6 +82,10 @@ class GenerationTask(L.LightningModule):
             raise ValueError(f"rows must differ from one another; got {names}")
         if self.reference.name not in names:
             raise ValueError(f"rows must hold {self.reference.name}, which speed-up refers to; got {names}")
+        if self.trainer.limit_test_batches != 1:
+            raise ValueError("rows are of all images: leave limit_test_batches and set data.init_args.num_images")
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        require_feasible(self.base, self.decoding, self.rows, data)
 
     def test_dataloader(self) -> list[Iterable[Conditions]]:
         """One pass over the conditions for each row that is not finished, and one for latency."""

@@ -37,9 +37,10 @@ class ReferenceTask(L.LightningModule):
         if self.trainer.world_size > 1:
             raise ValueError(f"reference statistics are made on one device, got {self.trainer.world_size}")
 
-    def predict_step(self, batch: LabelledImages, batch_idx: int) -> None:
-        """Take in one batch."""
+    def predict_step(self, batch: LabelledImages, batch_idx: int) -> int:
+        """Take in one batch; returns the number of images so far."""
         self.statistics.update(batch.pixels)
+        return self.statistics.count
 
     def on_predict_end(self) -> None:
         """Write the file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.trajectory import Card
 from lit_shortcut.weights import WeightsError
+
+_MEASURES = ("cosine", "cosine_centred", "head_kl", "token_agreement")  # of one step, beside the errors of several
 
 
 class ShortcutTask(OptimizedTask):
@@ -89,6 +92,11 @@ class ShortcutTask(OptimizedTask):
             )
         scale = data.velocity_scale() if self.standardised else torch.ones(width)
         self.register_buffer("channel_scale", scale, persistent=False)
+        depths = range(2, 1 + min(self.rollout_depth, self.card.num_steps - 1))
+        names = ["mse", *(f"rollout_mse_{k}" for k in depths), *_MEASURES]
+        self.sums = nn.ModuleDict(
+            {name + suffix: MeanMetric(nan_strategy="error") for name in names for suffix in ("", "_hold")}
+        )
 
     def network_facts(self) -> dict[str, Any]:
         """The base the network belongs to, and how its trajectories were drawn."""
@@ -103,7 +111,8 @@ class ShortcutTask(OptimizedTask):
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
         """Loss of one batch of windows, after a depth drawn from 1 to their length."""
         window = batch.targets.shape[1]
-        last = 0 if window == 1 else int(torch.randint(window, ()))
+        depth = random.Random(f"{self.current_epoch}:{batch_idx}")  # noqa: S311 - the same after a resume
+        last = depth.randrange(window)
         features = batch.features.float()
         with torch.no_grad():
             for offset in range(last):
@@ -157,7 +166,7 @@ class ShortcutTask(OptimizedTask):
             logged[f"{cosine}_gain"] = gain_over_hold(1 - mean[cosine], 1 - mean[f"{cosine}_hold"])
         logged["head_kl_gain"] = gain_over_hold(mean["head_kl"], mean["head_kl_hold"])
         for name, value in logged.items():
-            self.log(f"val/{name}", value, prog_bar=name == "gain")
+            self.log(f"val/{name}", value, prog_bar=name == "gain", sync_dist=True)  # equal already; Lightning warns
 
     def _advance(self, features: Tensor, batch: Transition, offset: int) -> Tensor:
         is_real = None if batch.control.is_real is None else batch.control.is_real[:, offset]
@@ -186,8 +195,6 @@ class ShortcutTask(OptimizedTask):
             values[f"head_kl{suffix}"] = masked_mean(head_kl(target_logits, logits), is_masked)
             values[f"token_agreement{suffix}"] = token_agreement(logits, target_logits, is_masked)
         for name, value in values.items():
-            if name not in self.sums:
-                self.sums[name] = MeanMetric(nan_strategy="error").to(target.device)
             self.sums[name].update(value, weight)  # type: ignore[operator]
 
     def _require_finite(self, loss: Tensor, batch: Transition) -> None:

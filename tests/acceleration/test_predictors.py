@@ -7,11 +7,11 @@ import torch
 from scipy import interpolate
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Past, Planned
+from lit_shortcut.acceleration.planned import Past, Planned, PredictFn
 from lit_shortcut.acceleration.plans import full_steps
 from lit_shortcut.acceleration.predictors import Hold, Taylor, lagrange_weights
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
-from lit_shortcut.contracts import Context, Control, State
+from lit_shortcut.contracts import Context, Control, MaskedImageModel, State
 
 SHAPE = (2, 3, 5, 4)  # G, B, S, C
 NODES = [[0, 1], [0, 3], [2, 7], [0, 1, 2], [0, 2, 7], [3, 4, 9]]
@@ -91,6 +91,30 @@ def test_plan_remembers_as_many_full_steps_as_taylor_needs(order: int) -> None:
         assert is_full == (index in full_steps(num_steps, budget))
         if index >= enough:
             torch.testing.assert_close(features, moving.path(index), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("memory", [1, 2, 3])
+def test_predictor_sees_the_latest_features_and_no_more_full_steps_than_it_remembers(memory: int) -> None:
+    class Spy(Hold):
+        def start(self, base: MaskedImageModel) -> PredictFn:
+            def predict(past: Past, state: State) -> Tensor:
+                seen.append((state.step, [index for index, _ in past.full], past.latest))
+                return past.latest + 1
+
+            return predict
+
+    seen: list[tuple[int, list[int], Tensor]] = []
+    spy, moving, plan = Spy(), MovingBase(polynomial(2)), full_steps(15, 5)
+    spy.memory = memory
+    features_of = Planned(5, spy).start(moving, Context(torch.zeros(1)), 15)  # type: ignore[arg-type]
+    handed_out = []
+    for index in range(15):
+        moving.index = index
+        handed_out.append(features_of(state(index))[0])
+    assert [index for index, _, _ in seen] == [index for index in range(15) if index not in plan]
+    for index, remembered, latest in seen:
+        assert remembered == [step for step in plan if step < index][-memory:]
+        assert latest is handed_out[index - 1]
 
 
 @pytest.mark.parametrize("nodes", [*NODES, [0, 1, 5, 6]])

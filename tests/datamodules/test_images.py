@@ -49,8 +49,9 @@ def test_split_returns_what_the_files_hold(folder: Path) -> None:
 
 def test_validation_images_are_the_last_ones_and_never_trained_on(folder: Path) -> None:
     data = FashionMNIST(folder, batch_size=5, validation_images=5)
-    validated = torch.cat([batch.pixels[:, 0, 0, 0] for batch in data.val_dataloader()])
-    assert validated.tolist() == [15, 16, 17, 18, 19]
+    (validated,) = data.val_dataloader()
+    assert validated.pixels[:, 0, 0, 0].tolist() == [15, 16, 17, 18, 19]
+    assert validated.labels.tolist() == [5, 6, 7, 8, 9]
     trained = torch.cat([batch.pixels[:, 0, 0, 0] for batch in data.train_dataloader()])
     assert trained.sort().values.tolist() == list(range(15))
 
@@ -121,3 +122,17 @@ def test_damaged_file_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     with pytest.raises(ValueError, match="IDX file") as caught:
         read_idx(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("validation_images", [0, 20, 1000])
+def test_validation_images_that_leave_nothing_are_refused(folder: Path, validation_images: int) -> None:
+    with pytest.raises(ValueError, match="validation_images must lie in 1"):
+        FashionMNIST(folder, validation_images=validation_images).train_dataloader()
+
+
+def test_labels_that_do_not_match_the_images_are_refused(folder: Path) -> None:
+    (path,) = folder.glob("train-labels*")
+    content = idx(torch.zeros(3, dtype=torch.uint8))
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    with pytest.raises(ValueError, match="images but 3 labels in split 'train'"):
+        FashionMNIST(folder).split("train")

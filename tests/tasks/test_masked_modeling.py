@@ -44,8 +44,8 @@ def trainer(folder: Path, **options: Any) -> L.Trainer:
     return L.Trainer(default_root_dir=folder, **(quiet | defaults | options))
 
 
-def measured(task: MaskedModelingTask, folder: Path) -> dict[str, float]:
-    return dict(trainer(folder).validate(task, batches(4), verbose=False)[0])
+def measured(task: MaskedModelingTask, folder: Path, count: int = 4) -> dict[str, float]:
+    return dict(trainer(folder).validate(task, batches(count), verbose=False)[0])
 
 
 def test_training_lowers_the_loss_and_leaves_the_tokenizer_alone(tmp_path: Path) -> None:
@@ -64,6 +64,7 @@ def test_masks_of_validation_repeat_and_those_of_training_do_not(tmp_path: Path)
     once = measured(task, tmp_path)
     torch.manual_seed(2)
     assert measured(task, tmp_path) == once
+    assert measured(task, tmp_path, count=1) != once  # each batch has masks of its own
     batch = next(iter(batches(1)))
     with torch.no_grad():
         losses = {task._loss(batch, None)[0].item() for _ in range(5)}

@@ -1,0 +1,35 @@
+"""The ``lightning`` command inside the test's own process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+
+from lit_shortcut.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TOY = CONFIGS / "toy"
+
+
+def lightning(folder: Path, *words: object) -> None:
+    """Run ``lightning <words>`` in ``folder``, W&B offline; what the command sets for its process is put back."""
+    precision = torch.get_float32_matmul_precision()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["lightning"])
+        for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PL_GLOBAL_SEED": "0"}.items():
+            patch.setenv(name, value)
+        try:
+            main([str(word) for word in words])
+        finally:
+            wandb.finish()
+            torch.set_float32_matmul_precision(precision)
+
+
+def record_toy(folder: Path) -> Path:
+    """Trajectories of the toy base, recorded below ``folder``."""
+    lightning(folder, "predict", "--config", TOY / "extract.yaml")
+    return folder / "runs" / "toy" / "trajectories"

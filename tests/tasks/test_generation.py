@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from datamodules.conditions import ClassLabels
+from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.contracts import Conditions, MaskedImageModel
+from lit_shortcut.evaluation import Row, images_of
+from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.sampling import Decoding, sample
+from lit_shortcut.tasks.generation import GenerationTask, record
+from lit_shortcut.weights import WeightsError
+
+DECODING = Decoding(num_steps=5)
+ROWS = [Row(5), Row(3), Row(5, Planned(2, Hold()))]
+
+
+class Brightness:
+    """Mean of all pixels; counts the images it has seen since the last reset."""
+
+    def __init__(self) -> None:
+        self.mean = MeanMetric()
+
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        assert len(images) == len(labels)
+        self.mean.update(images.float())
+
+    def compute(self) -> Tensor:
+        value: Tensor = self.mean.compute()
+        return value
+
+    def reset(self) -> None:
+        self.mean.reset()
+
+    def to(self, device: torch.device) -> None:
+        self.mean.to(device)
+
+
+def test(
+    folder: Path, rows: list[Row] = ROWS, *, data: dict[str, Any] | None = None, **arguments: Any
+) -> GenerationTask:
+    trainer = {name: arguments.pop(name) for name in ("strategy", "devices", "limit_test_batches") if name in arguments}
+    settings = {"metrics": {"brightness": Brightness()}, "latency_rounds": 0, "results": folder, "grid_images": 3}
+    task = GenerationTask(arguments.pop("base", ToyBase()), decoding=DECODING, rows=rows, **(settings | arguments))
+    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    run = L.Trainer(**quiet, **trainer)
+    run.test(task, datamodule=ClassLabels(**({"num_images": 10, "batch_size": 4} | (data or {}))), verbose=False)
+    return task
+
+
+test.__test__ = False  # type: ignore[attr-defined]
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "rows").iterdir())}
+
+
+def brightness(row: Row, seed: int, num_images: int = 10) -> float:
+    """By hand, all images in one batch."""
+    (conditions,) = ClassLabels(num_images, batch_size=num_images, seed=seed).loader()
+    return float(images_of(ToyBase(), conditions, DECODING, row).float().mean())
+
+
+# ---- recording
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.8])
+def test_recorded_features_and_tokens_are_those_of_the_decoding_loop(base: MaskedImageModel, guidance: float) -> None:
+    conditions = Conditions(torch.arange(3), torch.arange(3) + 5, torch.arange(3))
+    decoding = Decoding(num_steps=5, guidance=guidance)
+    recorded = record(base, conditions, decoding)
+    steps = list(sample(base, conditions, decoding, Vanilla()))
+    spec = base.spec
+    assert recorded.features.shape == (3, 1 if guidance == 0 else 2, 5, spec.sequence_length, spec.width)
+    assert recorded.conditions is conditions
+    for index, step in enumerate(steps):
+        assert torch.equal(recorded.features[:, :, index], step.features.transpose(0, 1))
+        assert torch.equal(recorded.committed_at < index, step.state.tokens != spec.mask_id)
+        is_known = recorded.committed_at <= index
+        assert torch.equal(recorded.tokens.masked_fill(~is_known, spec.mask_id), step.tokens)
+
+
+# ---- measuring
+
+
+def test_stored_values_are_those_of_all_images_of_each_row_and_seed(tmp_path: Path) -> None:
+    test(tmp_path, run_seeds=[0, 7])
+    found = stored(tmp_path)
+    assert found.keys() == {f"{row.name}_seed{seed}" for row in ROWS for seed in (0, 7)}
+    for row in ROWS:
+        for seed in (0, 7):
+            values = found[f"{row.name}_seed{seed}"]["values"]
+            assert values == {"brightness": pytest.approx(brightness(row, seed), rel=1e-5)}
+    assert len({entry["values"]["brightness"] for entry in found.values()}) == 6
+    assert not (tmp_path / "latency.json").exists()
+
+
+def test_interrupted_test_goes_on_with_the_row_it_was_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    last_batch = 3 + 2  # the second of three batches of the second row
+
+    def counted(base: MaskedImageModel, conditions: Conditions, decoding: Decoding, row: Row) -> Tensor:
+        drawn.append(row.name)
+        if len(drawn) == last_batch:
+            raise RuntimeError("interrupted")
+        return images_of(base, conditions, decoding, row)
+
+    monkeypatch.setattr("lit_shortcut.tasks.generation.images_of", counted)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        test(tmp_path)
+    assert list(stored(tmp_path)) == ["vanilla_n5_seed0"]
+    drawn.clear()
+    last_batch = 0
+    test(tmp_path)
+    assert drawn == ["vanilla_n3"] * 3 + ["hold_n5_b2"] * 3
+    for row in ROWS:
+        value = stored(tmp_path)[f"{row.name}_seed0"]["values"]["brightness"]
+        assert value == pytest.approx(brightness(row, 0), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data": {"num_images": 12}}, {"base": ToyBase(seed=1)}, {"metrics": {"other": Brightness()}}],
+    ids=["number of images", "base", "metrics"],
+)
+def test_row_measured_under_other_facts_is_measured_anew(tmp_path: Path, change: dict[str, Any]) -> None:
+    test(tmp_path)
+    before = stored(tmp_path)
+    test(tmp_path, **change)
+    after = stored(tmp_path)
+    for name, entry in after.items():
+        assert entry["facts"] != before[name]["facts"]
+
+
+def test_batch_size_changes_nothing_that_is_stored(tmp_path: Path) -> None:
+    test(tmp_path / "four")
+    test(tmp_path / "ten", data={"batch_size": 10})
+    four, ten = stored(tmp_path / "four"), stored(tmp_path / "ten")
+    assert {name: entry["facts"] for name, entry in four.items()} == {n: entry["facts"] for n, entry in ten.items()}
+    for name, entry in four.items():
+        assert entry["values"] == pytest.approx(ten[name]["values"], rel=1e-5)
+
+
+def test_two_ranks_store_what_one_stores(tmp_path: Path) -> None:
+    test(tmp_path / "one")
+    test(tmp_path / "two", strategy="ddp_fork", devices=2)
+    one, two = stored(tmp_path / "one"), stored(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name, entry in one.items():
+        assert entry["facts"] == two[name]["facts"]
+        assert entry["values"] == pytest.approx(two[name]["values"], rel=1e-5)
+
+
+def test_latency_of_all_rows_is_measured_together_and_kept_while_nothing_changes(tmp_path: Path) -> None:
+    task = test(tmp_path, latency_rounds=2, latency_batch_size=3)
+    first = task.results.latency()
+    assert first is not None
+    assert first["measured"].keys() == {row.name for row in ROWS}
+    assert {entry["batch_size"] for entry in first["measured"].values()} == {3}
+    assert {entry["rounds"] for entry in first["measured"].values()} == {2}
+    slow = first["measured"]["vanilla_n5"]["median_ms"]
+    for entry in first["measured"].values():
+        assert entry["speedup"] == pytest.approx(slow / entry["median_ms"])
+    assert test(tmp_path, latency_rounds=2, latency_batch_size=3).results.latency() == first
+    changed = test(tmp_path, ROWS[:2], latency_rounds=2, latency_batch_size=3).results.latency()
+    assert changed is not None
+    assert changed["measured"].keys() == {"vanilla_n5", "vanilla_n3"}
+
+
+# ---- refused before anything is run
+
+
+def foreign() -> Shortcut:
+    return Shortcut(ShortcutNet(width=16, num_heads=2), base_fingerprint="0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([Row(5), Row(3), Row(3)], r"must differ.*'vanilla_n5', 'vanilla_n3', 'vanilla_n3'"),
+        ([Row(3)], r"must hold vanilla_n5.*got \['vanilla_n3'\]"),
+        ([], "must hold vanilla_n5"),
+        ([Row(5), Row(5, Planned(6, Hold()))], r"budget must lie in 1\.\.5.*got 6"),
+        ([Row(5), Row(5, Planned(0, Hold()))], r"budget must lie in 1\.\.5.*got 0"),
+        ([Row(5), Row(17)], r"num_steps must lie in 1\.\.16.*got 17"),
+        ([Row(5), Row(5, Planned(2, foreign()))], "trained on trajectories of base 0123456789abcdef"),
+    ],
+)
+def test_rows_that_cannot_be_run_are_refused_before_any_is(
+    tmp_path: Path, rows: list[Row], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any) -> Tensor:
+        raise AssertionError("something was run")
+
+    monkeypatch.setattr("lit_shortcut.tasks.generation.images_of", never)
+    with pytest.raises(ValueError, match=message) as caught:
+        test(tmp_path, rows)
+    assert isinstance(caught.value, WeightsError) == ("trained" in message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_class_is_refused_before_any_row_is_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"class labels must lie in 0\.\.9; got \[8, 9, 10, 0\]"):
+        test(tmp_path, data={"num_images": 12, "num_classes": 11})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_fewer_images_than_they_claim_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="leave limit_test_batches"):
+        test(tmp_path, limit_test_batches=1)
+
+
+def test_rank_without_conditions_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="fewer batches than there are ranks"):
+        test(tmp_path, data={"batch_size": 10}, strategy="ddp_fork", devices=2)

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from datamodules.trajectories import TrajectoryDataModule
+from lit_shortcut.contracts import Trajectories, Transition
+from lit_shortcut.metrics.functional import head_kl, masked_mse
+from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.trajectory import (
+    Card,
+    collate,
+    read_shard,
+    read_trajectory,
+    save_interface,
+    transitions,
+    write_shard,
+)
+from lit_shortcut.weights import WeightsError, load_module_with_metadata
+from tests.tiny_trajectories import SPEC, card, interface, trajectories, write_set
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("set")
+    write_set(path)  # 11 trajectories in shards of 3, 3, 3 and 2
+    return path
+
+
+def network(seed: int | None = None) -> ShortcutNet:
+    """As made, which is hold; with ``seed`` all its parameters are random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0 if seed is None else seed)
+        made = ShortcutNet(width=SPEC.width, num_heads=1)
+        for parameter in () if seed is None else made.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+class Task(ShortcutTask):
+    """Set up as a trainer would, and keeps what it logs."""
+
+    def __init__(self, folder: Path, made: ShortcutNet, **arguments: Any) -> None:
+        super().__init__(made, **arguments)
+        self.data = TrajectoryDataModule(str(folder))
+        self.logged: dict[str, Tensor] = {}
+        self.stand_in = SimpleNamespace(datamodule=self.data, current_epoch=0, global_step=7)
+        self.trainer = self.stand_in  # type: ignore[assignment]
+        self.setup("fit")
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        self.logged[name] = value
+
+
+def batch_of(folder: Path, window: int = 1, count: int = 9) -> Transition:
+    found = card()
+    samples = [read_trajectory(sample, found) for sample in read_shard(folder, 0, found)]
+    items = [item for one in samples for item in transitions(one, window)]
+    return collate(items[:: len(items) // count][:count])
+
+
+def validate(folder: Path, task: ShortcutTask, **arguments: Any) -> dict[str, float]:
+    data = TrajectoryDataModule(str(folder), **({"validation_shards": 2} | arguments))
+    trainer = L.Trainer(**QUIET)
+    trainer.validate(task, datamodule=data, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+# ---- training
+
+
+def test_untrained_network_has_the_loss_of_hold_and_no_gain(folder: Path) -> None:
+    task, batch = Task(folder, network()), batch_of(folder)
+    loss = task.training_step(batch, 0)
+    errors = [
+        (target - features).square()
+        for features, target, masked in zip(batch.features, batch.targets[:, 0], batch.is_masked[:, 0], strict=True)
+        for features, target in [(features[:9][masked], target[:9][masked])]
+    ]
+    assert loss.item() == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
+    assert task.logged["train/gain"] == 0
+    assert task.logged["train/mse"] == task.logged["train/loss"] == loss
+
+
+def test_padding_of_the_control_does_not_change_the_loss(folder: Path) -> None:
+    task, batch = Task(folder, network(1)), batch_of(folder)
+    control = batch.control
+    assert control.is_real is not None
+    assert not control.is_real.all()  # steps commit 1, 2 or 3 tokens
+    other = control._replace(tokens=torch.where(control.is_real, control.tokens, 4))
+    assert not torch.equal(other.tokens, control.tokens)
+    torch.testing.assert_close(task.training_step(batch._replace(control=other), 0), task.training_step(batch, 0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_is_added_by_its_weight(folder: Path, temperature: float) -> None:
+    batch = batch_of(folder)
+    plain = Task(folder, network(1)).training_step(batch, 0)
+    task = Task(folder, network(1), kl_weight=0.7, kl_temperature=temperature)
+    loss = task.training_step(batch, 0)
+    prediction = task(
+        batch.features, type(batch.control)(*(part[:, 0] for part in batch.control)), batch.masked_share[:, 0]
+    )
+    ends = interface()
+    kl = head_kl(ends.logits(batch.targets[:, 0]), ends.logits(prediction), temperature)[batch.is_masked[:, 0]].mean()
+    assert kl > 0.01
+    torch.testing.assert_close(loss, plain + 0.7 * kl)
+    torch.testing.assert_close(task.logged["train/head_kl"], kl)
+
+
+def test_standardised_loss_divides_each_channel_by_the_scale_of_its_velocity(folder: Path) -> None:
+    batch = batch_of(folder)
+    task = Task(folder, network(), standardised=True)
+    scale = task.data.velocity_scale()
+    assert scale.std() > 0
+    expected = masked_mse(batch.features / scale, batch.targets[:, 0] / scale, batch.is_masked[:, 0])
+    torch.testing.assert_close(task.training_step(batch, 0), expected)
+
+
+def test_all_rows_count_when_asked_for(folder: Path) -> None:
+    batch = batch_of(folder)
+    expected = (batch.features - batch.targets[:, 0]).square().mean()
+    torch.testing.assert_close(Task(folder, network(), rows="all").training_step(batch, 0), expected)
+    assert not torch.isclose(Task(folder, network()).training_step(batch, 0), expected)
+
+
+def test_depth_is_drawn_within_the_window_and_the_gradient_runs_through_its_last_step(folder: Path) -> None:
+    batch, made = batch_of(folder, window=2), network(1)
+    task = Task(folder, made)
+
+    def gradients(loss: Tensor) -> Tensor:
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(made.parameters()))])
+
+    def step(features: Tensor, offset: int) -> Tensor:
+        control = type(batch.control)(*(part[:, offset] for part in batch.control))
+        following: Tensor = task(features, control, batch.masked_share[:, offset])
+        return following
+
+    once = step(batch.features, 0)
+    by_depth = {
+        1: gradients(masked_mse(once, batch.targets[:, 0], batch.is_masked[:, 0])),
+        2: gradients(masked_mse(step(once.detach(), 1), batch.targets[:, 1], batch.is_masked[:, 1])),
+    }
+    through_both = gradients(masked_mse(step(step(batch.features, 0), 1), batch.targets[:, 1], batch.is_masked[:, 1]))
+    assert not torch.allclose(by_depth[2], through_both)
+    drawn = []
+    for batch_idx in range(12):
+        found = gradients(task.training_step(batch, batch_idx))
+        drawn += [depth for depth, expected in by_depth.items() if torch.allclose(found, expected, atol=1e-7)]
+        assert len(drawn) == batch_idx + 1
+        assert torch.equal(found, gradients(task.training_step(batch, batch_idx)))  # the same when taken up again
+    assert set(drawn) == {1, 2}
+
+
+def test_loss_that_is_not_finite_is_refused_with_step_and_batch(folder: Path) -> None:
+    made = network()
+    torch.nn.init.constant_(made.widen.bias, float("nan"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"training loss is nan at optimiser step 7, in a batch of steps \[0, 1, 2\]"):
+        Task(folder, made).training_step(batch_of(folder), 0)
+
+
+def test_other_width_is_refused_and_both_are_named(folder: Path) -> None:
+    with pytest.raises(WeightsError, match=r"features are 6 wide.*built for width 8.*to 6"):
+        Task(folder, ShortcutNet(width=8, num_heads=1))
+
+
+def test_rollout_of_no_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="rollout_depth must be at least 1, got 0"):
+        ShortcutTask(network(), rollout_depth=0)
+
+
+def linear_set(folder: Path) -> Card:
+    """Trajectories whose velocity is a linear function of the features, f + A·f with a fixed rotation A."""
+    made = card(num_samples=30, samples_per_shard=10)
+    made.write(folder)
+    save_interface(folder, interface())
+    generator = torch.Generator().manual_seed(3)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    for index in range(made.num_shards):
+        drawn = trajectories(list(made.ids(index)))
+        steps = [drawn.features[:, :, 0].remainder(2)]
+        for _ in range(made.num_steps - 1):
+            steps.append(steps[-1] + 0.5 * steps[-1] @ turn)
+        write_shard(folder, index, drawn._replace(features=torch.stack(steps, dim=2)), made)
+    return made
+
+
+def test_short_fit_learns_a_linear_velocity(tmp_path: Path) -> None:
+    linear_set(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = ShortcutNet(width=6, num_heads=1, bottleneck_ratio=1.2)
+        task = ShortcutTask(made, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+        trainer = L.Trainer(**QUIET, max_steps=80, val_check_interval=80, check_val_every_n_epoch=None)
+        trainer.fit(task, datamodule=TrajectoryDataModule(str(tmp_path), batch_size=32))
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert logged["val/mse"] < 0.5 * logged["val/mse_hold"]
+    assert logged["val/gain"] == pytest.approx(1 - logged["val/mse"] / logged["val/mse_hold"])
+    assert logged["val/rollout_gain_3"] > 0.5
+    assert logged["val/cosine_gain"] > 0
+
+
+# ---- validation
+
+
+def by_hand(folder: Path, made: ShortcutNet, depth: int) -> tuple[float, float]:
+    """Mean squared error after ``depth`` predictions and that of hold, window by window over the last two shards."""
+    found, ends, errors, held = card(), interface(), [], []
+    samples = [read_trajectory(sample, found) for shard in (2, 3) for sample in read_shard(folder, shard, found)]
+    for window in (window for one in samples for window in transitions(one, depth)):
+        features = window.features
+        for offset in range(depth):
+            is_real = window.control.is_real[0, offset]  # type: ignore[index]
+            tokens, positions = (part[:, offset, is_real] for part in window.control[:2])  # type: ignore[index]
+            features = made(features, ends.embed(tokens, positions), window.masked_share[:, offset])
+        masked = window.is_masked[0, -1]
+        errors.append((features - window.targets[:, -1])[0, :9][masked])
+        held.append((window.features - window.targets[:, -1])[0, :9][masked])
+    return torch.cat(errors).square().mean().item(), torch.cat(held).square().mean().item()
+
+
+@pytest.mark.parametrize("validation_batch_size", [1, 2, 8])
+def test_validation_equals_a_loop_over_all_transitions(folder: Path, validation_batch_size: int) -> None:
+    made = network(1)
+    logged = validate(folder, ShortcutTask(made), validation_batch_size=validation_batch_size)
+    with torch.no_grad():
+        expected = {depth: by_hand(folder, made, depth) for depth in (1, 2, 3)}
+    assert logged["val/mse"] == pytest.approx(expected[1][0], rel=1e-5)
+    assert logged["val/mse_hold"] == pytest.approx(expected[1][1], rel=1e-5)
+    assert logged["val/gain"] == pytest.approx(1 - expected[1][0] / expected[1][1], rel=1e-4)
+    for depth in (2, 3):
+        error, hold = expected[depth]
+        assert logged[f"val/rollout_mse_{depth}"] == pytest.approx(error, rel=1e-5)
+        assert logged[f"val/rollout_gain_{depth}"] == pytest.approx(1 - error / hold, rel=1e-4)
+    assert "val/rollout_mse_4" not in logged  # 4 steps have 3 transitions
+
+
+def test_untrained_network_gains_exactly_nothing_at_any_depth(folder: Path) -> None:
+    logged = validate(folder, ShortcutTask(network()))
+    gains = {name: value for name, value in logged.items() if "gain" in name}
+    assert {
+        "val/gain",
+        "val/rollout_gain_2",
+        "val/rollout_gain_3",
+        "val/cosine_gain",
+        "val/head_kl_gain",
+    } <= gains.keys()
+    assert set(gains.values()) == {0.0}
+    assert logged["val/mse"] == logged["val/mse_hold"]
+    assert logged["val/token_agreement"] == logged["val/token_agreement_hold"] < 1
+
+
+def test_perfect_predictions_reach_the_upper_end_of_every_measure(folder: Path) -> None:
+    class Oracle(ShortcutTask):
+        """Answers with the recorded features of the next step."""
+
+        def validation_step(self, batch: Trajectories, batch_idx: int) -> None:
+            self.recorded, self.asked = batch.features.flatten(0, 1), 0
+            super().validation_step(batch, batch_idx)
+
+        def forward(self, features: Tensor, *_: Any) -> Tensor:
+            self.asked += 1
+            return self.recorded[:, self.asked].repeat(len(features) // len(self.recorded), 1, 1)
+
+    logged = validate(folder, Oracle(network()))
+    assert logged["val/mse"] == logged["val/rollout_mse_3"] == logged["val/head_kl"] == 0
+    for name in ("val/gain", "val/rollout_gain_2", "val/rollout_gain_3", "val/head_kl_gain", "val/token_agreement"):
+        assert logged[name] == 1
+    assert logged["val/cosine"] == pytest.approx(1)
+    assert logged["val/cosine_centred"] == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric MeanMetric")  # of the rank that has nothing
+def test_ranks_share_validation_even_when_one_has_nothing(tmp_path: Path) -> None:
+    write_set(tmp_path, num_samples=10)  # the last shard holds one trajectory
+    alone = validate(tmp_path, ShortcutTask(network(1)), validation_shards=1)
+    data = TrajectoryDataModule(str(tmp_path))
+    trainer = L.Trainer(**QUIET, strategy="ddp_fork", devices=2)
+    trainer.validate(ShortcutTask(network(1)), datamodule=data, verbose=False)
+    shared = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert shared == pytest.approx(alone)
+
+
+# ---- checkpoints
+
+
+def test_checkpoint_holds_the_network_alone_and_what_ties_it_to_its_base(folder: Path, tmp_path: Path) -> None:
+    task = ShortcutTask(network(1), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+    trainer = L.Trainer(**QUIET, max_steps=2, limit_val_batches=0)
+    trainer.fit(task, datamodule=TrajectoryDataModule(str(folder), batch_size=8))
+    trainer.save_checkpoint(tmp_path / "fit.ckpt")
+    checkpoint = torch.load(tmp_path / "fit.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == {f"network.{name}" for name in task.network.state_dict()}
+    loaded, facts = load_module_with_metadata(ShortcutNet, tmp_path / "fit.ckpt")
+    assert facts["base_fingerprint"] == "0123456789abcdef"
+    assert facts["decoding"] == card().decoding
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, task.network.state_dict()[name])
+    again = ShortcutTask(network())
+    assert validate(folder, task) != validate(folder, again)
+    L.Trainer(**QUIET).validate(
+        again, datamodule=TrajectoryDataModule(str(folder)), ckpt_path=tmp_path / "fit.ckpt", weights_only=True
+    )
+    assert validate(folder, task) == validate(folder, again)

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torchvision
+import yaml
+
+import lit_shortcut.tasks.generation
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.trajectory import Card, is_complete
+from tests.command_line import CONFIGS, TOY, lightning
+from tests.wandb_offline import Run, read_run
+
+PARTS = sorted((CONFIGS / "parts").glob("*.yaml"))
+YAMLS = sorted(set(CONFIGS.glob("**/*.yaml")) - set(PARTS))
+ROWS = ["vanilla_n3", "vanilla_n6", "shortcut_n6_b2", "hold_n6_b2"]
+SEEDS = [0, 1]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(CONFIGS.parent).as_posix()
+
+
+def commands(path: Path) -> list[tuple[str, list[str]]]:
+    """Verb and YAMLs of each command that the comment at the head of ``path`` names."""
+    found = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if command := re.fullmatch(r"# lightning (\w+)((?: --config \S+)+)", line):
+            found.append((command[1], command[2].split()[1::2]))
+    return found
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=relative)
+def test_yaml_parses_under_the_commands_it_names(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands(path), "no comment `# lightning VERB --config …` at its head"
+    for verb, configs in commands(path):
+        assert relative(path) in configs
+        words = [word for config in configs for word in ("--config", CONFIGS.parent / config)]
+        with pytest.raises(SystemExit) as stopped:
+            lightning(tmp_path, verb, *words, "--print_config")
+        assert stopped.value.code == 0
+        printed = capsys.readouterr().out
+        assert {"trainer", "model", "data"} <= yaml.safe_load(printed).keys()
+        assert "parts/" not in printed  # every part was taken in, none for a mere string
+
+
+@pytest.mark.parametrize("path", PARTS, ids=relative)
+def test_part_is_used(path: Path) -> None:
+    assert any(f"../parts/{path.name}" in other.read_text() for other in YAMLS)
+
+
+class Toy(NamedTuple):
+    """What the four verbs left behind."""
+
+    folder: Path
+    runs: dict[str, Run]
+    rerecorded: set[Path]
+    drawn: dict[str, Counter[str]]  # row names by the batches that each test run drew
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    folder = tmp_path_factory.mktemp("toy")
+    runs: dict[str, Run] = {}
+    drawn: dict[str, Counter[str]] = {}
+    real_images_of = lit_shortcut.tasks.generation.images_of
+
+    def run(name: str, verb: str, config: str, *words: object) -> None:
+        before = set(folder.glob("runs/wandb/offline-run-*"))
+        drawn[name] = Counter()
+
+        def images_of(*arguments: Any) -> torch.Tensor:
+            drawn[name][arguments[3].name] += 1
+            return real_images_of(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lit_shortcut.tasks.generation, "images_of", images_of)
+            lightning(folder, verb, "--config", TOY / config, *words)
+        for path in set(folder.glob("runs/wandb/offline-run-*")) - before:
+            runs[name] = read_run(path)
+
+    def times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.glob("runs/toy/trajectories/*")}
+
+    run("predict", "predict", "extract.yaml")
+    recorded = times()
+    run("predict again", "predict", "extract.yaml")
+    rerecorded = {path for path, time in times().items() if recorded.get(path) != time}
+    run("fit", "fit", "fit.yaml")
+    run("validate", "validate", "fit.yaml", "--ckpt_path", "runs/toy/shortcut/last.ckpt")
+    run("test", "test", "evaluate.yaml")
+    run("test again", "test", "evaluate.yaml")
+    (folder / "runs/toy/report/rows/vanilla_n3_seed1.json").unlink()
+    run("test without one row", "test", "evaluate.yaml")
+    elsewhere = "--model.results=runs/toy/elsewhere"
+    run("test elsewhere", "test", "evaluate.yaml", elsewhere, "--model.run_seeds=[0,1,2]")
+    run("test of six", "test", "evaluate.yaml", elsewhere, "--data.num_images=6")
+    return Toy(folder, runs, rerecorded, drawn)
+
+
+def test_predict_records_the_whole_set_and_a_second_time_nothing(toy: Toy) -> None:
+    card = Card.read(toy.folder / "runs/toy/trajectories")
+    assert (card.num_samples, card.num_steps, card.base_fingerprint) == (12, 6, ToyBase().fingerprint)
+    assert is_complete(toy.folder / "runs/toy/trajectories", card)
+    assert toy.rerecorded == set()
+
+
+def test_fit_exports_the_averaged_network_tied_to_its_base(toy: Toy) -> None:
+    exported = Shortcut.load(toy.folder / "runs/toy/shortcut/shortcut.safetensors")
+    checkpoint = Shortcut.load(toy.folder / "runs/toy/shortcut/last.ckpt")
+    assert exported.facts() == checkpoint.facts()
+    assert exported.base_fingerprint == checkpoint.base_fingerprint == ToyBase().fingerprint
+    entry = yaml.safe_load((toy.folder / "runs/toy/shortcut/manifest.yaml").read_text())["shortcut.safetensors"]
+    assert (entry["optimizer_steps"], entry["licence"]) == (8, "Apache-2.0")
+    assert entry["metrics"]["val/mse"] == pytest.approx(toy.runs["fit"].series("val/mse")[7], abs=1e-6)
+
+
+def test_validating_a_checkpoint_measures_what_fit_measured_last(toy: Toy) -> None:
+    validated = toy.runs["validate"].history[-1]
+    names = {name for name in validated if name.startswith("val/")}
+    assert {"val/mse", "val/gain", "val/rollout_gain_3", "val/cosine_centred", "val/head_kl_gain"} <= names
+    for name in names:
+        assert validated[name] == pytest.approx(toy.runs["fit"].series(name)[7])
+
+
+def test_wandb_run_of_fit_holds_the_configuration(toy: Toy) -> None:
+    run = toy.runs["fit"]
+    assert run.project == "lit-shortcut"
+    config = run.config["config"]
+    assert config["trainer"]["max_steps"] == 8
+    assert config["model"]["init_args"]["network"]["init_args"]["width"] == 16
+    assert yaml.safe_load((run.folder / "files/config_cli.yaml").read_text()) == config
+
+
+def test_wandb_run_of_fit_holds_training_validation_and_sampling_over_optimiser_steps(toy: Toy) -> None:
+    run = toy.runs["fit"]
+    assert list(run.series("train/loss")) == list(range(8))
+    measured = [f"sampling/{name}/{value}" for name in ("n6_b2", "n6_b3") for value in ("latency_ms", "speedup")]
+    for name in ["val/mse", "val/gain", *measured]:
+        assert list(run.series(name)) == [3, 7]
+    assert set(run.series("sampling/vanilla_n6/speedup").values()) == {1}
+    slower = run.series("sampling/vanilla_n6/latency_ms")[7] / run.series("sampling/n6_b2/latency_ms")[7]
+    assert run.series("sampling/n6_b2/speedup")[7] == pytest.approx(slower)
+    for name, kept in {"val/mse": {"min"}, "val/gain": {"max"}, "sampling/*": {"last"}}.items():
+        assert run.axes[name] == ("trainer/global_step", kept)
+
+
+def test_wandb_run_of_fit_holds_an_image_grid_for_each_validation(toy: Toy) -> None:
+    run = toy.runs["fit"]
+    grids = [path for path in run.files if path.startswith("media/images/sampling/grid")]
+    assert len(grids) == 2
+    for path in grids:
+        assert torchvision.io.read_image(str(run.folder / "files" / path)).shape[0] in (3, 4)
+
+
+def test_wandb_run_of_test_holds_table_grids_and_pareto_plot(toy: Toy) -> None:
+    run = toy.runs["test"]
+    (table,) = (path for path in run.files if path.startswith("media/table/report/table"))
+    content = json.loads((run.folder / "files" / table).read_text())
+    assert [line[content["columns"].index("name")] for line in content["data"]] == ROWS
+    for name in ("grids", "pareto"):
+        assert any(path.startswith(f"media/images/report/{name}") for path in run.files)
+    assert run.axes["pareto/*"].step == "pareto/latency_ms"
+    points = [row for row in run.history if "pareto/latency_ms" in row]
+    assert [next(name for name in row if name.endswith("class_agreement")) for row in points] == [
+        f"pareto/{name.partition('_')[0]}/class_agreement" for name in ROWS
+    ]
+
+
+def test_test_stores_every_row_and_writes_the_report(toy: Toy) -> None:
+    report = toy.folder / "runs/toy/report"
+    stored = {path.stem for path in (report / "rows").iterdir()}
+    assert stored == {f"{row}_seed{seed}" for row in ROWS for seed in SEEDS}
+    facts = json.loads((report / "rows/shortcut_n6_b2_seed1.json").read_text())["facts"]
+    assert (facts["base"], facts["num_images"], facts["row"]["budget"]) == (ToyBase().fingerprint, 10, 2)
+    weights = Shortcut.load(toy.folder / "runs/toy/shortcut/shortcut.safetensors").facts()["weights"]
+    assert facts["row"]["weights"] == weights
+    text = (report / "report.md").read_text()
+    for method, budget in (("vanilla", 6), ("shortcut", 2), ("hold", 2)):
+        assert re.search(rf"\| {method} +\| 6 +\| {budget} ", text)
+    assert "10 images a row and seed, 2 seed(s)" in text
+    assert "Fewer than 5,000 images" in text
+    for name in ("pareto.png", "grids.png"):
+        assert torchvision.io.read_image(str(report / name)).float().std() > 1
+
+
+def test_finished_rows_are_not_drawn_again(toy: Toy) -> None:
+    assert toy.drawn["test"] == dict.fromkeys(ROWS, 3 * len(SEEDS))  # 10 images in batches of 4
+    assert toy.drawn["test again"] == {}
+    assert toy.drawn["test without one row"] == {"vanilla_n3": 3}
+
+
+def test_change_of_the_number_of_images_measures_every_row_anew(toy: Toy) -> None:
+    assert toy.drawn["test of six"] == dict.fromkeys(ROWS, 2 * len(SEEDS))
+    text = (toy.folder / "runs/toy/elsewhere/report.md").read_text()
+    # rows of the third run seed, still of ten images, lie in the folder but are of another run
+    assert (toy.folder / "runs/toy/elsewhere/rows/vanilla_n3_seed2.json").exists()
+    assert "6 images a row and seed, 2 seed(s)" in text
