@@ -87,10 +87,7 @@ class AcceleratedSampling(L.Callback):
         self.base.to(pl_module.device)
         for metric in self.metrics.values():
             metric.to(pl_module.device)
-        was_training = pl_module.network.training
-        pl_module.network.eval()
         self._sample(trainer, pl_module)
-        pl_module.network.train(was_training)
 
     def _rows(self, pl_module: ShortcutTask) -> list[Row]:
         shortcut = Shortcut(pl_module.network)

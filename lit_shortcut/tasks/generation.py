@@ -82,7 +82,7 @@ class GenerationTask(L.LightningModule):
             raise ValueError(f"rows must differ from one another; got {names}")
         if self.reference.name not in names:
             raise ValueError(f"rows must hold {self.reference.name}, which speed-up refers to; got {names}")
-        if self.trainer.limit_test_batches != 1:
+        if isinstance(self.trainer.limit_test_batches, int) or self.trainer.limit_test_batches < 1:  # 1 is one batch
             raise ValueError("rows are of all images: leave limit_test_batches and set data.init_args.num_images")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         require_feasible(self.base, self.decoding, self.rows, data)

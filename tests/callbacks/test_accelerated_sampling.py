@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torchvision
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from datamodules.conditions import ClassLabels
+from datamodules.trajectories import TrajectoryDataModule
+from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.callbacks.accelerated_sampling import AcceleratedSampling
+from lit_shortcut.callbacks.ema import ModuleEMA
+from lit_shortcut.evaluation import Row, images_of
+from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.tasks.shortcut import ShortcutTask
+from tests.command_line import record_toy
+
+DECODING = Decoding(num_steps=6)
+
+
+class Brightness:
+    """Mean of all pixels."""
+
+    def __init__(self) -> None:
+        self.mean = MeanMetric()
+
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        self.mean.update(images.float())
+
+    def compute(self) -> Tensor:
+        value: Tensor = self.mean.compute()
+        return value
+
+    def reset(self) -> None:
+        self.mean.reset()
+
+    def to(self, device: torch.device) -> None:
+        self.mean.to(device)
+
+
+class Watch(L.Callback):
+    """What was logged at the end of each validation, and whether the network was in training mode after it."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+        self.training: list[bool] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, ShortcutTask)
+        self.training.append(pl_module.network.training)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return record_toy(tmp_path_factory.mktemp("recorded"))
+
+
+def make(**arguments: Any) -> AcceleratedSampling:
+    defaults: dict[str, Any] = {
+        "base": ToyBase(),
+        "decoding": DECODING,
+        "plans": [(6, 2), (4, 2)],
+        "conditions": ClassLabels(6, batch_size=4, seed=3),
+        "metrics": {"brightness": Brightness()},
+        "latency_rounds": 1,
+        "grid_images": 3,
+    }
+    return AcceleratedSampling(**(defaults | arguments))
+
+
+def fit(
+    recorded: Path, sampling: AcceleratedSampling, *callbacks: L.Callback, **arguments: Any
+) -> tuple[ShortcutTask, Watch]:
+    defaults: dict[str, Any] = {"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0, "logger": False}
+    watch = Watch()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        check_val_every_n_epoch=None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[*callbacks, sampling, watch],
+        **(defaults | arguments),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = ShortcutNet(width=16, num_heads=2)
+    task = ShortcutTask(network, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.1))
+    trainer.fit(task, datamodule=TrajectoryDataModule(str(recorded), batch_size=8))
+    return task, watch
+
+
+def brightness(row: Row) -> float:
+    (conditions,) = ClassLabels(6, batch_size=6, seed=3).loader()
+    return float(images_of(ToyBase(), conditions, DECODING, row).float().mean())
+
+
+@pytest.mark.parametrize("callbacks", [(), (ModuleEMA(decay=0.9),)], ids=["raw", "averaged"])
+def test_metrics_are_those_of_images_drawn_with_the_network_that_fit_leaves(
+    recorded: Path, callbacks: tuple[L.Callback, ...]
+) -> None:
+    task, watch = fit(recorded, make(), *callbacks)
+    shortcut, last = Shortcut(task.network), watch.logged[-1]
+    assert last["sampling/vanilla_n6/brightness"] == pytest.approx(brightness(Row(6)), rel=1e-5)
+    for num_steps, budget in ((6, 2), (4, 2)):
+        expected = brightness(Row(num_steps, Planned(budget, shortcut)))
+        assert last[f"sampling/n{num_steps}_b{budget}/brightness"] == pytest.approx(expected, rel=1e-5)
+    untrained = brightness(Row(6, Planned(2, Shortcut(ShortcutNet(width=16, num_heads=2)))))
+    assert last["sampling/n6_b2/brightness"] != pytest.approx(untrained, rel=1e-5)
+
+
+def test_latency_and_speed_up_refer_to_vanilla_of_the_same_validation(recorded: Path) -> None:
+    _, watch = fit(recorded, make())
+    for logged in watch.logged:
+        vanilla = logged["sampling/vanilla_n6/latency_ms"]
+        assert logged["sampling/vanilla_n6/speedup"] == 1
+        for name in ("n6_b2", "n4_b2"):
+            speedup = vanilla / logged[f"sampling/{name}/latency_ms"]
+            assert logged[f"sampling/{name}/speedup"] == pytest.approx(speedup, rel=1e-4)
+    assert watch.logged[0]["sampling/vanilla_n6/latency_ms"] != watch.logged[1]["sampling/vanilla_n6/latency_ms"]
+
+
+def test_sampling_does_not_change_what_training_sees(recorded: Path) -> None:
+    sampled, watch = fit(recorded, make())
+    plain, _ = fit(recorded, make(every_n_validations=9))
+    for name, tensor in sampled.network.state_dict().items():
+        assert torch.equal(tensor, plain.network.state_dict()[name])
+    assert set(watch.training) == {True}
+
+
+def test_vanilla_images_are_drawn_once(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def counted(base: ToyBase, conditions: Any, decoding: Decoding, row: Row) -> Tensor:
+        drawn.append(row.name)
+        return images_of(base, conditions, decoding, row)
+
+    monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.images_of", counted)
+    fit(recorded, make())
+    assert drawn == ["vanilla_n6"] * 2 + (["shortcut_n6_b2"] * 2 + ["shortcut_n4_b2"] * 2) * 2
+
+
+def test_sampling_may_skip_validations_and_the_sanity_check(recorded: Path) -> None:
+    _, watch = fit(recorded, make(every_n_validations=2), max_steps=6, num_sanity_val_steps=1)
+    sampled = ["sampling/n6_b2/speedup" in logged for logged in watch.logged]
+    assert sampled[:2] == [False, True]
+    assert len(watch.logged) == 4
+
+
+def test_grid_shows_vanilla_and_every_plan(recorded: Path, tmp_path: Path) -> None:
+    fit(recorded, make(), logger=CSVLogger(tmp_path))
+    (path,) = tmp_path.glob("**/sampling_grid_step4.png")
+    picture = torchvision.io.read_image(str(path))
+    assert picture.float().std() > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base": ToyBase(seed=1)}, "come from base .*, but sampling would accelerate base .*: give both the same"),
+        ({"plans": [(6, 2), (6, 7)]}, r"budget must lie in 1\.\.6.*got 7"),
+        ({"plans": [(6, 0)]}, r"budget must lie in 1\.\.6.*got 0"),
+        ({"plans": [(17, 2)]}, r"num_steps must lie in 1\.\.16.*got 17"),
+        ({"conditions": ClassLabels(11, num_classes=11)}, r"class labels must lie in 0\.\.9"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_before_anything_is_trained(
+    recorded: Path, arguments: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Tensor:
+        raise AssertionError("a step was trained")
+
+    monkeypatch.setattr(ShortcutTask, "training_step", never)
+    with pytest.raises(ValueError, match=message):
+        fit(recorded, make(**arguments))

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch.utils.data import DataLoader
+
+from lit_shortcut.callbacks.ema import ModuleEMA
+from lit_shortcut.callbacks.export import ExportWeights
+from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.networks.classifier import FashionCNN
+from lit_shortcut.tasks.classifier import ClassifierTask
+
+
+def fit(path: Path, *callbacks: L.Callback, **arguments: Any) -> ClassifierTask:
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        LabelledImages(torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(4) % 2)
+        for _ in range(3)
+    ]
+    loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = FashionCNN(num_classes=2, width=2)
+        task = ClassifierTask(network, num_classes=2, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        trainer = L.Trainer(
+            accelerator="cpu",
+            logger=False,
+            max_epochs=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            num_sanity_val_steps=0,
+            callbacks=[*callbacks, ExportWeights(path, licence="MIT", trained_on="noise")],
+            **arguments,
+        )
+        trainer.fit(task, loader, loader)
+    return task
+
+
+def parameters(network: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+def test_exported_file_holds_the_network_that_fit_leaves(tmp_path: Path) -> None:
+    task = fit(tmp_path / "deep" / "net.safetensors")
+    loaded = FashionCNN.load(tmp_path / "deep" / "net.safetensors")
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, task.network.state_dict()[name])
+
+
+def test_averaged_weights_are_exported_where_an_average_runs(tmp_path: Path) -> None:
+    fit(tmp_path / "raw.safetensors")
+    averaged = fit(tmp_path / "averaged.safetensors", ModuleEMA(decay=0.9))
+    raw, average = (parameters(FashionCNN.load(tmp_path / f"{name}.safetensors")) for name in ("raw", "averaged"))
+    assert torch.equal(average, parameters(averaged.network))
+    assert not torch.allclose(raw, average, atol=1e-5)
+
+
+def test_manifest_says_what_made_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/lit-shortcut", "fit", "--config", "configs/x.yaml"])
+    (tmp_path / "manifest.yaml").write_text("other.safetensors: {bytes: 1}\n")
+    path = tmp_path / "net.safetensors"
+    fit(path)
+    entries = yaml.safe_load((tmp_path / "manifest.yaml").read_text())
+    assert entries["other.safetensors"] == {"bytes": 1}
+    entry = entries["net.safetensors"]
+    accuracy = entry["metrics"].pop("val/accuracy")
+    assert 0 <= accuracy <= 1
+    assert entry == {
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "licence": "MIT",
+        "trained_on": "noise",
+        "made_by": "lightning fit --config configs/x.yaml",
+        "optimizer_steps": 3,
+        "metrics": {},
+    }
+
+
+def test_trial_run_exports_nothing(tmp_path: Path) -> None:
+    fit(tmp_path / "net.safetensors", fast_dev_run=True)
+    assert list(tmp_path.iterdir()) == []
