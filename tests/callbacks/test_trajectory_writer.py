@@ -113,6 +113,13 @@ def test_other_set_is_refused_and_each_difference_named(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
+def test_card_of_a_run_that_failed_before_its_first_shard_holds_nobody_up(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="interrupted"):
+        predict(tmp_path / "set", Recorder(fails_at=0), num_images=5)
+    predict(tmp_path / "set", num_images=11)
+    assert is_complete(tmp_path / "set", Card.read(tmp_path / "set"))
+
+
 def test_overwriting_leaves_nothing_of_the_old_set(tmp_path: Path) -> None:
     predict(tmp_path / "set")
     predict(tmp_path / "set", num_images=4, seed=5, overwrite=True)
