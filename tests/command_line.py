@@ -26,6 +26,7 @@ def lightning(folder: Path, *words: object) -> None:
             main([str(word) for word in words])
         finally:
             wandb.finish()
+            wandb.teardown()  # its service resolves relative folders where it started, and may still be writing
             torch.set_float32_matmul_precision(precision)
 
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from datamodules.conditions import ClassLabels
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.evaluation import Row, images_of
@@ -45,9 +46,12 @@ def labels() -> torch.Tensor:
     return torch.arange(100) % 10
 
 
-def test_manifest_names_every_shipped_file_and_no_other() -> None:
-    assert MANIFEST.keys() == {path.name for path in SHIPPED.iterdir()} - {"manifest.yaml"}
-    assert MANIFEST.keys() == {f"{name}.safetensors" for name in ("base", "classifier", "reference", "tokenizer")}
+def test_manifest_names_every_shipped_weight_file_and_no_other() -> None:
+    assert MANIFEST.keys() == {path.name for path in SHIPPED.glob("*.safetensors")}
+
+
+def test_shipped_shortcut_belongs_to_the_shipped_base(default: MaskGIT) -> None:
+    assert Shortcut.load(SHIPPED / "shortcut.safetensors").base_fingerprint == default.fingerprint
 
 
 @pytest.mark.parametrize("name", MANIFEST)
@@ -60,7 +64,7 @@ def test_shipped_file_is_the_one_in_the_manifest(name: str) -> None:
 
 
 def test_shipped_files_are_small() -> None:
-    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= MOST_BYTES
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) <= MOST_BYTES
 
 
 def test_most_images_are_taken_for_the_class_asked_for(images: dict[int, torch.Tensor]) -> None:
