@@ -37,7 +37,7 @@ def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list
     Each step gets its share of the schedule, rounded, at least 1; the last step takes what remains.
 
     >>> tokens_per_step("arccos", num_steps=8, num_tokens=64)
-    [1, 4, 6, 8, 9, 10, 12, 14]
+    [1, 5, 6, 8, 9, 11, 12, 12]
 
     Raises:
         ValueError: if there are more steps than tokens, or the rounded counts overspend so that nothing remains for
