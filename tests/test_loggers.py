@@ -57,6 +57,7 @@ def test_wandb_gets_picture_and_table(tmp_path: Path, monkeypatch: pytest.Monkey
     run = trainer(tmp_path, WandbLogger(project="test", save_dir=tmp_path))
     log_picture(run, "report/grids", PICTURE)
     log_table(run, "report/table", TABLE)
+    wandb.finish()
     wandb.teardown()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     found = read_run(folder)

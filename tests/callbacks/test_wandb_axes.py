@@ -18,6 +18,7 @@ def test_wandb_plots_metrics_over_optimiser_steps_and_keeps_the_best(
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(project="test", save_dir=tmp_path)
     WandbAxes().on_fit_start(L.Trainer(accelerator="cpu", logger=logger), L.LightningModule())
+    wandb.finish()
     wandb.teardown()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     axes = read_run(folder).axes
