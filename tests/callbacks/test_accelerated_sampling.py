@@ -9,7 +9,6 @@ import torch
 import torchvision
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from datamodules.conditions import ClassLabels
 from datamodules.trajectories import TrajectoryDataModule
@@ -23,28 +22,9 @@ from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from tests.command_line import record_toy
+from tests.metrics.brightness import Brightness
 
 DECODING = Decoding(num_steps=6)
-
-
-class Brightness:
-    """Mean of all pixels."""
-
-    def __init__(self) -> None:
-        self.mean = MeanMetric()
-
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        self.mean.update(images.float())
-
-    def compute(self) -> Tensor:
-        value: Tensor = self.mean.compute()
-        return value
-
-    def reset(self) -> None:
-        self.mean.reset()
-
-    def to(self, device: torch.device) -> None:
-        self.mean.to(device)
 
 
 class Watch(L.Callback):

@@ -8,7 +8,6 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from datamodules.conditions import ClassLabels
 from lit_shortcut.acceleration.planned import Planned, Vanilla
@@ -21,30 +20,10 @@ from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.tasks.generation import GenerationTask, record
 from lit_shortcut.weights import WeightsError
+from tests.metrics.brightness import Brightness
 
 DECODING = Decoding(num_steps=5)
 ROWS = [Row(5), Row(3), Row(5, Planned(2, Hold()))]
-
-
-class Brightness:
-    """Mean of all pixels; counts the images it has seen since the last reset."""
-
-    def __init__(self) -> None:
-        self.mean = MeanMetric()
-
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        assert len(images) == len(labels)
-        self.mean.update(images.float())
-
-    def compute(self) -> Tensor:
-        value: Tensor = self.mean.compute()
-        return value
-
-    def reset(self) -> None:
-        self.mean.reset()
-
-    def to(self, device: torch.device) -> None:
-        self.mean.to(device)
 
 
 def measure(
