@@ -1,4 +1,4 @@
-"""What to generate: classes in turn, each image with a seed of its own."""
+"""What to generate: classes or prompts in turn, each image with a seed of its own."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ def sample_seed(seed: int, index: int) -> int:
 class _Batches(Dataset[Conditions]):
     """Item k = the k-th batch."""
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, num_classes: int) -> None:
-        self.num_images, self.batch_size, self.seed, self.num_classes = num_images, batch_size, seed, num_classes
+    def __init__(self, source: InTurn, seed: int) -> None:
+        self.source, self.seed = source, seed
 
     def __getitem__(self, index: int) -> Conditions:
-        start = index * self.batch_size
-        ids = range(start, min(start + self.batch_size, self.num_images))
+        start = index * self.source.batch_size
+        ids = range(start, min(start + self.source.batch_size, self.source.num_images))
         seeds = torch.tensor([sample_seed(self.seed, i) for i in ids])
-        return Conditions(torch.tensor(ids), seeds, torch.tensor(ids) % self.num_classes)
+        labels = torch.tensor(ids) % self.source.num_classes
+        return self.source.asked_for(Conditions(torch.tensor(ids), seeds, labels))
 
     def __len__(self) -> int:
-        return ceil(self.num_images / self.batch_size)
+        return ceil(self.source.num_images / self.source.batch_size)
 
 
 class _Share(DistributedSampler[Conditions]):
@@ -59,17 +60,20 @@ def _only(batches: list[Conditions]) -> Conditions:
     return batch
 
 
-class ClassLabels(L.LightningDataModule):
-    """``num_images`` images, classes in turn. Image i depends on ``seed`` and i alone, not on batches or ranks.
+class InTurn(L.LightningDataModule):
+    """``num_images`` images, labels in turn. Image i depends on ``seed`` and i alone, not on batches or ranks.
 
     Args:
         num_images: to generate.
         batch_size: images per batch; in predict a batch is recorded as one shard.
         seed: of the run.
-        num_classes: image i is of class i modulo this.
+        num_classes: image i has label i modulo this.
     """
 
-    def __init__(self, num_images: int, batch_size: int = 32, seed: int = 0, num_classes: int = 10) -> None:
+    prompts_sha256 = ""
+    """Of the list of prompts that labels are numbers in; empty where they are classes."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, num_classes: int) -> None:
         super().__init__()
         for name, value in {"num_images": num_images, "batch_size": batch_size, "num_classes": num_classes}.items():
             if value < 1:
@@ -77,6 +81,10 @@ class ClassLabels(L.LightningDataModule):
         self.num_images, self.batch_size, self.seed, self.num_classes = num_images, batch_size, seed, num_classes
         self.finished: set[int] = set()  # batches that predict leaves out
         self.allow_zero_length_dataloader_with_multiple_devices = True  # the last batches may be fewer than the ranks
+
+    def asked_for(self, conditions: Conditions) -> Conditions:
+        """``conditions`` with all that their labels stand for."""
+        return conditions
 
     def loader(self, seed: int | None = None) -> DataLoader[Conditions]:
         """All batches of :class:`Conditions`, shared out among the ranks; ``seed`` stands in for the run's."""
@@ -94,9 +102,23 @@ class ClassLabels(L.LightningDataModule):
         return self._loader(batches, [index for index in range(len(batches)) if index not in self.finished])
 
     def _batches(self, seed: int) -> _Batches:
-        return _Batches(self.num_images, self.batch_size, seed, self.num_classes)
+        return _Batches(self, seed)
 
     def _loader(self, batches: _Batches, indices: Sequence[int]) -> DataLoader[Conditions]:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         # batches of one, not batch_size=None: Lightning then knows which item a prediction belongs to
         return DataLoader(batches, batch_size=1, sampler=_Share(batches, indices, rank, world_size), collate_fn=_only)
+
+
+class ClassLabels(InTurn):
+    """``num_images`` images, classes in turn. Image i depends on ``seed`` and i alone, not on batches or ranks.
+
+    Args:
+        num_images: to generate.
+        batch_size: images per batch; in predict a batch is recorded as one shard.
+        seed: of the run.
+        num_classes: image i is of class i modulo this.
+    """
+
+    def __init__(self, num_images: int, batch_size: int = 32, seed: int = 0, num_classes: int = 10) -> None:
+        super().__init__(num_images, batch_size, seed, num_classes)

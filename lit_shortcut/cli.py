@@ -33,7 +33,7 @@ class SaveConfig(SaveConfigCallback):
         text = self.parser.dump(self.config, skip_none=False)
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": yaml.safe_load(text)})
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, WandbLogger) and not logger.experiment.disabled:  # WANDB_MODE=disabled has no folder
                 Path(logger.experiment.dir, "config_cli.yaml").write_text(text)
 
 

@@ -8,6 +8,7 @@ C feature width, V codebook, N steps, b budget (full steps among them).
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isqrt
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -26,22 +27,51 @@ class LabelledImages(NamedTuple):
 class Conditions(NamedTuple):
     """What to generate: one row a sample.
 
-    ``ids`` (B,) name the samples within a run, ``seeds`` (B,) int64 drive all their noise, ``labels`` (B,) are classes.
+    ``ids`` (B,) name the samples within a run, ``seeds`` (B,) int64 drive all their noise, ``labels`` (B,) are classes,
+    or numbers of the ``prompts`` in their list. ``prompts`` are B texts; none where classes are asked for.
     """
 
     ids: Tensor
     seeds: Tensor
     labels: Tensor
+    prompts: tuple[str, ...] = ()
+
+    def first(self, count: int) -> Conditions:
+        """Those of the first ``count`` samples."""
+        return Conditions(self.ids[:count], self.seeds[:count], self.labels[:count], self.prompts[:count])
+
+
+class Text(NamedTuple):
+    """What a text before the image means to a shortcut network: it shifts the rows' places, and its tokens are control.
+
+    Leading dimensions: (G, B) in a :class:`Context`, (B, G) in :class:`Trajectories`, (B,) in a :class:`Transition`.
+    ``lengths`` (…) count the text's tokens. ``control`` (…, P, C) are the base's embeddings of those that are control
+    at every step; the first ``num_control`` (…) are no padding: all in the conditional branch, none in the other. As
+    many rows of the features, P, are the text's.
+    """
+
+    lengths: Tensor
+    control: Tensor
+    num_control: Tensor
 
 
 class Context(NamedTuple):
-    """A base's own form of the conditions: ``prompt`` (G, B, P) token ids beside the image tokens, branch by branch."""
+    """A base's own form of the conditions: ``prompt`` (G, B, P) token ids beside the image tokens, branch by branch.
+
+    ``text`` is there where they are a text at the beginning of the sequence, padded to the longest; its ``lengths`` and
+    ``num_control`` lie on the CPU, where shapes are decided.
+    """
 
     prompt: Tensor
+    text: Text | None = None
 
 
 class TokenSpec(NamedTuple):
-    """A base's sizes and special ids; they live here once."""
+    """A base's sizes and special ids; they live here once.
+
+    ``sequence_length`` is S, with the longest prompt where prompts differ; ``num_classes`` is 0 for a base that takes
+    prompts.
+    """
 
     num_tokens: int
     sequence_length: int
@@ -49,6 +79,18 @@ class TokenSpec(NamedTuple):
     codebook_size: int
     mask_id: int
     num_classes: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of the token grid, a square; the one place to tell a base's other shape.
+
+        Raises:
+            ValueError: if L is no square number.
+        """
+        side = isqrt(self.num_tokens)
+        if side * side != self.num_tokens:
+            raise ValueError(f"a square token grid is needed, and num_tokens is {self.num_tokens}")
+        return side, side
 
 
 class Control(NamedTuple):
@@ -94,12 +136,14 @@ class Trajectories(NamedTuple):
     """Recorded runs of the decoding loop: all features of all steps.
 
     ``features`` (B, G, N, S, C); ``tokens`` (B, L) at the end; ``committed_at`` (B, L) the step that revealed each.
+    ``text`` is that of the context; where texts differ, rows behind a shorter one are padding.
     """
 
     conditions: Conditions
     features: Tensor
     tokens: Tensor
     committed_at: Tensor
+    text: Text | None = None
 
 
 class Transition(NamedTuple):
@@ -116,12 +160,14 @@ class Transition(NamedTuple):
     targets: Tensor
     is_masked: Tensor
     step: Tensor
+    text: Text | None = None
 
 
 class MaskedImageModel(Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
-    The first L rows of its features are the image tokens, row by row; what follows is the base's own.
+    The first L rows of its features are the image tokens, row by row; what follows is the base's own. A row's place in
+    the base's sequence is another matter: ``interface`` tells it where it matters.
     """
 
     spec: TokenSpec
@@ -162,11 +208,19 @@ class ConditionSource(Protocol):
         """Batches of conditions under run seed ``seed``; None takes the source's own."""
 
 
-class ImageTokenizer(Protocol):
-    """Images to codes and back."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, L) of uint8 ``images`` (B, 1 or 3, H, W)."""
+class ImageDecoder(Protocol):
+    """Codes to images."""
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
+
+
+class ImageTokenizer(ImageDecoder, Protocol):
+    """Images to codes and back."""
+
+    @property
+    def codebook_size(self) -> int:
+        """V, number of codes."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, L) of uint8 ``images`` (B, 1 or 3, H, W)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lit_shortcut.acceleration.planned import Vanilla
 from lit_shortcut.contracts import Acceleration, Conditions, ConditionSource, MaskedImageModel
+from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.metrics.images import ImageMetric
-from lit_shortcut.sampling import Decoding, generate
+from lit_shortcut.sampling import Decoding, Order, generate
 
 
 @dataclass(frozen=True)
@@ -25,34 +26,42 @@ class Row:
     Args:
         num_steps: N.
         acceleration: what computes the features of each step; None is vanilla.
+        order: which places are committed first; None is the task's own order, and named by no row.
     """
 
     num_steps: int
     acceleration: Acceleration | None = None
+    order: Order | None = None
 
     @property
     def method(self) -> Acceleration:
         """The acceleration, vanilla where none is given."""
         return self.acceleration or Vanilla()
 
+    def decoding(self, default: Decoding) -> Decoding:
+        """``default`` in the row's own steps and order."""
+        return replace(default, num_steps=self.num_steps, order=self.order or default.order)
+
     def facts(self) -> dict[str, Any]:
-        """``method``, ``num_steps``, ``budget`` (N itself for vanilla), and the weights where there are any."""
+        """``method``, ``num_steps``, ``budget`` (N itself for vanilla); weights and an order of its own, if any."""
         facts = {"num_steps": self.num_steps, "budget": self.num_steps} | self.method.facts()
+        facts |= {"order": self.order} if self.order else {}
         if int(facts["budget"]) > self.num_steps:
             raise ValueError(f"budget must lie in 1..{self.num_steps}, the number of steps; got {facts['budget']}")
         return facts
 
     @property
     def name(self) -> str:
-        """As in tables and file names: ``vanilla_n8``, ``shortcut_n16_b4``."""
+        """As in tables and file names: ``vanilla_n8``, ``shortcut_n16_b4``, ``vanilla_n16_halton``."""
         facts = self.facts()
         budget = f"_b{facts['budget']}" if "budget" in self.method.facts() else ""
-        return f"{facts['method'].replace(' ', '')}_n{self.num_steps}{budget}"
+        order = f"_{self.order}" if self.order else ""
+        return f"{facts['method'].replace(' ', '')}_n{self.num_steps}{budget}{order}"
 
 
 def images_of(base: MaskedImageModel, conditions: Conditions, decoding: Decoding, row: Row) -> Tensor:
     """Images, uint8 (B, 3, H, W), that ``row`` draws for ``conditions``."""
-    return base.decode(generate(base, conditions, decoding.at(row.num_steps), row.method))
+    return base.decode(generate(base, conditions, row.decoding(decoding), row.method))
 
 
 def require_feasible(
@@ -62,13 +71,16 @@ def require_feasible(
 
     Raises:
         ValueError: if the base does not know a condition, this rank has none, the schedule cannot spend the tokens in a
-            row's steps, a budget lies outside 1..N, or a shortcut was trained for another base.
+            row's steps, a budget lies outside 1..N, a Halton order has no grid to lie on, or a shortcut was trained for
+            another base.
     """
     contexts = [base.context(batch, guided=decoding.guidance != 0) for batch in conditions.loader()]
     if not contexts:
         raise ValueError("conditions hold fewer batches than there are ranks: take smaller batches")
     for row in rows:
         tokens_per_step(decoding.schedule, row.num_steps, base.spec.num_tokens)
+        if row.decoding(decoding).order != "confidence":
+            halton_order(*base.spec.grid)
         row.method.start(base, contexts[0], row.num_steps)
 
 
@@ -153,7 +165,7 @@ def row_facts(base: MaskedImageModel, decoding: Decoding, row: Row, num_images: 
     """All that a row's values depend on besides the run seed."""
     return {
         "base": base.fingerprint,
-        "decoding": asdict(decoding.at(row.num_steps)),
+        "decoding": asdict(row.decoding(decoding)),
         "row": row.facts(),
         "num_images": num_images,
     }

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+
+class Places(NamedTuple):
+    """Where control tokens, ``control`` (B, K), and rows of the features, ``rows`` (B, S), stand in a base's sequence.
+
+    Where rows have no place in one, ``rows`` is None and ``control`` are positions among the image tokens. ``is_real``
+    (B, S) is false at rows that are padding, None where there is none.
+    """
+
+    rows: Tensor | None
+    control: Tensor
+    is_real: Tensor | None = None
 
 
 class TokenInterface(nn.Module):
     """Embedding of image tokens and the head that turns features into logits over the codebook.
 
-    Letters: L image tokens, C width, V codebook. ``position_embedding`` and ``head_bias`` may be missing (a base with
-    rotary positions, a head without bias). Nothing here is trained: the tensors are buffers, shared with the base that
-    made them.
+    Letters: L image tokens, S rows of the features, C width, V codebook. What a base has no need of is None (with
+    rotary positions ``position_embedding``, else ``row_offsets``). Nothing here is trained: the tensors are buffers,
+    shared with the base that made them.
 
     Args:
         num_tokens: L; the first L rows of the features are the image tokens.
@@ -19,12 +33,16 @@ class TokenInterface(nn.Module):
         head_weight: (V, C), rows of the base's head that belong to codes.
         position_embedding: (L, C) added to the embedding of a token at its place, or None.
         head_bias: (L, V) added to the logits at each place, or None.
+        row_offsets: (S − P,) for a base whose sequence begins with a prompt of P tokens: the first rows of its features
+            are the image tokens, then what frames them; each stands so many places behind the prompt's end. The
+            prompt's own rows come last. None where rows have no place in a sequence.
     """
 
     code_embedding: Tensor
     head_weight: Tensor
     position_embedding: Tensor | None
     head_bias: Tensor | None
+    row_offsets: Tensor | None
 
     def __init__(
         self,
@@ -33,6 +51,7 @@ class TokenInterface(nn.Module):
         head_weight: Tensor,
         position_embedding: Tensor | None = None,
         head_bias: Tensor | None = None,
+        row_offsets: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.num_tokens = num_tokens
@@ -40,6 +59,24 @@ class TokenInterface(nn.Module):
         self.register_buffer("head_weight", head_weight)
         self.register_buffer("position_embedding", position_embedding)
         self.register_buffer("head_bias", head_bias)
+        self.register_buffer("row_offsets", row_offsets)
+
+    def row_places(self, prompt_lengths: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Places (B, S) in the sequence of the first ``num_rows`` (S) rows, and which of them are no padding (B, S).
+
+        ``prompt_lengths`` (B,) are P for each sample; rows behind a shorter prompt are padding. The answer lies on the
+        interface's device.
+
+        Raises:
+            ValueError: if rows of this base have no place.
+        """
+        if self.row_offsets is None:
+            raise ValueError("rows of this base's features have no place in a sequence")
+        offsets, prompt_lengths = self.row_offsets, prompt_lengths.to(self.row_offsets.device)
+        prompt = torch.arange(num_rows - len(offsets), device=offsets.device).expand(len(prompt_lengths), -1)
+        places = torch.cat([prompt_lengths[:, None] + offsets, prompt], dim=1)
+        rows = torch.arange(num_rows, device=offsets.device)
+        return places, rows < len(offsets) + prompt_lengths[:, None]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Control tokens (B, K, C): embedding of codes ``tokens`` (B, K) at image ``positions`` (B, K)."""

@@ -1,67 +1,178 @@
-"""Names in published MaskGIT and MIGM-Shortcut checkpoints, and ours."""
+"""Weights published elsewhere: the names of their tensors and ours, strict loading, and saving in their form."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-_MASKGIT = [
-    (r"^tok_emb\.", "token_embedding."),
-    (r"^pos_emb$", "position_embedding"),
-    (r"^bias$", "head_bias"),
-    (r"^first_layer\.0\.", "first.0."),
-    (r"^first_layer\.2\.", "first.1."),  # the published block has dropout at 1 and 5
-    (r"^first_layer\.4\.", "first.3."),
-    (r"^first_layer\.6\.", "first.4."),
-    (r"^last_layer\.0\.", "last.0."),
-    (r"^last_layer\.2\.", "last.1."),
-    (r"^last_layer\.4\.", "last.3."),
-    (r"^transformer\.layers\.(\d+)\.0\.norm\.", r"layers.\1.attention_norm."),
-    (r"^transformer\.layers\.(\d+)\.0\.fn\.mha\.in_proj_", r"layers.\1.attention.in_proj."),
-    (r"^transformer\.layers\.(\d+)\.0\.fn\.mha\.out_proj\.", r"layers.\1.attention.out_proj."),
-    (r"^transformer\.layers\.(\d+)\.1\.norm\.", r"layers.\1.mlp_norm."),
-    (r"^transformer\.layers\.(\d+)\.1\.fn\.net\.0\.", r"layers.\1.mlp.0."),
-    (r"^transformer\.layers\.(\d+)\.1\.fn\.net\.3\.", r"layers.\1.mlp.2."),
-]
+from lit_shortcut.weights import WeightsError, load_tensors, read_pickle, replacing
 
-_SHORTCUT = [
-    (r"^proj_in\.", "narrow_features."),
-    (r"^new_token_proj_in\.", "narrow_control."),
-    (r"^proj_out\.", "widen."),
-    (r"^last_layer\.", "last."),
-    (r"^time_embedder\.mlp\.", "time_mlp."),
-    (r"^adaLN_modulation\.", "modulation."),
-    (r"^blocks\.(\d+)\.(cross|self)_attn\.norm\.", r"blocks.\1.\2_norm."),
-    (r"^blocks\.(\d+)\.(cross|self)_attn\.fn\.mha\.in_proj_", r"blocks.\1.\2_attention.in_proj."),
-    (r"^blocks\.(\d+)\.(cross|self)_attn\.fn\.mha\.out_proj\.", r"blocks.\1.\2_attention.out_proj."),
-    (r"^blocks\.(\d+)\.(cross|self)_attn_ff\.norm\.", r"blocks.\1.\2_mlp_norm."),
-    (r"^blocks\.(\d+)\.(cross|self)_attn_ff\.fn\.net\.0\.", r"blocks.\1.\2_mlp.0."),
-    (r"^blocks\.(\d+)\.(cross|self)_attn_ff\.fn\.net\.3\.", r"blocks.\1.\2_mlp.2."),
-]
+_STATE_KEYS = ("model_state_dict", "state_dict")  # of MaskGIT's checkpoint and of a Lightning one
 
 
-def maskgit_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published MaskGIT transformer's state dict under the names of our MaskGITTransformer."""
-    renamed = _rename(state, _MASKGIT)
-    if "position_embedding" in renamed:
-        renamed["position_embedding"] = renamed["position_embedding"].squeeze(0)
-    return renamed
+class Names:
+    """Two spellings of a network's tensors, told apart by how their names begin.
+
+    Args:
+        pairs: published beginning and ours, ``#`` standing for a number; the first that fits counts, and what follows
+            it stays as it is, as do names that no pair fits.
+
+    >>> names = Names([("up.#.block.", "ups.#.")])
+    >>> names.ours("up.2.block.bias"), names.published("ups.2.bias"), names.ours("other")
+    ('ups.2.bias', 'up.2.block.bias', 'other')
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self._pairs = list(pairs)
+
+    def ours(self, name: str) -> str:
+        """Our spelling of the published ``name``."""
+        return _respelled(name, self._pairs)
+
+    def published(self, name: str) -> str:
+        """The published spelling of our ``name``."""
+        return _respelled(name, [(published, ours) for ours, published in self._pairs])
 
 
-def shortcut_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published MIGM-Shortcut state dict under the names of our ShortcutNet."""
-    return _rename(state, _SHORTCUT)
-
-
-def _rename(state: dict[str, Tensor], rules: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Apply the first rule that matches; other names pass as they are, for strict loading to name them."""
-    return {_ours(name, rules): tensor for name, tensor in state.items()}
-
-
-def _ours(name: str, rules: list[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        renamed, matches = re.subn(pattern, replacement, name)
-        if matches:
-            return renamed
+def _respelled(name: str, pairs: list[tuple[str, str]]) -> str:
+    for before, after in pairs:
+        pattern = re.escape(before).replace(r"\#", r"(\d+)")
+        if match := re.match(pattern, name):
+            numbers = iter(match.groups())
+            return re.sub("#", lambda _: next(numbers), after) + name[match.end() :]  # noqa: B023 - called here
     return name
+
+
+MASKGIT = Names(
+    [
+        ("tok_emb.", "token_embedding."),
+        ("pos_emb", "position_embedding"),
+        ("bias", "head_bias"),
+        ("first_layer.0.", "first.0."),
+        ("first_layer.2.", "first.1."),  # the published block has dropout at 1 and 5
+        ("first_layer.4.", "first.3."),
+        ("first_layer.6.", "first.4."),
+        ("last_layer.0.", "last.0."),
+        ("last_layer.2.", "last.1."),
+        ("last_layer.4.", "last.3."),
+        ("transformer.layers.#.0.norm.", "layers.#.attention_norm."),
+        ("transformer.layers.#.0.fn.mha.in_proj_", "layers.#.attention.in_proj."),
+        ("transformer.layers.#.0.fn.mha.out_proj.", "layers.#.attention.out_proj."),
+        ("transformer.layers.#.1.norm.", "layers.#.mlp_norm."),
+        ("transformer.layers.#.1.fn.net.0.", "layers.#.mlp.0."),
+        ("transformer.layers.#.1.fn.net.3.", "layers.#.mlp.2."),
+    ]
+)
+
+SHORTCUT = Names(
+    [
+        ("proj_in.", "narrow_features."),
+        ("new_token_proj_in.", "narrow_control."),
+        ("proj_out.", "widen."),
+        ("last_layer.", "last."),
+        ("time_embedder.mlp.", "time_mlp."),
+        ("adaLN_modulation.", "modulation."),
+        *(
+            (f"blocks.#.{kind}_attn{published}", f"blocks.#.{kind}_{ours}")
+            for kind in ("cross", "self")
+            for published, ours in [
+                (".norm.", "norm."),
+                (".fn.mha.in_proj_", "attention.in_proj."),
+                (".fn.mha.out_proj.", "attention.out_proj."),
+                ("_ff.norm.", "mlp_norm."),
+                ("_ff.fn.net.0.", "mlp.0."),
+                ("_ff.fn.net.3.", "mlp.2."),
+            ]
+        ),
+    ]
+)
+
+
+def state_in(content: Any) -> dict[str, Tensor] | None:
+    """The state dict that ``content`` of a checkpoint is, or has under one of the usual keys; None if there is none."""
+    if not isinstance(content, dict):
+        return None
+    state = next((content[key] for key in _STATE_KEYS if key in content), content)
+    holds_tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+    return state if state and holds_tensors else None
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of the published checkpoint at ``path`` under their own names, read without running pickled code.
+
+    It is a state dict or has one at ``model_state_dict`` or ``state_dict``; or it is a safetensors file, as
+    :mod:`lit_shortcut.convert` makes of those.
+
+    Raises:
+        WeightsError: if the file is missing, damaged, holds more than tensors, numbers and text, or no state dict.
+    """
+    if path.suffix == ".safetensors":
+        return load_tensors(path)[0]
+    content = read_pickle(path)
+    state = state_in(content)
+    if state is None:
+        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise WeightsError(
+            f"{path}: expected a state dict, or a dict with one at {' or '.join(map(repr, _STATE_KEYS))}; found {found}"
+        )
+    return state
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], names: Names, path: Path) -> None:
+    """Hand the published ``state`` to ``module``, freeze it and put it in eval mode.
+
+    The tensors are taken over, not copied: build ``module`` on the meta device and its weights exist once. Shapes are
+    equal but for dimensions of size 1, which published files have more of (1×1 convolutions, a batch of positions).
+
+    Args:
+        module: its names are ours.
+        state: under published names.
+        names: relates the two.
+        path: where ``state`` comes from, for the message.
+
+    Raises:
+        WeightsError: if tensors are missing, unknown or misshapen; all of them are named as the file spells them.
+    """
+    expected = module.state_dict()
+    found = {names.ours(name): tensor for name, tensor in state.items()}
+    problems = [
+        *(
+            f"{names.published(name)} is missing, expected {_shape(expected[name])}"
+            for name in sorted(expected.keys() - found.keys())
+        ),
+        *(f"{names.published(name)} is unknown" for name in sorted(found.keys() - expected.keys())),
+        *(
+            f"{names.published(name)} has shape {_shape(found[name])}, expected {_shape(expected[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if _without_ones(expected[name]) != _without_ones(found[name])
+        ),
+    ]
+    if problems:
+        sizes = ", ".join(f"{name} {value}" for name, value in getattr(module, "hparams", {}).items())
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise WeightsError(f"{path}: not the weights of a {type(module).__name__} with {sizes}:\n{listed}")
+    module.load_state_dict(
+        {name: tensor.reshape(expected[name].shape).to(expected[name].dtype) for name, tensor in found.items()},
+        assign=True,
+    )
+    module.eval().requires_grad_(False)
+
+
+def save_published(path: Path, module: nn.Module, names: Names) -> None:
+    """Write ``module`` to ``path`` as a bare pickled state dict under published ``names``."""
+    state = {names.published(name): tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+    with replacing(path) as aside:
+        torch.save(state, aside)
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [size for size in tensor.shape if size != 1]

@@ -19,29 +19,50 @@ from lit_shortcut.metrics.functional import mean_interval
 def collect(folder: Path, names: list[str], seeds: list[int]) -> pd.DataFrame:
     """One line for each of the rows ``names``, in that order, with means and 95 % intervals over run ``seeds``.
 
-    Columns: ``method``, ``N``, ``b``, ``images``, ``seeds``, ``latency_ms``, ``latency_iqr_ms``, ``speedup`` (where
-    latency was measured), and for each metric its mean under its name and half an interval under ``<name>_interval``
-    (NaN with one seed). Rows without any result are left out.
+    Columns: ``method``, ``N``, ``b``, ``order`` (empty where a row has none of its own), ``images``, ``seeds``,
+    ``latency_ms``, ``latency_iqr_ms``, ``speedup`` (where latency was measured), and for each metric its mean under its
+    name and half an interval under ``<name>_interval`` (NaN with one seed). Rows without any result are left out.
     """
-    latency_file = folder / "latency.json"
-    latencies = json.loads(latency_file.read_text())["measured"] if latency_file.exists() else {}
+    latencies = _latencies(folder)
     lines = []
     for name in names:
         paths = [folder / "rows" / f"{name}_seed{seed}.json" for seed in seeds]
         results = [json.loads(path.read_text()) for path in paths if path.exists()]
         if not results:
             continue
-        row = results[0]["facts"]["row"]
-        line: dict[str, Any] = {"name": name, "method": row["method"], "N": row["num_steps"], "b": row["budget"]}
+        line = _identity(name, results[0]["facts"]["row"])
         line |= {"images": results[0]["facts"]["num_images"], "seeds": len(results)}
         if name in latencies:
-            measured = latencies[name]
-            line |= {"latency_ms": measured["median_ms"], "latency_iqr_ms": measured["iqr_ms"]}
-            line |= {"speedup": measured["speedup"]}
+            line |= latencies[name]
         for metric in results[0]["values"]:
             line[metric], line[f"{metric}_interval"] = mean_interval([r["values"][metric] for r in results])
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def collect_latencies(folder: Path) -> pd.DataFrame:
+    """One line for each row whose latency was measured: the columns of :func:`collect` up to ``speedup``, no metric."""
+    latency = _stored(folder)
+    rows = dict(zip(latency["measured"], (facts["row"] for facts in latency["facts"]["rows"]), strict=True))
+    return pd.DataFrame([_identity(name, rows[name]) | line for name, line in _latencies(folder).items()])
+
+
+def _identity(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    order = row.get("order", "")
+    return {"name": name, "method": row["method"], "N": row["num_steps"], "b": row["budget"], "order": order}
+
+
+def _latencies(folder: Path) -> dict[str, dict[str, float]]:
+    return {
+        name: {"latency_ms": found["median_ms"], "latency_iqr_ms": found["iqr_ms"], "speedup": found["speedup"]}
+        for name, found in _stored(folder)["measured"].items()
+    }
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    path = folder / "latency.json"
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"measured": {}}
+    return stored
 
 
 def metric_names(table: pd.DataFrame) -> list[str]:
@@ -51,7 +72,7 @@ def metric_names(table: pd.DataFrame) -> list[str]:
 
 def markdown(table: pd.DataFrame) -> str:
     """``table`` for people: units in the header, intervals behind ±, and a dash where nothing was measured."""
-    shown = table[["method", "N", "b"]].copy()
+    shown = table[["method", "N", "b"] + ["order"] * bool(table["order"].any())].copy()
     if "latency_ms" in table:
         shown["latency ms/image"] = [
             f"{ms:.1f} ({iqr:.1f})" for ms, iqr in zip(table["latency_ms"], table["latency_iqr_ms"], strict=True)
@@ -78,7 +99,7 @@ def dominated(table: pd.DataFrame, metric: str) -> list[tuple[str, str]]:
 
 
 def pareto(table: pd.DataFrame, metric: str) -> Figure:
-    """``metric`` against latency, a line per method, with intervals over seeds.
+    """``metric`` against latency, a line per method and order, with intervals over seeds.
 
     Raises:
         ValueError: if ``table`` has no such metric.
@@ -86,7 +107,7 @@ def pareto(table: pd.DataFrame, metric: str) -> Figure:
     if metric not in metric_names(table):
         raise ValueError(f"the plot's metric must be one of {metric_names(table)}, got {metric!r}")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method, lines in table.groupby("method", sort=False):
+    for (method, order), lines in table.groupby(["method", "order"], sort=False):
         ordered = lines.sort_values("latency_ms")
         axes.errorbar(
             ordered["latency_ms"],
@@ -94,7 +115,7 @@ def pareto(table: pd.DataFrame, metric: str) -> Figure:
             yerr=ordered[f"{metric}_interval"].fillna(0),
             marker="o",
             capsize=3,
-            label=method,
+            label=f"{method} {order}".strip(),
         )
         for _, line in ordered.iterrows():
             label = f"N={line['N']}" if method == "vanilla" else f"({line['N']}, {line['b']})"

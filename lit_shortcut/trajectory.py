@@ -3,6 +3,8 @@
 A set is a folder or a URL prefix: ``card.json``, ``interface.safetensors``, and shards ``shard-000000.tar`` … in
 WebDataset's convention, each with its size and sha256 in ``shard-000000.json`` beside it. A sample is
 ``00000000.safetensors`` (features, tokens, committed_at) and ``00000000.json`` (id, seed, label); nothing is pickled.
+Where a base takes prompts, the first also holds ``text_lengths`` and ``text_control``, the second ``prompt``, and S is
+that of the sample's own prompt.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from lit_shortcut.contracts import Conditions, Control, TokenSpec, Trajectories, Transition
+from lit_shortcut.contracts import Conditions, Control, Text, TokenSpec, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.weights import load_tensors, save_tensors
 
@@ -59,7 +61,8 @@ class Card:
         num_samples: trajectories in the set.
         samples_per_shard: in every shard but the last, which holds what is left.
         seed: of the run; each sample's own comes from it.
-        num_classes: labels went round so many classes.
+        num_classes: labels went round so many classes, or prompts.
+        prompts: sha256 of the list of prompts; empty where classes were asked for.
     """
 
     format_version: int
@@ -73,6 +76,7 @@ class Card:
     samples_per_shard: int
     seed: int
     num_classes: int
+    prompts: str = ""
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
@@ -92,7 +96,7 @@ class Card:
 
     @property
     def features_shape(self) -> tuple[int, int, int, int]:
-        """(G, N, S, C) of one trajectory."""
+        """(G, N, S, C) of one trajectory; S at most so long where prompts differ."""
         return self.branches, self.num_steps, self.spec["sequence_length"], self.spec["width"]
 
     @property
@@ -132,10 +136,11 @@ class Card:
             found = values.get("format_version")
             raise TrajectoryError(f"{where}: format_version: expected {FORMAT_VERSION}, found {found!r}")
         kinds = {name: get_origin(hint) or hint for name, hint in get_type_hints(cls).items()}
-        for name in sorted(kinds.keys() ^ values.keys()):
+        optional = {field.name for field in fields(cls) if field.default is not MISSING}  # newer than some sets
+        for name in sorted((kinds.keys() ^ values.keys()) - optional):
             raise TrajectoryError(f"{where}: {name}: " + ("missing" if name in kinds else "no key of a card"))
         for name, kind in kinds.items():
-            if type(values[name]) is not kind:
+            if name in values and type(values[name]) is not kind:
                 raise TrajectoryError(f"{where}: {name}: expected {kind.__name__}, found {values[name]!r}")
         try:
             return cls(**values)
@@ -144,7 +149,11 @@ class Card:
 
 
 class Trajectory(NamedTuple):
-    """One recorded sample: ``features`` (G, N, S, C), ``tokens`` (L,) int32, ``committed_at`` (L,) int16."""
+    """One recorded sample: ``features`` (G, N, S, C), ``tokens`` (L,) int32, ``committed_at`` (L,) int16.
+
+    Where it was drawn for a ``prompt``, ``text_lengths`` (G,) int32 and ``text_control`` (P, C) tell what
+    :class:`~lit_shortcut.contracts.Text` does.
+    """
 
     id: int
     seed: int
@@ -152,6 +161,20 @@ class Trajectory(NamedTuple):
     features: Tensor
     tokens: Tensor
     committed_at: Tensor
+    prompt: str = ""
+    text_lengths: Tensor | None = None
+    text_control: Tensor | None = None
+
+    def text(self) -> Text | None:
+        """Of all branches, (G, …): control in the first alone."""
+        if self.text_lengths is None or self.text_control is None:
+            return None
+        lengths = self.text_lengths.long()
+        control = self.text_control.new_zeros(len(lengths), int(lengths.max()), self.text_control.shape[1])
+        control[0, : len(self.text_control)] = self.text_control
+        num_control = torch.zeros_like(lengths)
+        num_control[0] = len(self.text_control)
+        return Text(lengths, control, num_control)
 
 
 def shard_name(index: int) -> str:
@@ -216,7 +239,8 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
             be written.
     """
     path = folder / shard_name(index)
-    ids, seeds, labels = (column.tolist() for column in trajectories.conditions)
+    conditions = trajectories.conditions
+    ids, seeds, labels = (column.tolist() for column in conditions[:3])
     if ids != list(card.ids(index)):
         raise TrajectoryError(f"{path}: expected samples {card.ids(index)}, got {ids}")
     with _whole(path) as file:
@@ -228,12 +252,14 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
                     trajectories.tokens[row].to("cpu", torch.int32),
                     trajectories.committed_at[row].to("cpu", torch.int16),
                 )
+                if trajectories.text is not None:
+                    one = _with_text(one, trajectories.text, row, conditions.prompts[row])
                 _check(one, card, f"{path}: sample {one.id}")
-                tensors = {name: getattr(one, name).contiguous() for name in ("features", "tokens", "committed_at")}
+                values = one._asdict()
+                tensors = {name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}
+                told = {name: values[name] for name in ("id", "seed", "label", "prompt") if values[name] != ""}
                 _add(tar, f"{one.id:08d}.safetensors", save(tensors))
-                _add(
-                    tar, f"{one.id:08d}.json", json.dumps({"id": one.id, "seed": one.seed, "label": one.label}).encode()
-                )
+                _add(tar, f"{one.id:08d}.json", json.dumps(told).encode())
         size = file.tell()
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -302,7 +328,9 @@ def read_trajectory(sample: dict[str, Any], card: Card) -> Trajectory:
     try:
         facts, tensors = json.loads(sample["json"]), load(sample["safetensors"])
         numbers = (int(facts["id"]), int(facts["seed"]), int(facts["label"]))
-        one = Trajectory(*numbers, tensors["features"], tensors["tokens"], tensors["committed_at"])
+        grid = (tensors["features"], tensors["tokens"], tensors["committed_at"])
+        text = (str(facts["prompt"]), tensors["text_lengths"], tensors["text_control"]) if card.prompts else ()
+        one = Trajectory(*numbers, *grid, *text)
     except KeyError as error:
         raise TrajectoryError(f"{where}: {error} is missing") from error
     except (ValueError, TypeError, SafetensorError) as error:
@@ -312,11 +340,15 @@ def read_trajectory(sample: dict[str, Any], card: Card) -> Trajectory:
 
 
 def stack(trajectories: Sequence[Trajectory]) -> Trajectories:
-    """A batch of whole ``trajectories``; features keep their dtype, all else is int64."""
+    """A batch of whole ``trajectories``, rows padded to the longest; features keep their dtype, all else is int64."""
     columns = list(zip(*trajectories, strict=True))
-    conditions = Conditions(*(torch.tensor(column) for column in columns[:3]))
-    features, tokens, committed_at = (torch.stack(column) for column in columns[3:])
-    return Trajectories(conditions, features, tokens.long(), committed_at.long())
+    texts = [text for text in (one.text() for one in trajectories) if text is not None]
+    prompts = tuple(one.prompt for one in trajectories) if texts else ()
+    ids, seeds, labels = (torch.tensor(column) for column in columns[:3])
+    tokens, committed_at = (torch.stack(column) for column in columns[4:6])
+    features = torch.stack(_padded(columns[3]))
+    conditions = Conditions(ids, seeds, labels, prompts)
+    return Trajectories(conditions, features, tokens.long(), committed_at.long(), _joined(texts, torch.stack))
 
 
 def transitions(one: Trajectory, window: int = 1) -> Iterator[Transition]:
@@ -329,7 +361,13 @@ def transitions(one: Trajectory, window: int = 1) -> Iterator[Transition]:
     is_masked = one.committed_at > steps  # (N, L), after each step
     share = is_masked.float().mean(1)
     places = [row.nonzero()[:, 0] for row in one.committed_at == steps]
-    for branch in one.features:
+    text = one.text()
+    for index, features in enumerate(one.features):
+        own, branch = None, features
+        if text is not None:
+            own = Text(*(part[index : index + 1] for part in text))
+            branch = features[:, : features.shape[1] - int(text.lengths.max() - own.lengths)]  # without padding
+            own = own._replace(control=own.control[:, : int(own.lengths)])
         for start in range(num_steps - window):
             inside = slice(start, start + window)
             positions = pad_sequence(places[inside], batch_first=True)
@@ -341,11 +379,12 @@ def transitions(one: Trajectory, window: int = 1) -> Iterator[Transition]:
                 targets=branch[start + 1 : start + window + 1].clone()[None],
                 is_masked=is_masked[inside][None],
                 step=torch.tensor([start]),
+                text=own,
             )
 
 
 def collate(items: Sequence[Transition]) -> Transition:
-    """One batch of ``items``, control padded to the longest K among them."""
+    """One batch of ``items``, control and rows padded to the longest among them."""
     longest = max(item.control.tokens.shape[2] for item in items)
 
     def joined(name: str) -> Tensor:
@@ -353,29 +392,68 @@ def collate(items: Sequence[Transition]) -> Transition:
         return torch.cat([pad(tensor, (0, longest - tensor.shape[2])) for tensor in tensors])
 
     return Transition(
-        features=torch.cat([item.features for item in items]),
+        features=torch.cat(_padded([item.features for item in items])),
         control=Control(joined("tokens"), joined("positions"), joined("is_real")),
         masked_share=torch.cat([item.masked_share for item in items]),
-        targets=torch.cat([item.targets for item in items]),
+        targets=torch.cat(_padded([item.targets for item in items])),
         is_masked=torch.cat([item.is_masked for item in items]),
         step=torch.cat([item.step for item in items]),
+        text=_joined([item.text for item in items if item.text is not None], torch.cat),
+    )
+
+
+def _padded(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Each of ``rows`` (…, S, C) padded to the longest S."""
+    longest = max(part.shape[-2] for part in rows)
+    return [pad(part, (0, 0, 0, longest - part.shape[-2])) for part in rows]
+
+
+def _joined(texts: Sequence[Text], join: Callable[[list[Tensor]], Tensor]) -> Text | None:
+    """``texts`` joined by ``join``, control padded to the longest; None of none."""
+    if not texts:
+        return None
+    return Text(
+        lengths=join([text.lengths for text in texts]),
+        control=join(_padded([text.control for text in texts])),
+        num_control=join([text.num_control for text in texts]),
+    )
+
+
+def _with_text(one: Trajectory, text: Text, row: int, prompt: str) -> Trajectory:
+    """``one`` with its row of ``text`` (B, G, …), without the rows that pad the features to those of the batch."""
+    lengths = text.lengths[row].to("cpu", torch.int32)
+    padding = text.control.shape[-2] - int(lengths.max())
+    return one._replace(
+        features=one.features[:, :, : one.features.shape[2] - padding],
+        prompt=prompt,
+        text_lengths=lengths,
+        text_control=text.control[row, 0, : int(text.num_control[row, 0])].cpu(),
     )
 
 
 def _check(one: Trajectory, card: Card, where: str) -> None:
     grid = (card.spec["num_tokens"],)
-    for name, dtype, shape in (
-        ("features", DTYPES[card.dtype], card.features_shape),
+    branches, num_steps, num_rows, width = card.features_shape
+    expected: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
         ("tokens", torch.int32, grid),
         ("committed_at", torch.int16, grid),
-    ):
+    ]
+    if one.text_lengths is not None and one.text_control is not None:
+        num_rows = min([num_rows, *one.features.shape[-2:-1]])  # those of its own prompt
+        expected.append(("text_lengths", torch.int32, (branches,)))
+        expected.append(("text_control", one.text_control.dtype, (int(one.text_lengths[:1]), width)))
+    expected.append(("features", DTYPES[card.dtype], (branches, num_steps, num_rows, width)))
+    for name, dtype, shape in expected:
         found: Tensor = getattr(one, name)
         if found.dtype != dtype or found.shape != shape:
             raise TrajectoryError(
                 f"{where}: {name}: expected {dtype} {shape}, found {found.dtype} {tuple(found.shape)}"
             )
-    if not one.features.isfinite().all():
-        raise TrajectoryError(f"{where}: features: expected finite {card.dtype}, found NaN or infinity")
+    for name in ("features", "text_control"):
+        values = getattr(one, name)
+        if values is not None and not values.isfinite().all():
+            kind = str(values.dtype).removeprefix("torch.")
+            raise TrajectoryError(f"{where}: {name}: expected finite {kind}, found NaN or infinity")
     for name, end in (("tokens", card.spec["codebook_size"]), ("committed_at", card.num_steps)):
         low, high = (int(bound) for bound in torch.aminmax(getattr(one, name)))
         if low < 0 or high >= end:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle  # for the name of its error alone; nothing is unpickled
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,10 +43,17 @@ def identity(module: nn.Module) -> dict[str, Any]:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write ``tensors`` and JSON ``metadata`` to ``path``: aside first, then renamed into place."""
+    with replacing(path) as aside:
+        save_file(tensors, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, whose folder is made; it takes that name once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
+        yield aside
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -66,18 +75,38 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def read_pickle(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``, as far as that needs no pickled code.
+
+    Raises:
+        WeightsError: if the file is missing, damaged, or holds more than tensors, numbers and text.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: no such checkpoint") from error
+    except Exception as error:  # a damaged pickle fails in whatever way it was damaged
+        raise WeightsError(
+            f"{path}: not a checkpoint that loads with weights_only=True ({first_sentence(error)}). "
+            "If it is whole and holds objects beside its tensors, keep the tensors alone: "
+            f"python -m lit_shortcut.convert to_safetensors {path} {path.with_suffix('.safetensors')}"
+        ) from error
+
+
+def first_sentence(error: Exception) -> str:
+    """What ``error`` of torch says, without the advice to load unsafely that surrounds it."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    sentence = re.split(r"[.] |[.]?\n", text.strip())[0]
+    return f"{type(error).__name__}: {sentence}"
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The network in a checkpoint of one of this project's tasks, averaged where an EMA ran, and its metadata.
 
     Raises:
         WeightsError: if the file is missing, unreadable without running pickled code, or of another project.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such checkpoint") from error
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"{path}: not a checkpoint that loads with weights_only=True ({error})") from error
+    checkpoint = read_pickle(path)
     if not isinstance(checkpoint, dict) or "network" not in checkpoint:
         raise WeightsError(f"{path}: not a checkpoint of a lit-shortcut task; it has no key 'network'")
     prefix = "network."
@@ -91,16 +120,18 @@ def load_module(cls: type[Module], path: Path) -> Module:
     Raises:
         WeightsError: if the file is missing or damaged, holds another class, or its tensors do not fit.
     """
-    return load_module_with_metadata(cls, path)[0]
+    return load_module_with_metadata((cls,), path)[0]
 
 
-def load_module_with_metadata(cls: type[Module], path: Path) -> tuple[Module, dict[str, Any]]:
-    """As :func:`load_module`, with the metadata kept beside the tensors."""
+def load_module_with_metadata(classes: Sequence[type[Module]], path: Path) -> tuple[Module, dict[str, Any]]:
+    """As :func:`load_module`, of whichever of ``classes`` it is, with the metadata kept beside the tensors."""
     tensors, metadata = load_checkpoint(path) if path.suffix == ".ckpt" else load_tensors(path)
-    if metadata.get("class") != cls.__name__:
-        raise WeightsError(f"{path}: expected the weights of a {cls.__name__}, found {metadata.get('class')!r}")
+    known = {cls.__name__: cls for cls in classes}
+    found = metadata.get("class")
+    if found not in known:
+        raise WeightsError(f"{path}: expected the weights of a {' or '.join(known)}, found {found!r}")
     try:
-        module = cls(**metadata["hparams"])
+        module = known[found](**metadata["hparams"])
         module.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # no, other or wrong arguments; other tensors
         raise WeightsError(f"{path}: {error}") from error

@@ -5,12 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from lit_shortcut.bases.dimoo.adapter import DiMOO
+from lit_shortcut.bases.dimoo.toy import toy_dimoo
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.tokenizer import FSQTokenizer
 
 NUM_CLASSES = 5
+PROMPTS = ("a red cat", "two", "three grey cats", "a cat", "größer")  # of 9, 3, 15, 5 and 8 bytes
 
 
 def _make_base(seed: int = 0) -> MaskGIT:
@@ -31,6 +34,10 @@ def _conditions(count: int, first_seed: int = 100) -> Conditions:
     return Conditions(ids, ids + first_seed, ids % NUM_CLASSES)
 
 
+def _prompted(count: int, first_seed: int = 100) -> Conditions:
+    return _conditions(count, first_seed)._replace(prompts=tuple(PROMPTS[i % len(PROMPTS)] for i in range(count)))
+
+
 @pytest.fixture(scope="session")
 def make_base() -> Callable[[int], MaskGIT]:
     """A tiny random MaskGIT for each seed: 4×4 tokens of 8 codes, width 32, 5 classes, 8×8 images."""
@@ -41,6 +48,24 @@ def make_base() -> Callable[[int], MaskGIT]:
 def base() -> MaskGIT:
     """The tiny MaskGIT of seed 0; tests share it, so change nothing in it."""
     return _make_base()
+
+
+@pytest.fixture(scope="session")
+def make_dimoo() -> Callable[[int], DiMOO]:
+    """A tiny random DiMOO for each seed: 4×4 tokens of 8 codes, width 16, prompts in bytes."""
+    return lambda seed: toy_dimoo(seed=seed)
+
+
+@pytest.fixture(scope="session")
+def dimoo() -> DiMOO:
+    """The tiny DiMOO of seed 0; tests share it, so change nothing in it."""
+    return toy_dimoo()
+
+
+@pytest.fixture(scope="session")
+def prompted() -> Callable[..., Conditions]:
+    """``prompted(count, first_seed=100)``: as ``conditions``, with prompts of different lengths."""
+    return _prompted
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_shortcut.acceleration.plans import full_steps
 from lit_shortcut.contracts import Context, FeatureFn, MaskedImageModel, State
@@ -36,8 +36,8 @@ class Predictor(Protocol):
     def facts(self) -> dict[str, str | int]:
         """What identifies it in tables and result rows: ``method``, and its weights where it has any."""
 
-    def start(self, base: MaskedImageModel) -> PredictFn:
-        """A predicting function for one batch of ``base``'s features."""
+    def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
+        """A predicting function for one batch of ``base``'s features under ``context``."""
 
 
 class Vanilla:
@@ -52,8 +52,10 @@ class Vanilla:
         return lambda state: (base.features(state.tokens, context), True)
 
 
-class Planned:
+class Planned(nn.Module):
     """The base at ``budget`` evenly spread steps, ``predictor`` at the others (arXiv 2602.23996).
+
+    It is a module, so that a predictor's network follows the task that holds it in device and precision.
 
     Args:
         budget: b, number of full steps, at most the number of steps.
@@ -61,6 +63,7 @@ class Planned:
     """
 
     def __init__(self, budget: int, predictor: Predictor) -> None:
+        super().__init__()
         self.budget, self.predictor = budget, predictor
 
     def facts(self) -> dict[str, str | int]:
@@ -70,7 +73,7 @@ class Planned:
     def start(self, base: MaskedImageModel, context: Context, num_steps: int) -> FeatureFn:
         """Features by plan; raises ValueError if the budget lies outside 1..num_steps."""
         plan = set(full_steps(num_steps, self.budget))
-        predict = self.predictor.start(base)
+        predict = self.predictor.start(base, context)
         full: list[tuple[int, Tensor]] = []
         latest: Tensor | None = None
 

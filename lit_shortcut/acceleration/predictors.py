@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lit_shortcut.acceleration.planned import Past, PredictFn
-from lit_shortcut.contracts import MaskedImageModel, State
+from lit_shortcut.contracts import Context, MaskedImageModel, State
 
 
 class Hold:
@@ -17,7 +17,7 @@ class Hold:
         """Its name."""
         return {"method": "hold"}
 
-    def start(self, base: MaskedImageModel) -> PredictFn:
+    def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
         """Repeat the latest features."""
         return lambda past, state: past.latest
 
@@ -44,7 +44,7 @@ class Taylor:
         """Its name, with the order."""
         return {"method": f"taylor {self.order}"}
 
-    def start(self, base: MaskedImageModel) -> PredictFn:
+    def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
         """Extrapolate to the present step."""
         return _extrapolate
 

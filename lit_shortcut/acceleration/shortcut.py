@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lit_shortcut.acceleration.planned import Past, PredictFn
-from lit_shortcut.contracts import MaskedImageModel, State
-from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.contracts import Context, Control, MaskedImageModel, State, Text
+from lit_shortcut.hub import local_file
+from lit_shortcut.networks.control import embed_control, require_kind, text_of_branch
+from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
+from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
 from lit_shortcut.weights import WeightsError, fingerprint, load_module_with_metadata
 
 
-class Shortcut:
-    """Next features by a :class:`~lit_shortcut.networks.shortcut.ShortcutNet`, guidance branches in one batch.
+class Shortcut(nn.Module):
+    """Next features by a shortcut network.
+
+    Guidance branches run in one batch, or one after the other where their prompts differ in length.
 
     Args:
         network: trained on trajectories of the base it will stand in for.
@@ -22,7 +29,8 @@ class Shortcut:
 
     memory = 1
 
-    def __init__(self, network: ShortcutNet, base_fingerprint: str | None = None) -> None:
+    def __init__(self, network: VelocityNet, base_fingerprint: str | None = None) -> None:
+        super().__init__()
         self.network, self.base_fingerprint = network, base_fingerprint
 
     @classmethod
@@ -32,34 +40,69 @@ class Shortcut:
         Raises:
             WeightsError: if the file is missing, damaged, or holds something else.
         """
-        network, metadata = load_module_with_metadata(ShortcutNet, path)
+        network, metadata = load_module_with_metadata((ShortcutNet, LLaDAShortcutNet), path)
         return cls(network, metadata.get("base_fingerprint"))
+
+    @classmethod
+    def load_published(cls, path: str, num_heads: int = 16) -> Shortcut:
+        """A released MIGM-Shortcut network; its file does not say which base it is for.
+
+        Args:
+            path: of its state dict, or its ``hf://`` address.
+            num_heads: attention heads, which the file does not tell.
+
+        Raises:
+            WeightsError: if the file cannot be had, is damaged, or holds something else.
+        """
+        return cls(ShortcutNet.load_published(local_file(path), num_heads))
 
     def facts(self) -> dict[str, str | int]:
         """Its name and the fingerprint of its weights."""
         return {"method": "shortcut", "weights": fingerprint(self.network.state_dict())}
 
-    def start(self, base: MaskedImageModel) -> PredictFn:
+    def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
         """Predict from the latest features and the tokens just committed, embedded by the base's own interface.
 
         Raises:
-            WeightsError: if the network was trained for another base.
+            WeightsError: if the network was trained for another base, or does not fit this one.
         """
+        self._require_fit(base)
+        interface = base.interface
+        network = self.network.to(interface.code_embedding.device)
+        dtype = next(network.parameters()).dtype
+
+        def following(features: Tensor, control: Control, masked_share: Tensor, text: Text | None) -> Tensor:
+            embedded = embed_control(interface, control, text, features.shape[-2])
+            predicted: Tensor = network(
+                features.to(dtype), embedded.tokens.to(dtype), masked_share, embedded.is_real, embedded.places
+            )
+            return predicted.to(features.dtype)
+
+        def predict(past: Past, state: State) -> Tensor:
+            branches, num_rows = past.latest.shape[0], past.latest.shape[-2]
+            if context.text is None:
+                control = Control(state.control.tokens.repeat(branches, 1), state.control.positions.repeat(branches, 1))
+                doubled = following(past.latest.flatten(0, 1), control, state.masked_share.repeat(branches), None)
+                return doubled.unflatten(0, (branches, -1))
+            frame = num_rows - context.prompt.shape[-1]
+            predicted = []
+            for branch, features in enumerate(past.latest):
+                text = text_of_branch(context.text, branch)
+                own_rows = features[:, : frame + int(text.lengths.max())]
+                own = following(own_rows, state.control, state.masked_share, text)
+                predicted.append(pad(own, (0, 0, 0, num_rows - own.shape[1])))
+            return torch.stack(predicted)
+
+        return predict
+
+    def _require_fit(self, base: MaskedImageModel) -> None:
         if self.base_fingerprint not in (None, base.fingerprint):
             raise WeightsError(
                 f"this shortcut was trained on trajectories of base {self.base_fingerprint}, "
                 f"it cannot accelerate base {base.fingerprint}"
             )
-        network = self.network.to(base.interface.code_embedding.device)
-
-        def predict(past: Past, state: State) -> Tensor:
-            branches = past.latest.shape[0]
-            control = base.interface.embed(state.control.tokens, state.control.positions)
-            following: Tensor = network(
-                past.latest.flatten(0, 1),
-                control.repeat(branches, 1, 1),
-                state.masked_share.repeat(branches),
+        require_kind(self.network, base.interface, type(base).__name__)
+        if (width := self.network.hparams["width"]) != base.spec.width:
+            raise WeightsError(
+                f"the base's features are {base.spec.width} wide, but the shortcut network was built for width {width}"
             )
-            return following.unflatten(0, (branches, -1))
-
-        return predict

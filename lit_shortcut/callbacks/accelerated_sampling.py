@@ -7,6 +7,7 @@ from functools import partial
 
 import lightning as L
 import torchvision
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ class AcceleratedSampling(L.Callback):
     def _sample(self, trainer: L.Trainer, pl_module: ShortcutTask) -> None:
         device, vanilla = pl_module.device, Row(self.decoding.num_steps)
         mine = [
-            Conditions(*(part.to(device) for part in batch))
+            move_data_to_device(batch, device)
             for k, batch in enumerate(self.conditions.loader())
             if k % trainer.world_size == trainer.global_rank
         ]
@@ -111,8 +112,7 @@ class AcceleratedSampling(L.Callback):
             name = row.name if facts["method"] == "vanilla" else f"n{row.num_steps}_b{facts['budget']}"
             if name not in measured:
                 measured[name] = self._measure(row, mine)
-            decoding = self.decoding.at(row.num_steps)
-            runs[name] = partial(generate, self.base, mine[0], decoding, row.method)
+            runs[name] = partial(generate, self.base, mine[0], row.decoding(self.decoding), row.method)
         latencies = measure_latency(runs, device, len(mine[0].ids), self.latency_rounds)
         ratios = speedups(latencies, f"vanilla_n{vanilla.num_steps}")
         for name, (values, _) in measured.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -9,7 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_shortcut.loggers import log_picture, log_table
-from lit_shortcut.report import collect, dominated, grids, markdown, pareto, pixels, read_strips
+from lit_shortcut.report import collect, collect_latencies, dominated, grids, markdown, pareto, pixels, read_strips
 from lit_shortcut.tasks.generation import GenerationTask
 
 FEW_IMAGES = 5_000  # below, a Fréchet distance depends visibly on their number
@@ -18,13 +20,14 @@ FEW_IMAGES = 5_000  # below, a Fréchet distance depends visibly on their number
 class Report(L.Callback):
     """Table (``report.md``), Pareto plot (``pareto.png``) and image grids (``grids.png``) of all finished rows.
 
-    They are written to the task's results folder, the table is printed, and all go to the loggers.
+    They are written to the task's results folder, the table is printed, and all go to the loggers. Of random weights
+    there is the table alone, with latencies alone, and it says so.
 
     Args:
-        distance: the metric on the plot's vertical axis, lower is better.
+        distance: the metric on the plot's vertical axis, lower is better; with random weights there is none.
     """
 
-    def __init__(self, distance: str) -> None:
+    def __init__(self, distance: str | None = None) -> None:
         self.distance = distance
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -34,7 +37,7 @@ class Report(L.Callback):
             ValueError: if the task has no metric named ``distance``.
         """
         assert isinstance(pl_module, GenerationTask)
-        if self.distance not in pl_module.metrics:
+        if self.distance not in pl_module.metrics and not pl_module.random_weights:
             raise ValueError(f"distance must be one of the metrics {sorted(pl_module.metrics)}, got {self.distance!r}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -43,50 +46,73 @@ class Report(L.Callback):
         if not trainer.is_global_zero:
             return
         folder, names = pl_module.results.folder, [row.name for row in pl_module.rows]
-        table = collect(folder, names, pl_module.run_seeds)
-        strips = grids(read_strips(folder, list(table["name"])))
-        strips.savefig(folder / "grids.png", dpi=130)
-        log_picture(trainer, "report/grids", pixels(strips))
-        if "latency_ms" in table:
-            figure = pareto(table, self.distance)
-            figure.savefig(folder / "pareto.png", dpi=130)
-            log_picture(trainer, "report/pareto", pixels(figure))
-            _log_pareto(trainer, table, self.distance)
-        plt.close("all")
+        if pl_module.random_weights:
+            table, written = collect_latencies(folder), ["report.md"]
+            lines = [markdown(table), "", _RANDOM, _speedup_text(pl_module), *_latency_text(pl_module)]
+        else:
+            table, written = collect(folder, names, pl_module.run_seeds), ["report.md", "grids.png"]
+            strips = grids(read_strips(folder, list(table["name"])))
+            strips.savefig(folder / "grids.png", dpi=130)
+            log_picture(trainer, "report/grids", pixels(strips))
+            assert self.distance is not None
+            if "latency_ms" in table:
+                figure = pareto(table, self.distance)
+                figure.savefig(folder / "pareto.png", dpi=130)
+                written.append("pareto.png")
+                log_picture(trainer, "report/pareto", pixels(figure))
+                _log_pareto(trainer, table, self.distance)
+            plt.close("all")
+            lines = _lines(table, pl_module, self.distance)
         log_table(trainer, "report/table", table)
-        text = _text(table, pl_module, self.distance)
+        text = "\n".join(lines) + "\n"
         (folder / "report.md").write_text(text)
-        rank_zero_info(f"\n{text}\nwritten to {folder}: report.md, pareto.png, grids.png")
+        rank_zero_info(f"\n{text}\nwritten to {folder}: {', '.join(written)}")
 
 
-def _text(table: pd.DataFrame, task: GenerationTask, distance: str) -> str:
+_RANDOM = "Random weights: latency alone. No images were drawn, and no figure of quality comes from here."
+
+
+def _lines(table: pd.DataFrame, task: GenerationTask, distance: str) -> list[str]:
     images, seeds = sorted(set(table["images"])), sorted(set(table["seeds"]))
     lines = [
         markdown(table),
         "",
         f"{_several(images)} images a row and seed, {_several(seeds)} seed(s); ± is a 95 % interval of the mean over "
-        "seeds (Student's t). The speed-up refers to vanilla at the base's default "
-        f"N = {task.decoding.num_steps}.",
+        f"seeds (Student's t). {_speedup_text(task)}",
     ]
     if max(images) < FEW_IMAGES:
         lines.append(
             f"Fewer than {FEW_IMAGES:,} images: distances are biased upwards, compare these rows with one another."
         )
-    measured = task.results.latency()
-    if measured is not None and "latency_ms" in table:
-        how = next(iter(measured["measured"].values()))
-        lines += [
-            f"Latency: decoding loop alone, median (interquartile range) of {how['rounds']} rounds in turns, batch "
-            f"{how['batch_size']}, precision {task.trainer.precision}, {how['device']}."
-        ]
+    if "latency_ms" in table:
+        lines += _latency_text(task)
         pairs = dominated(table, distance)
         lines += [""] * bool(pairs)
         lines += [f"- {winner} dominates {loser}: lower {distance} at no more latency" for winner, loser in pairs]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _speedup_text(task: GenerationTask) -> str:
+    return f"The speed-up refers to vanilla at the base's default N = {task.decoding.num_steps}."
+
+
+def _latency_text(task: GenerationTask) -> list[str]:
+    measured = task.results.latency()
+    if measured is None:
+        return []
+    how = next(iter(measured["measured"].values()))
+    return [
+        f"Latency: decoding loop alone, median (interquartile range) of {how['rounds']} rounds in turns, batch "
+        f"{how['batch_size']}, precision {task.trainer.precision}, {how['device']}."
+    ]
 
 
 def _several(numbers: list[int]) -> str:
     return " or ".join(f"{number:,}" for number in numbers)
+
+
+def _series(line: pd.Series[Any]) -> str:
+    return f"{line['method']} {line['order']}".strip()
 
 
 def _log_pareto(trainer: L.Trainer, table: pd.DataFrame, metric: str) -> None:
@@ -97,4 +123,4 @@ def _log_pareto(trainer: L.Trainer, table: pd.DataFrame, metric: str) -> None:
             run.define_metric("pareto/latency_ms")
             run.define_metric("pareto/*", step_metric="pareto/latency_ms")
             for _, line in table.iterrows():
-                run.log({"pareto/latency_ms": line["latency_ms"], f"pareto/{line['method']}/{metric}": line[metric]})
+                run.log({"pareto/latency_ms": line["latency_ms"], f"pareto/{_series(line)}/{metric}": line[metric]})

@@ -43,6 +43,7 @@ class Recorded(Protocol):
     batch_size: int
     seed: int
     num_classes: int
+    prompts_sha256: str
     finished: set[int]
 
 
@@ -131,6 +132,7 @@ class TrajectoryWriter(BasePredictionWriter):
             samples_per_shard=data.batch_size,
             seed=data.seed,
             num_classes=data.num_classes,
+            prompts=data.prompts_sha256,
         )
 
     def _is_anew(self) -> bool:

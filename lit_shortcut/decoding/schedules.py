@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Schedule = Literal["root", "linear", "square", "cosine", "arccos"]
+Schedule = Literal["root", "linear", "square", "cosine", "arccos", "cosine_left"]
 
 
 def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
             return 1 - progress
         case "square":
             return 1 - progress**2
-        case "cosine":
+        case "cosine" | "cosine_left":
             return (progress * (math.pi / 2)).cos()
         case "arccos":
             return progress.arccos() / (math.pi / 2)
@@ -32,12 +33,16 @@ def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
 
 
 def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list[int]:
-    """Tokens committed at each of ``num_steps`` steps; they sum to ``num_tokens`` and each is at least 1.
+    """Tokens committed at each of ``num_steps`` steps; they sum to ``num_tokens``.
 
-    Each step gets its share of the schedule, rounded, at least 1; the last step takes what remains.
+    Each step gets its share of the schedule, rounded, at least 1; the last step takes what remains. With
+    ``cosine_left`` the schedule is instead that of the tokens left masked after each step (Lumina-DiMOO, arXiv
+    2510.06308), rounded down, and at least 1 until the last; a step may then commit none.
 
     >>> tokens_per_step("arccos", num_steps=8, num_tokens=64)
     [1, 5, 6, 8, 9, 11, 12, 12]
+    >>> tokens_per_step("cosine_left", num_steps=4, num_tokens=64)
+    [5, 14, 21, 24]
 
     Raises:
         ValueError: if there are more steps than tokens, or the rounded counts overspend so that nothing remains for
@@ -45,9 +50,14 @@ def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list
     """
     if not 1 <= num_steps <= num_tokens:
         raise ValueError(f"num_steps must lie in 1..{num_tokens}, one token a step at least; got {num_steps}")
+    if schedule == "cosine_left":
+        # float32, in which published counts were computed: it differs from float64 where the cosine is exact
+        progress = torch.arange(1, num_steps, dtype=torch.float32) / num_steps
+        left = (num_tokens * share_masked(schedule, progress)).floor().long().clamp(min=1).tolist()
+        return [before - after for before, after in pairwise([num_tokens, *left, 0])]
     if num_steps == 1:  # the schedule starts at 0, so there are no shares to divide by
         return [num_tokens]
-    weights = share_masked(schedule, torch.linspace(1, 0, num_steps))
+    weights = share_masked(schedule, torch.linspace(1, 0, num_steps, dtype=torch.float32))
     counts = [max(1, round(float(w))) for w in weights / weights.sum() * num_tokens]
     counts[-1] = num_tokens - sum(counts[:-1])
     if counts[-1] < 1:

@@ -45,7 +45,8 @@ def sample_codes(logits: Tensor, uniforms: Tensor | None) -> Choice:
     if uniforms is None:
         codes = log_probs.argmax(dim=-1)
     else:
-        cumulative = log_probs.exp().cumsum(dim=-1)
+        # below exp(-87) float32 has denormal numbers alone, too small to be drawn and slow on CPUs
+        cumulative = log_probs.clamp(min=-87).exp_().cumsum(dim=-1)
         # scaled by the total, which rounding leaves just off 1, so that the last code with mass is the last drawn
         codes = torch.searchsorted(cumulative, (uniforms * cumulative[..., -1])[..., None]).squeeze(-1)
         codes = codes.clamp(max=logits.shape[-1] - 1)

@@ -87,17 +87,18 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.processor() or platform.machine()})"
 
 
-def _seconds(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    _synchronize(device)
-    start = clock()
-    run()
-    _synchronize(device)
-    return clock() - start
-
-
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was asked for."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
+    synchronize(device)
+    start = clock()
+    run()
+    synchronize(device)
+    return clock() - start
 
 
 def _summary(times: list[float], batch_size: int, device: str) -> Latency:

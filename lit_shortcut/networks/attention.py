@@ -41,17 +41,28 @@ class Attention(nn.Module):
             weight, bias = self.in_proj.weight, self.in_proj.bias
             queries = F.linear(query, weight[:width], bias[:width])
             keys, values = F.linear(memory, weight[width:], bias[width:]).chunk(2, dim=-1)
-        mask = None if is_real is None else is_real[:, None, None, :]
-        heads = F.scaled_dot_product_attention(
-            self._split(queries), self._split(keys), self._split(values), attn_mask=mask
-        )
-        if is_real is not None:  # softmax over nothing is undefined; kernels differ in what they return for it
-            heads = torch.where(is_real.any(dim=1)[:, None, None, None], heads, heads.new_zeros(()))
-        mixed: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
+        queries, keys, values = (split_heads(part, self.num_heads) for part in (queries, keys, values))
+        mixed: Tensor = self.out_proj(attend(queries, keys, values, is_real))
         return mixed
 
-    def _split(self, packed: Tensor) -> Tensor:
-        return packed.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+def split_heads(packed: Tensor, num_heads: int) -> Tensor:
+    """(B, S, C) to (B, heads, S, C / heads)."""
+    return packed.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, is_real: Tensor | None = None) -> Tensor:
+    """Fused attention of heads (B, heads, Q or K, D), put together again: (B, Q, C).
+
+    ``is_real`` (B, K) is false where keys are padding. Attention to nothing, no keys or padding alone, is 0.
+    """
+    if not keys.shape[2]:
+        return torch.zeros_like(queries).transpose(1, 2).flatten(2)
+    mask = None if is_real is None else is_real[:, None, None, :]
+    heads = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    if is_real is not None:  # softmax over nothing is undefined; kernels differ in what they return for it
+        heads = torch.where(is_real.any(dim=1)[:, None, None, None], heads, heads.new_zeros(()))
+    return heads.transpose(1, 2).flatten(2)
 
 
 def feed_forward(width: int, hidden_width: int) -> nn.Sequential:

@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lit_shortcut.acceleration.compilation import compile_networks
 from lit_shortcut.acceleration.planned import Vanilla
-from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
+from lit_shortcut.contracts import Conditions, MaskedImageModel, Text, Trajectories
 from lit_shortcut.evaluation import Results, Row, add_images, images_of, require_feasible, row_facts, take_values
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import measure_latency, speedups
@@ -38,6 +39,9 @@ class GenerationTask(L.LightningModule):
         latency_rounds: times each row is timed; 0 leaves latency out.
         latency_batch_size: images decoded at once when timing.
         grid_images: images kept of each row for side-by-side grids.
+        random_weights: the weights are random, at published sizes: ``test`` measures latency alone, draws no images and
+            gives no figure of quality.
+        compiled: in ``test``, run base and predictors' networks through ``torch.compile``.
     """
 
     def __init__(
@@ -52,15 +56,18 @@ class GenerationTask(L.LightningModule):
         latency_rounds: int = 5,
         latency_batch_size: int = 32,
         grid_images: int = 20,
+        random_weights: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding = decoding or Decoding()
         self.rows, self.metrics, self.results = rows or [], metrics or {}, Results(results)
+        self.methods = nn.ModuleList(row.method for row in self.rows if isinstance(row.method, nn.Module))
         self.run_seeds = run_seeds or [0]
         self.latency_rounds, self.latency_batch_size = latency_rounds, latency_batch_size
-        self.grid_images = grid_images
+        self.grid_images, self.random_weights, self.compiled = grid_images, random_weights, compiled
         self.reference = Row(self.decoding.num_steps)
         self.jobs: list[tuple[Row, int]] = []
 
@@ -73,10 +80,13 @@ class GenerationTask(L.LightningModule):
 
         Raises:
             ValueError: if two rows have one name, the reference is missing, a row cannot be run, or Lightning would
-                leave out images that the rows' values count.
+                leave out images that the rows' values count; or if latency, all there is to random weights, is left
+                out, too.
         """
         if stage != "test":
             return
+        if self.random_weights and not self.latency_rounds:
+            raise ValueError("random weights have a latency alone: latency_rounds must be at least 1")
         names = [row.name for row in self.rows]
         if len(set(names)) != len(names):
             raise ValueError(f"rows must differ from one another; got {names}")
@@ -90,16 +100,18 @@ class GenerationTask(L.LightningModule):
     def test_dataloader(self) -> list[Iterable[Conditions]]:
         """One pass over the conditions for each row that is not finished, and one for latency."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        jobs = [(row, seed) for seed in self.run_seeds for row in self.rows]
+        jobs = [] if self.random_weights else [(row, seed) for seed in self.run_seeds for row in self.rows]
         self.jobs = [job for job in jobs if self.results.find(*job, self.facts(job[0])) is None]
         if len(self.jobs) < len(jobs):
             rank_zero_info(f"{len(jobs) - len(self.jobs)} of {len(jobs)} rows are finished already")
         return [data.loader(seed) for _, seed in self.jobs] + [data.loader()]
 
     def on_test_start(self) -> None:
-        """Move the metrics to the task's device."""
+        """Move the metrics to the task's device; compile, where that is asked for."""
         for metric in self.metrics.values():
             metric.to(self.device)
+        if self.compiled:
+            compile_networks(self.base, self.methods)
 
     def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure one batch of images, or latency when all rows are done."""
@@ -119,7 +131,10 @@ class GenerationTask(L.LightningModule):
         """What ``row``'s values depend on besides the run seed."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         facts = row_facts(self.base, self.decoding, row, data.num_images)
-        return facts | {"precision": str(self.trainer.precision), "metrics": sorted(self.metrics)}
+        facts |= {"precision": str(self.trainer.precision), "metrics": sorted(self.metrics)}
+        if data.prompts_sha256:  # a base that takes prompts draws images of any size with the same weights
+            facts |= {"prompts": data.prompts_sha256, "spec": self.base.spec._asdict()}
+        return facts | ({"compiled": True} if self.compiled else {})
 
     def _finish(self, row: Row, seed: int) -> None:
         values = take_values(self.metrics)
@@ -129,7 +144,7 @@ class GenerationTask(L.LightningModule):
         rank_zero_info(f"{row.name}, seed {seed}: {shown}")
 
     def _measure_latency(self, batch: Conditions) -> None:
-        conditions = Conditions(*(part[: self.latency_batch_size] for part in batch))
+        conditions = batch.first(self.latency_batch_size)
         facts = {"rows": [self.facts(row) for row in self.rows], "rounds": self.latency_rounds}
         facts |= {"device": str(self.device), "batch_size": len(conditions.ids)}
         stored = self.results.latency()
@@ -137,7 +152,7 @@ class GenerationTask(L.LightningModule):
             return
         rank_zero_info(f"timing {len(self.rows)} rows, {self.latency_rounds} rounds in turns")
         runs: dict[str, Callable[[], object]] = {
-            row.name: partial(generate, self.base, conditions, self.decoding.at(row.num_steps), row.method)
+            row.name: partial(generate, self.base, conditions, row.decoding(self.decoding), row.method)
             for row in self.rows
         }
         latencies = measure_latency(runs, self.device, len(conditions.ids), self.latency_rounds)
@@ -156,4 +171,7 @@ def record(base: MaskedImageModel, conditions: Conditions, decoding: Decoding) -
         tokens = step.tokens
         committed_at.scatter_(1, step.committed.positions, step.state.step)
     stacked: Tensor = torch.stack(features, dim=2).transpose(0, 1)  # (G, B, N, S, C) to (B, G, N, S, C)
-    return Trajectories(conditions, stacked, tokens, committed_at)
+    text = base.context(conditions, guided=decoding.guidance != 0).text
+    if text is not None:
+        text = Text(*(part.transpose(0, 1) for part in text))  # (G, B, …) to (B, G, …)
+    return Trajectories(conditions, stacked, tokens, committed_at, text)

@@ -18,7 +18,7 @@ class MaskedModelingTask(OptimizedTask):
     """Cross-entropy over the codebook at masked places, the share of masked tokens drawn from the arccos schedule.
 
     Args:
-        transformer: the network to train.
+        transformer: the network to train, from scratch or from loaded weights.
         tokenizer: frozen; turns images into tokens.
         class_drop: share of samples whose class is replaced by the dropped class, for guidance.
         label_smoothing: of the cross-entropy.
@@ -36,7 +36,7 @@ class MaskedModelingTask(OptimizedTask):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler)
-        self.network: MaskGITTransformer = transformer
+        self.network: MaskGITTransformer = transformer.train().requires_grad_(True)  # loaded weights come frozen
         self.class_drop, self.label_smoothing = class_drop, label_smoothing
         self.tokenizer = tokenizer
 

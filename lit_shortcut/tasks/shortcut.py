@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
-from lit_shortcut.contracts import Control, TokenSpec, Trajectories, Transition
+from lit_shortcut.contracts import Control, Text, TokenSpec, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import (
     centred_cosine,
@@ -23,7 +23,8 @@ from lit_shortcut.metrics.functional import (
     masked_mse,
     token_agreement,
 )
-from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.networks.control import embed_control, require_kind
+from lit_shortcut.networks.shortcut import VelocityNet
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.trajectory import Card
 from lit_shortcut.weights import WeightsError
@@ -51,13 +52,13 @@ class ShortcutTask(OptimizedTask):
         scheduler: makes the learning-rate schedule, by the step.
     """
 
-    network: ShortcutNet
+    network: VelocityNet
     interface: TokenInterface
     channel_scale: Tensor
 
     def __init__(
         self,
-        network: ShortcutNet,
+        network: VelocityNet,
         *,
         kl_weight: float = 0.0,
         kl_temperature: float = 1.0,
@@ -80,7 +81,7 @@ class ShortcutTask(OptimizedTask):
         """Take card, interface and channel scales from the datamodule.
 
         Raises:
-            WeightsError: if the network's width is not that of the recorded features.
+            WeightsError: if the network's width is not that of the recorded features, or it is of another kind of base.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.card, self.interface = data.card, data.interface
@@ -90,6 +91,7 @@ class ShortcutTask(OptimizedTask):
                 f"{data.source}: features are {width} wide, but the shortcut network was built for width "
                 f"{self.network.hparams['width']}; set model.init_args.network.init_args.width to {width}"
             )
+        require_kind(self.network, self.interface, data.source)
         scale = data.velocity_scale() if self.standardised else torch.ones(width)
         self.register_buffer("channel_scale", scale, persistent=False)
         depths = range(2, 1 + min(self.rollout_depth, self.card.num_steps - 1))
@@ -102,10 +104,12 @@ class ShortcutTask(OptimizedTask):
         """The base the network belongs to, and how its trajectories were drawn."""
         return asdict(self.card) if self.card else {}
 
-    def forward(self, features: Tensor, control: Control, masked_share: Tensor) -> Tensor:
+    def forward(self, features: Tensor, control: Control, masked_share: Tensor, text: Text | None = None) -> Tensor:
         """Features after one step, (B, S, C), from those before, ``control`` (B, K) and ``masked_share`` (B,)."""
-        embedded = self.interface.embed(control.tokens, control.positions)
-        following: Tensor = self.network(features, embedded, masked_share, control.is_real)
+        embedded = embed_control(self.interface, control, text, features.shape[-2])
+        following: Tensor = self.network(
+            features, embedded.tokens.to(features), masked_share, embedded.is_real, embedded.places
+        )
         return following
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
@@ -119,10 +123,11 @@ class ShortcutTask(OptimizedTask):
                 features = self._advance(features, batch, offset)
         prediction, target = self._advance(features, batch, last), batch.targets[:, last].float()
         is_masked = batch.is_masked[:, last]
-        loss = self._error(prediction, target, is_masked)
+        counted = is_masked if self.rows == "masked" else self._real_rows(batch)
+        loss = self._error(prediction, target, counted)
         self._require_finite(loss, batch)
         self.log("train/mse", loss.detach())
-        hold = self._error(batch.features.float(), target, is_masked)
+        hold = self._error(batch.features.float(), target, counted)
         self.log("train/gain", gain_over_hold(loss.detach(), hold))
         if self.kl_weight:
             kl = head_kl(self.interface.logits(target), self.interface.logits(prediction), self.kl_temperature)
@@ -139,6 +144,7 @@ class ShortcutTask(OptimizedTask):
         committed_at = batch.committed_at.repeat_interleave(branches, dim=0)
         tokens = batch.tokens.repeat_interleave(branches, dim=0)
         centre = features.mean(dim=(0, 1, 2))
+        text = None if batch.text is None else Text(*(part.flatten(0, 1) for part in batch.text))
         rolled: list[Tensor] = []  # rolled[k]: present features after k consecutive predictions
         for step in range(num_steps - 1):
             rolled = [features[:, step], *rolled][: self.rollout_depth]
@@ -147,7 +153,10 @@ class ShortcutTask(OptimizedTask):
             share = is_masked.float().mean(dim=1)
             depths = len(rolled)
             repeated = Control(*(part.repeat(depths, 1) for part in control[:2]))
-            rolled = list(self(torch.cat(rolled), repeated, share.repeat(depths)).chunk(depths))
+            repeated_text = text and Text(
+                text.lengths.repeat(depths), text.control.repeat(depths, 1, 1), text.num_control.repeat(depths)
+            )
+            rolled = list(self(torch.cat(rolled), repeated, share.repeat(depths), repeated_text).chunk(depths))
             held = [features[:, step - k] for k in range(depths)]
             self._add(rolled, held, features[:, step + 1], is_masked, centre)
 
@@ -171,13 +180,18 @@ class ShortcutTask(OptimizedTask):
     def _advance(self, features: Tensor, batch: Transition, offset: int) -> Tensor:
         is_real = None if batch.control.is_real is None else batch.control.is_real[:, offset]
         control = Control(batch.control.tokens[:, offset], batch.control.positions[:, offset], is_real)
-        following: Tensor = self(features, control, batch.masked_share[:, offset])
+        following: Tensor = self(features, control, batch.masked_share[:, offset], batch.text)
         return following
 
-    def _error(self, prediction: Tensor, target: Tensor, is_masked: Tensor) -> Tensor:
-        if self.rows == "all":
-            is_masked = torch.ones(target.shape[:-1], dtype=torch.bool, device=target.device)
-        return masked_mse(prediction / self.channel_scale, target / self.channel_scale, is_masked)
+    def _error(self, prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+        return masked_mse(prediction / self.channel_scale, target / self.channel_scale, counted)
+
+    def _real_rows(self, batch: Transition) -> Tensor:
+        """Rows (B, S) that are no padding."""
+        count, num_rows = batch.features.shape[:2]
+        if batch.text is None:
+            return torch.ones(count, num_rows, dtype=torch.bool, device=batch.features.device)
+        return self.interface.row_places(batch.text.lengths, num_rows)[1]
 
     def _add(self, rolled: list[Tensor], held: list[Tensor], target: Tensor, is_masked: Tensor, centre: Tensor) -> None:
         """Add this step's errors to the running means, weighted by the number of places they are means of."""

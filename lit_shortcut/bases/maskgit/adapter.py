@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lit_shortcut.bases.class_tokens import class_tokens
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.contracts import Conditions, Context, ImageTokenizer, TokenSpec
-from lit_shortcut.weights import fingerprint
+from lit_shortcut.weights import WeightsError, fingerprint
 
 
 class MaskGIT(nn.Module):
@@ -16,10 +16,18 @@ class MaskGIT(nn.Module):
     Args:
         transformer: the network that is accelerated.
         tokenizer: decodes its tokens to images.
+
+    Raises:
+        WeightsError: if the tokenizer has another number of codes than the transformer.
     """
 
     def __init__(self, transformer: MaskGITTransformer, tokenizer: ImageTokenizer) -> None:
         super().__init__()
+        if tokenizer.codebook_size != transformer.codebook_size:
+            raise WeightsError(
+                f"transformer and tokenizer do not belong together: the one draws {transformer.codebook_size} codes, "
+                f"the other has {tokenizer.codebook_size}"
+            )
         self.transformer, self.tokenizer = transformer, tokenizer
         self.eval().requires_grad_(False)
         self.interface = transformer.interface()

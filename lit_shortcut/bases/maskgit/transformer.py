@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention, feed_forward
+from lit_shortcut.published import MASKGIT, fill, load_state
 from lit_shortcut.weights import load_module
 
 _OUTER_EPS = 1e-12  # layer norms of the first and last block; those inside the layers keep torch's 1e-5
@@ -114,3 +115,19 @@ class MaskGITTransformer(nn.Module):
     def load(cls, path: Path) -> MaskGITTransformer:
         """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
         return load_module(cls, path)
+
+    @classmethod
+    def load_published(cls, path: Path, **sizes: int) -> MaskGITTransformer:
+        """The network whose published checkpoint is at ``path``, frozen; its weights are in memory once.
+
+        Args:
+            path: ``.pth`` as published, or the safetensors file that :mod:`lit_shortcut.convert` made of it.
+            **sizes: the arguments of this class.
+
+        Raises:
+            WeightsError: if the file is missing, damaged, or not of these sizes.
+        """
+        with torch.device("meta"):
+            transformer = cls(**sizes)
+        fill(transformer, load_state(path), MASKGIT, path)
+        return transformer

@@ -1,0 +1,79 @@
+"""What to generate, said in words: prompts from a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from datamodules.conditions import InTurn
+from lit_shortcut.contracts import Conditions
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts in the file ``path``, at least one, none empty.
+
+    ``.txt`` has a prompt a line; ``.jsonl`` a JSON value a line, ``.json`` a list of them: strings, or objects with the
+    key ``prompt``.
+
+    Raises:
+        ValueError: if the file is missing, unreadable or of another kind, or a prompt is empty; the message names it.
+    """
+    if path.suffix not in _READERS:
+        raise ValueError(f"{path}: expected a file of prompts ending in {', '.join(_READERS)}")
+    try:
+        values = _READERS[path.suffix](path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable file of prompts ({error})") from error
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: expected a JSON list of prompts, found {type(values).__name__}")
+    prompts = [_prompt(value, f"{path}: prompt {number}") for number, value in enumerate(values, start=1)]
+    if not prompts:
+        raise ValueError(f"{path}: expected at least one prompt, found none")
+    return prompts
+
+
+class Prompts(InTurn):
+    """``num_images`` images, prompts in turn. Image i depends on ``seed``, its prompt and i alone.
+
+    Args:
+        path: ``.txt``, ``.json`` or ``.jsonl`` file, as :func:`read_prompts` takes.
+        num_images: to generate; None one for each prompt. Prompts are gone through again where images are more.
+        batch_size: images per batch; in predict a batch is recorded as one shard.
+        seed: of the run.
+
+    Raises:
+        ValueError: if the file does not hold prompts.
+    """
+
+    def __init__(self, path: Path, num_images: int | None = None, batch_size: int = 1, seed: int = 0) -> None:
+        self.prompts = read_prompts(Path(path))
+        self.prompts_sha256 = sha256(json.dumps(self.prompts).encode()).hexdigest()
+        super().__init__(len(self.prompts) if num_images is None else num_images, batch_size, seed, len(self.prompts))
+
+    def asked_for(self, conditions: Conditions) -> Conditions:
+        """``conditions`` with the prompts that their labels are the numbers of."""
+        return conditions._replace(prompts=tuple(self.prompts[label] for label in conditions.labels.tolist()))
+
+
+def _lines(text: str) -> list[str]:
+    """Not ``splitlines``, which also cuts at separators that a text may hold."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    ".txt": _lines,
+    ".json": json.loads,
+    ".jsonl": lambda text: [json.loads(line) for line in _lines(text)],
+}
+
+
+def _prompt(value: Any, where: str) -> str:
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: expected a string, or an object with the key 'prompt', found {value!r}")
+    if not prompt.strip():
+        raise ValueError(f"{where}: expected a text, found an empty one")
+    return prompt.strip()

@@ -1,0 +1,55 @@
+"""MaskGIT for ImageNet as published (llvictorll/Maskgit-pytorch): with its weights, or at its sizes without."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from lit_shortcut.bases.maskgit.adapter import MaskGIT
+from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
+from lit_shortcut.bases.maskgit.vqgan import VQGAN
+from lit_shortcut.hub import local_file
+
+Size = Literal["base", "big", "huge"]
+SIZES: dict[Size, dict[str, int]] = {
+    "base": {"width": 768, "depth": 24},
+    "big": {"width": 1024, "depth": 32},
+    "huge": {"width": 1024, "depth": 48},
+}
+
+
+def published(transformer: str, vqgan: str, grid: int = 32, size: Size = "base") -> MaskGIT:
+    """The base with published weights.
+
+    Args:
+        transformer: checkpoint of the transformer, a path or an ``hf://`` address.
+        vqgan: folder of the VQGAN's ``last.ckpt`` and ``model.yaml``, a path or an ``hf://`` address.
+        grid: side of the token grid: 32 at 512×512 pixels, 16 at 256×256.
+        size: of the transformer.
+
+    Raises:
+        WeightsError: if a file cannot be had, is damaged, or is of other sizes.
+    """
+    file = local_file(transformer)
+    local_file(f"{vqgan}/last.ckpt")
+    folder = local_file(f"{vqgan}/model.yaml").parent
+    tokenizer = VQGAN.load_published(folder)
+    return MaskGIT(MaskGITTransformer.load_published(file, **imagenet_sizes(grid, size)), tokenizer)
+
+
+def random_weights(grid: int = 32, size: Size = "base", seed: int = 0) -> MaskGIT:
+    """The base at published sizes that has learned nothing: for latency and tests, never for quality.
+
+    Its fingerprint begins with ``random-``, and so do the entries for it in cards and result rows.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = MaskGIT(MaskGITTransformer(**imagenet_sizes(grid, size)), VQGAN())
+    base.fingerprint = f"random-{base.fingerprint}"
+    return base
+
+
+def imagenet_sizes(grid: int, size: Size) -> dict[str, int]:
+    """Arguments of :class:`MaskGITTransformer`."""
+    return {"codebook_size": 1024, "num_classes": 1000, "grid": grid, "num_heads": 16, "mlp_width": 3072} | SIZES[size]

@@ -1,0 +1,162 @@
+"""The VQGAN of taming-transformers (Esser et al., arXiv 2012.09841) as an image tokenizer; diffusers computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import VQModel
+from torch import Tensor, nn
+
+from lit_shortcut.published import Names, fill, load_state
+from lit_shortcut.weights import WeightsError
+
+_TRAINING_ONLY = "loss."  # discriminator and perceptual loss, in the checkpoint beside the autoencoder
+
+
+class VQGAN(nn.Module):
+    """Colour images to a grid of codes and back. The defaults are the f16 VQGAN of 1024 codes that MaskGIT uses.
+
+    Args:
+        codebook_size: V, number of codes.
+        code_width: values in a code.
+        latent_width: channels between encoder and quantiser.
+        width: channels at full resolution.
+        multipliers: times ``width``, channels at each level, the first 1; each after it halves the resolution.
+        num_blocks: residual blocks a level in the encoder; the decoder has one more.
+        attention_levels: levels that have self-attention, counted from 0, the full resolution.
+        chunk: images that pass the networks at once; one at 512×512 takes about 0.75 GB in decoding.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int = 1024,
+        code_width: int = 256,
+        latent_width: int = 256,
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        num_blocks: int = 2,
+        attention_levels: Sequence[int] = (4,),
+        chunk: int = 8,
+    ) -> None:
+        super().__init__()
+        self.hparams = {
+            "codebook_size": codebook_size,
+            "code_width": code_width,
+            "latent_width": latent_width,
+            "width": width,
+            "multipliers": list(multipliers),
+            "num_blocks": num_blocks,
+            "attention_levels": list(attention_levels),
+        }
+        has_attention = [level in attention_levels for level in range(len(multipliers))]
+        self.model = VQModel(
+            down_block_types=tuple("AttnDownEncoderBlock2D" if has else "DownEncoderBlock2D" for has in has_attention),
+            up_block_types=tuple("AttnUpDecoderBlock2D" if has else "UpDecoderBlock2D" for has in has_attention[::-1]),
+            block_out_channels=tuple(width * multiplier for multiplier in multipliers),
+            layers_per_block=num_blocks,
+            latent_channels=latent_width,
+            num_vq_embeddings=codebook_size,
+            vq_embed_dim=code_width,
+        )
+        self.codebook_size, self.chunk = codebook_size, chunk
+        self.eval().requires_grad_(False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, L), row by row, of uint8 ``images`` (B, 1 or 3, H, W); grey is taken as three equal channels."""
+        return torch.cat([self._encode(chunk) for chunk in images.split(self.chunk)])
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L) on a square grid."""
+        chunks = tokens.split(self.chunk)
+        return torch.cat([((self.pixels(chunk) + 1) * 127.5).round().clamp(0, 255).byte() for chunk in chunks])
+
+    def pixels(self, tokens: Tensor) -> Tensor:
+        """Reconstructions (B, 3, H, W), about in [-1, 1], of codes ``tokens`` (B, L)."""
+        side = isqrt(tokens.shape[1])
+        codes = self.model.quantize.embedding(tokens).transpose(1, 2).unflatten(2, (side, side))
+        reconstructions: Tensor = self.model.decode(codes, force_not_quantize=True).sample.float()
+        return reconstructions
+
+    def _encode(self, images: Tensor) -> Tensor:
+        latents = self.model.encode(images.expand(-1, 3, -1, -1) / 127.5 - 1).latents
+        _, _, (_, _, codes) = self.model.quantize(latents)
+        return codes.view(len(images), -1)
+
+    @classmethod
+    def load_published(cls, folder: Path) -> VQGAN:
+        """The one whose ``model.yaml`` and ``last.ckpt`` are in ``folder``, frozen; ``last.safetensors`` goes first.
+
+        Raises:
+            WeightsError: if a file is missing or damaged, or the weights do not fit the configuration.
+        """
+        sizes = read_sizes(folder / "model.yaml")
+        with torch.device("meta"):
+            vqgan = cls(**sizes)
+        converted = folder / "last.safetensors"
+        path = converted if converted.exists() else folder / "last.ckpt"
+        state = {name: t for name, t in load_state(path).items() if not name.startswith(_TRAINING_ONLY)}
+        fill(vqgan, state, vqgan_names(len(sizes["multipliers"])), path)
+        return vqgan
+
+
+def read_sizes(path: Path) -> dict[str, Any]:
+    """Arguments of :class:`VQGAN` from taming's ``model.yaml``.
+
+    Raises:
+        WeightsError: if the file is missing, no YAML, lacks a size, or asks for what :class:`VQGAN` has not.
+    """
+    try:
+        params = yaml.safe_load(path.read_text())["model"]["params"]
+        config = params["ddconfig"]
+        levels = [config["resolution"] >> level for level in range(len(config["ch_mult"]))]
+        sizes = {
+            "codebook_size": params["n_embed"],
+            "code_width": params["embed_dim"],
+            "latent_width": config["z_channels"],
+            "width": config["ch"],
+            "multipliers": config["ch_mult"],
+            "num_blocks": config["num_res_blocks"],
+            "attention_levels": [levels.index(resolution) for resolution in config["attn_resolutions"]],
+        }
+        fixed = {name: config[name] for name in ("double_z", "in_channels", "out_ch")}
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: no such file; it belongs beside last.ckpt") from error
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: expected model.params with n_embed, embed_dim and ddconfig of a taming VQModel "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if fixed != {"double_z": False, "in_channels": 3, "out_ch": 3}:
+        raise WeightsError(f"{path}: expected double_z false, in_channels 3 and out_ch 3, got {fixed}")
+    return sizes
+
+
+def vqgan_names(num_levels: int) -> Names:
+    """Names of taming's VQGAN and of diffusers' model within :class:`VQGAN`, which counts the decoder's levels down."""
+    attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    levels = [("encoder.down.#", "encoder.down_blocks.#")]
+    levels += [(f"decoder.up.{level}", f"decoder.up_blocks.{num_levels - 1 - level}") for level in range(num_levels)]
+    in_level = [
+        (".block.#.nin_shortcut.", ".resnets.#.conv_shortcut."),
+        (".block.#.", ".resnets.#."),
+        (".downsample.", ".downsamplers.0."),
+        (".upsample.", ".upsamplers.0."),
+        *((f".attn.#.{theirs}.", f".attentions.#.{ours}.") for theirs, ours in attention.items()),
+    ]
+    in_middle = [
+        ("block_1.", "resnets.0."),
+        ("block_2.", "resnets.1."),
+        *((f"attn_1.{theirs}.", f"attentions.0.{ours}.") for theirs, ours in attention.items()),
+    ]
+    pairs = [(a + b, c + d) for a, c in levels for b, d in in_level]
+    for half in ("encoder", "decoder"):
+        pairs += [(f"{half}.mid.{theirs}", f"{half}.mid_block.{ours}") for theirs, ours in in_middle]
+        pairs += [(f"{half}.norm_out.", f"{half}.conv_norm_out.")]
+    unchanged = ["encoder.conv_", "decoder.conv_", "quantize.", "quant_conv.", "post_quant_conv."]
+    pairs += [(name, name) for name in unchanged]
+    return Names((theirs, f"model.{ours}") for theirs, ours in pairs)

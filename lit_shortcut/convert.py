@@ -1,0 +1,71 @@
+"""Weights from one form to another: ``python -m lit_shortcut.convert --help``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from lit_shortcut.networks.llada_shortcut import NAMES as DIMOO_SHORTCUT
+from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
+from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.published import SHORTCUT, save_published, state_in
+from lit_shortcut.weights import WeightsError, first_sentence, load_module_with_metadata, save_tensors
+
+
+class Inert:
+    """Stands for every object in a pickle that is no tensor, number or text: takes anything, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def to_safetensors(source: Path, target: Path) -> None:
+    """Keep the tensors of a published checkpoint that ``torch.load(weights_only=True)`` refuses.
+
+    What else it holds (callbacks of old Lightning versions, configurations) is read as inert placeholders: no code in
+    the file is run, and no class it names is imported.
+
+    Args:
+        source: checkpoint that ``torch.save`` wrote.
+        target: safetensors file to write.
+
+    Raises:
+        WeightsError: if the file holds no state dict, is damaged, or cannot be read in this way.
+    """
+    try:
+        stand_ins: list[Any] = [(Inert, name) for name in get_unsafe_globals_in_checkpoint(source)]
+        with safe_globals(stand_ins):
+            content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in whatever way it was damaged
+        raise WeightsError(f"{source}: not readable without running its code ({first_sentence(error)})") from error
+    state = state_in(content)
+    if state is None:
+        raise WeightsError(f"{source}: expected a state dict, or a dict with one at model_state_dict or state_dict")
+    save_tensors(target, {name: tensor.clone() for name, tensor in state.items()}, {})
+
+
+def to_published(source: Path, target: Path) -> None:
+    """Write a shortcut trained here in the form of the MIGM-Shortcut release: a bare state dict under its names.
+
+    Args:
+        source: checkpoint (``.ckpt``) or exported safetensors file of fit.
+        target: ``.pth`` file to write.
+
+    Raises:
+        WeightsError: if ``source`` is missing, damaged, holds something else, or a network that the release has not.
+    """
+    network, _ = load_module_with_metadata((ShortcutNet, LLaDAShortcutNet), source)
+    if network.hparams.get("reach"):
+        raise WeightsError(
+            f"{source}: has a neighbourhood (reach {network.hparams['reach']}), the release's form has none"
+        )
+    save_published(target, network, SHORTCUT if isinstance(network, ShortcutNet) else DIMOO_SHORTCUT)
+
+
+if __name__ == "__main__":
+    auto_cli([to_safetensors, to_published], as_positional=True)

@@ -1,0 +1,44 @@
+"""Places of a token grid in a fixed order of low discrepancy (Besnier et al., Halton scheduler, ICLR 2025)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_shortcut.decoding.noise import uniform
+
+_ROLL_STREAM = -1  # streams from 0 belong to the steps of the decoding loop
+
+
+def halton_order(height: int, width: int) -> Tensor:
+    """All places (L,) of a grid of ``height`` × ``width``, row by row numbered, in the order Halton points meet them.
+
+    Point n has its row from the radical inverse of n in base 2 and its column from that in base 3, n from 1 on; a place
+    met before is skipped. So the places revealed at any time lie evenly over the grid, and so do those still masked.
+
+    >>> halton_order(2, 3).tolist()
+    [4, 2, 3, 1, 5, 0]
+    """
+    num_places = height * width
+    num_points = 4 * num_places  # where some place is not met yet, as many again
+    while True:
+        index = torch.arange(1, num_points + 1)
+        places = _cell(index, 2, height) * width + _cell(index, 3, width)
+        met_at = torch.full((num_places,), num_points).scatter_reduce(0, places, index - 1, "amin")
+        if int(met_at.max()) < num_points:
+            return met_at.argsort()
+        num_points *= 2
+
+
+def roll_order(order: Tensor, seeds: Tensor) -> Tensor:
+    """``order`` (L,) for each of ``seeds`` (B,): (B, L), begun at a place drawn from the sample's own seed."""
+    start = uniform(seeds, _ROLL_STREAM, torch.zeros_like(seeds)[:, None]) * len(order)
+    return order[(start.long() + torch.arange(len(order), device=seeds.device)) % len(order)]
+
+
+def _cell(index: Tensor, radix: int, cells: int) -> Tensor:
+    """Which of ``cells`` equal parts of [0, 1) holds the radical inverse of ``index``; exact, in integers."""
+    digits, inverse, scale = index, torch.zeros_like(index), 1
+    while int(digits.max()):
+        inverse, digits, scale = inverse * radix + digits % radix, digits // radix, scale * radix
+    return inverse * cells // scale

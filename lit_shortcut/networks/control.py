@@ -1,0 +1,76 @@
+"""Control tokens as a shortcut network takes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_shortcut.contracts import Control, Text
+from lit_shortcut.interface import Places, TokenInterface
+from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.weights import WeightsError
+
+
+class EmbeddedControl(NamedTuple):
+    """The network's arguments beside the features: embeddings (B, K, C), padding (B, K), and places."""
+
+    tokens: Tensor
+    is_real: Tensor | None
+    places: Places
+
+
+def embed_control(interface: TokenInterface, control: Control, text: Text | None, num_rows: int) -> EmbeddedControl:
+    """Embeddings of ``control`` (B, K), behind those of ``text`` where there is one, for features of ``num_rows`` (S).
+
+    Where ``text`` tells its lengths on the CPU and none is padded, no masks are made: attention is faster without.
+    """
+    committed = interface.embed(control.tokens, control.positions)
+    if text is None:
+        return EmbeddedControl(committed, control.is_real, Places(rows=None, control=control.positions))
+    device = committed.device
+    rows, row_is_real = interface.row_places(text.lengths, num_rows)
+    assert interface.row_offsets is not None  # else it has no places
+    num_text_rows, num_text = num_rows - len(interface.row_offsets), text.control.shape[1]
+    text_places = torch.arange(num_text, device=device).expand(len(rows), -1)
+    is_real = control.is_real
+    if control.is_real is not None or _is_padded(text.num_control, num_text):
+        text_is_real = text_places < text.num_control.to(device)[:, None]
+        all_real = torch.ones_like(control.tokens, dtype=torch.bool)
+        is_real = torch.cat([text_is_real, all_real if control.is_real is None else control.is_real], dim=1)
+    return EmbeddedControl(
+        tokens=torch.cat([text.control.to(committed), committed], dim=1),
+        is_real=is_real,
+        places=Places(
+            rows=rows,
+            control=torch.cat([text_places, rows.gather(1, control.positions)], dim=1),
+            is_real=row_is_real if _is_padded(text.lengths, num_text_rows) else None,
+        ),
+    )
+
+
+def require_kind(network: VelocityNet, interface: TokenInterface, whose: str) -> None:
+    """Refuse a ``network`` made for another kind of base than the one whose ``interface`` this is.
+
+    Raises:
+        WeightsError: naming the base, ``whose``, and what was expected.
+    """
+    has_places = interface.row_offsets is not None
+    if network.uses_places != has_places:
+        wanted, found = ("without", "with") if has_places else ("with", "without")
+        raise WeightsError(
+            f"{whose}: rows of its features stand {found} places in a sequence, but a {type(network).__name__} is made "
+            f"for rows {wanted}; {'LLaDAShortcutNet' if has_places else 'ShortcutNet'} is for this base"
+        )
+
+
+def text_of_branch(text: Text, branch: int) -> Text:
+    """One guidance branch of a context's ``text`` (G, B, …), its control cut to the longest in it."""
+    lengths, num_control = text.lengths[branch], text.num_control[branch]
+    return Text(lengths, text.control[branch][:, : int(num_control.max())], num_control)
+
+
+def _is_padded(lengths: Tensor, longest: int) -> bool:
+    """Whether one of ``lengths`` is below ``longest``; taken for granted where asking would wait for a device."""
+    return lengths.device.type != "cpu" or bool((lengths < longest).any())

@@ -1,0 +1,91 @@
+"""The transformer block of LLaDA (Nie et al., arXiv 2502.09992), attending to its own rows or to others.
+
+Submodules carry the names of the published weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_shortcut.networks.attention import attend, split_heads
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines, float32 (B, 1, S, D/2), of the angles by which rows are rotated."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation(places: Tensor, head_width: int, theta: float) -> Rotation:
+    """Rotation of rows at ``places`` (B, S): by place · theta^(−2i/D) in plane i (Su et al., arXiv 2104.09864)."""
+    exponents = torch.arange(0, head_width, 2, device=places.device).float() / head_width
+    angles = places[:, None, :, None].float() * theta**-exponents
+    return Rotation(angles.cos(), angles.sin())
+
+
+def rotate(heads: Tensor, by: Rotation) -> Tensor:
+    """``heads`` (B, heads, S, D) rotated in float32; plane i is spanned by channels i and i + D/2.
+
+    >>> quarter = Rotation(torch.tensor([0.0]), torch.tensor([1.0]))
+    >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), quarter)
+    tensor([[[[0., 1.]]]])
+    """
+    first, second = heads.float().chunk(2, dim=-1)
+    rotated = torch.cat([first * by.cos - second * by.sin, second * by.cos + first * by.sin], dim=-1)
+    return rotated.to(heads.dtype)
+
+
+class LLaDABlock(nn.Module):
+    """Pre-norm attention with rotary positions, then SwiGLU, each with a residual; no biases.
+
+    Args:
+        width: C.
+        num_heads: attention heads.
+        mlp_width: hidden width of the SwiGLU.
+        norm_eps: of the RMS norms.
+
+    Raises:
+        ValueError: if ``width`` is not a multiple of twice ``num_heads``; rotation takes channels in pairs.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int, norm_eps: float) -> None:
+        super().__init__()
+        if width % (2 * num_heads):
+            raise ValueError(f"width must be a multiple of 2 · num_heads, got width {width} and num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.attn_norm = nn.RMSNorm(width, norm_eps)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.ff_norm = nn.RMSNorm(width, norm_eps)
+        self.ff_proj = nn.Linear(width, mlp_width, bias=False)
+        self.up_proj = nn.Linear(width, mlp_width, bias=False)
+        self.ff_out = nn.Linear(mlp_width, width, bias=False)
+
+    def forward(
+        self, x: Tensor, by: Rotation, is_real: Tensor | None = None, memory: tuple[Tensor, Rotation] | None = None
+    ) -> Tensor:
+        """(B, S, C) to (B, S, C).
+
+        Args:
+            x: rows, (B, S, C).
+            by: rotation of their places.
+            is_real: (B, S), or (B, K) with ``memory``: false where what is attended to is padding.
+            memory: other rows (B, K, C) to attend to, with their rotation; the same norm goes over them.
+        """
+        normed = self.attn_norm(x)
+        source, source_by = (normed, by) if memory is None else (self.attn_norm(memory[0]), memory[1])
+        queries, keys, values = (
+            split_heads(project(rows), self.num_heads)
+            for project, rows in ((self.q_proj, normed), (self.k_proj, source), (self.v_proj, source))
+        )
+        x = x + self.attn_out(attend(rotate(queries, by), rotate(keys, source_by), values, is_real))
+        normed = self.ff_norm(x)
+        refined: Tensor = x + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
+        return refined

@@ -1,0 +1,148 @@
+"""The shortcut network of LLaDA-like bases: the same skeleton as MaskGIT's, with LLaDA's parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lit_shortcut.hub import local_file
+from lit_shortcut.interface import Places
+from lit_shortcut.networks.llada import LLaDABlock, Rotation, rotation
+from lit_shortcut.networks.shortcut import VelocityNet, published_sizes
+from lit_shortcut.published import Names, fill, load_state
+from lit_shortcut.weights import WeightsError, load_module
+
+NAMES = Names(
+    [
+        ("proj_in.", "narrow_features."),
+        ("new_token_proj_in.", "narrow_control."),
+        ("ln_f.", "last."),
+        ("time_embedder.mlp.", "time_mlp."),
+        ("adaLN_modulation.", "modulation."),
+        ("proj_out.", "widen."),
+    ]
+)
+"""Tensors of the published DiMOO-Shortcut and ours; other names are the same."""
+
+
+class CrossAndSelf(nn.Module):
+    """Attention to the control tokens, then among the rows: two LLaDA blocks."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int, norm_eps: float) -> None:
+        super().__init__()
+        self.cross_attn = LLaDABlock(width, num_heads, mlp_width, norm_eps)
+        self.self_attn = LLaDABlock(width, num_heads, mlp_width, norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        by: Rotation,
+        control: tuple[Tensor, Rotation],
+        control_is_real: Tensor | None,
+        is_real: Tensor | None,
+    ) -> Tensor:
+        """(B, S, c) to (B, S, c) under ``control`` (B, K, c), each with its rotation and its padding."""
+        x = self.cross_attn(x, by, control_is_real, memory=control)
+        refined: Tensor = self.self_attn(x, by, is_real)
+        return refined
+
+
+class LLaDAShortcutNet(VelocityNet):
+    """Average velocity of a LLaDA's features; each control token is rotated by its own place in the sequence.
+
+    Args:
+        width: C, width of the base's features.
+        num_heads: attention heads, as many as the base has.
+        mlp_width: hidden width of the SwiGLUs, that of the base.
+        rope_theta: base of the rotary frequencies, that of the base.
+        norm_eps: of the RMS norms.
+        bottleneck_ratio: C over the network's own width c, at least 1; at 1 there are no projections.
+        num_blocks: blocks in a row.
+        uses_time: condition on the masked share r.
+
+    Raises:
+        ValueError: if the ratio is below 1 or c is not a multiple of twice ``num_heads``.
+    """
+
+    uses_places = True
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int = 32,
+        mlp_width: int = 12288,
+        rope_theta: float = 500_000.0,
+        norm_eps: float = 1e-5,
+        bottleneck_ratio: float = 2.0,
+        num_blocks: int = 1,
+        uses_time: bool = True,
+    ) -> None:
+        super().__init__(
+            width,
+            bottleneck_ratio,
+            uses_time,
+            make_blocks=lambda inner: nn.ModuleList(
+                CrossAndSelf(inner, num_heads, mlp_width, norm_eps) for _ in range(num_blocks)
+            ),
+            make_last=lambda inner: nn.RMSNorm(inner, norm_eps),
+        )
+        self.hparams = {
+            "width": width,
+            "num_heads": num_heads,
+            "mlp_width": mlp_width,
+            "rope_theta": rope_theta,
+            "norm_eps": norm_eps,
+            "bottleneck_ratio": bottleneck_ratio,
+            "num_blocks": num_blocks,
+            "uses_time": uses_time,
+        }
+        self.num_heads, self.rope_theta = num_heads, rope_theta
+
+    @classmethod
+    def load(cls, path: Path) -> LLaDAShortcutNet:
+        """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        return load_module(cls, path)
+
+    @classmethod
+    def load_published(
+        cls, path: str, num_heads: int = 32, rope_theta: float = 500_000.0, norm_eps: float = 1e-5
+    ) -> LLaDAShortcutNet:
+        """The network whose published state dict is at ``path``, a path or an ``hf://`` address, frozen.
+
+        Sizes are read off its tensors; heads, frequencies and epsilon, which leave no trace in them, are those of the
+        base.
+
+        Raises:
+            WeightsError: if the file cannot be had, is damaged, or holds something else.
+        """
+        file = local_file(path)
+        state = load_state(file)
+        try:
+            sizes = published_sizes(state, inner=len(state["ln_f.weight"]))
+            mlp_width = len(state["blocks.0.cross_attn.ff_proj.weight"])
+            with torch.device("meta"):
+                network = cls(
+                    num_heads=num_heads, mlp_width=mlp_width, rope_theta=rope_theta, norm_eps=norm_eps, **sizes
+                )
+        except (KeyError, IndexError) as error:
+            raise WeightsError(f"{file}: expected a DiMOO-Shortcut state dict; {error} is missing") from error
+        except ValueError as error:
+            raise WeightsError(f"{file}: {error}") from error
+        fill(network, state, NAMES, file)
+        return network
+
+    def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None) -> Tensor:
+        """Blocks over ``x`` (B, S, c) under ``control`` (B, K, c).
+
+        Raises:
+            ValueError: if there are no ``places``.
+        """
+        if places is None or places.rows is None:
+            raise ValueError("LLaDAShortcutNet rotates rows by their places, but the base's interface tells none")
+        head_width = x.shape[-1] // self.num_heads
+        by, control_by = (rotation(part, head_width, self.rope_theta) for part in (places.rows, places.control))
+        for block in self.blocks:
+            x = block(x, by, (control, control_by), is_real, places.is_real)
+        return x

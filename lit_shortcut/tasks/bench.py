@@ -1,0 +1,140 @@
+"""Where the time goes: ``test`` takes the decoding loop apart, part by part."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lit_shortcut.acceleration.compilation import compile_networks
+from lit_shortcut.contracts import Conditions, MaskedImageModel
+from lit_shortcut.evaluation import Row, require_feasible
+from lit_shortcut.metrics.latency import device_name
+from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of
+from lit_shortcut.sampling import Decoding, sample
+
+
+class BenchTask(L.LightningModule):
+    """Time of base, predictor, head, token choice and rest in each of ``rows``, on the first batch of the conditions.
+
+    Rows are run in turns, round by round, after one run of each to warm up. ``test`` prints a table a row and writes
+    all to one JSON file.
+
+    Args:
+        base: the frozen model.
+        rows: ways to decode.
+        decoding: how tokens are drawn.
+        path: JSON file to write.
+        rounds: timed runs of each row.
+        random_weights: say of the weights that they are random; sizes alone matter here.
+        compiled: run base and predictors' networks through ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        base: MaskedImageModel,
+        rows: list[Row],
+        *,
+        decoding: Decoding | None = None,
+        path: Path = Path("runs/bench.json"),
+        rounds: int = 3,
+        random_weights: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        assert isinstance(base, nn.Module)
+        self.base: MaskedImageModel = base
+        self.decoding, self.rows, self.path, self.rounds = decoding or Decoding(), rows, path, rounds
+        self.random_weights, self.compiled = random_weights, compiled
+        self.methods = nn.ModuleList(row.method for row in rows if isinstance(row.method, nn.Module))
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot be run, before anything is."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        require_feasible(self.base, self.decoding, self.rows, data)
+
+    def on_test_start(self) -> None:
+        """Compile, where that is asked for."""
+        if self.compiled:
+            compile_networks(self.base, self.methods)
+
+    def test_step(self, batch: Conditions, batch_idx: int) -> None:
+        """Measure on the first batch; the others are left alone."""
+        if batch_idx > 0:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for row in self.rows:
+            self._run(row, batch)
+        rounds = [[self._run(row, batch) for row in self.rows] for _ in range(self.rounds)]
+        measured = {
+            row.name: parts_of(list(laps)) for row, laps in zip(self.rows, zip(*rounds, strict=True), strict=True)
+        }
+        facts = self.facts(batch)
+        if self.trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows = {name: [part._asdict() for part in parts] for name, parts in measured.items()}
+            self.path.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+        said = ", ".join(f"{name} {value}" for name, value in facts.items())
+        tables = "\n\n".join(f"{name}\n{_table(parts)}" for name, parts in measured.items())
+        rank_zero_info(f"\n{tables}\n\n{said}\nwritten to {self.path}")
+
+    def facts(self, batch: Conditions) -> dict[str, Any]:
+        """What the figures depend on, and the peak of memory."""
+        on_cuda = self.device.type == "cuda"
+        return {
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "dtype": str(self.base.interface.code_embedding.dtype).removeprefix("torch."),
+            "precision": str(self.trainer.precision),
+            "batch": len(batch.ids),
+            "rounds": self.rounds,
+            "weights": "random" if self.random_weights else "trained",
+            "compiled": self.compiled,
+            "torch": torch.__version__,
+            "peak_memory_mb": round((torch.cuda.max_memory_allocated(self.device) if on_cuda else _peak_rss()) / 1e6),
+            "memory": "allocated by torch on the device" if on_cuda else "resident, of the whole process",
+        }
+
+    def _run(self, row: Row, batch: Conditions) -> Laps:
+        """The decoding loop once, by laps."""
+        laps = Laps(self.device)
+        base, method = TimedBase(self.base, laps), TimedAcceleration(row.method, laps)
+        laps.begin()
+        for _ in sample(base, batch, row.decoding(self.decoding), method):
+            laps.end("token choice", calls=1)
+        laps.end("rest")
+        return laps
+
+
+def _table(parts: list[Part]) -> str:
+    total = sum(part.ms for part in parts)
+    lines = [
+        [
+            part.name,
+            part.calls or "",
+            f"{part.ms / part.calls:.2f}" if part.calls else "",
+            f"{part.ms:.1f}",
+            f"{100 * part.share:.2f} %",
+        ]
+        for part in parts
+    ]
+    lines.append(["all", "", "", f"{total:.1f}", ""])
+    columns = ["part", "calls", "ms a call", "ms a batch", "share"]
+    text: str = pd.DataFrame(lines, columns=columns).to_markdown(index=False, disable_numparse=True)
+    return text
+
+
+def _peak_rss() -> int:
+    """Bytes; Linux counts in kB, macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
