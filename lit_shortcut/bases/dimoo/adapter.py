@@ -1,0 +1,161 @@
+"""Lumina-DiMOO's answer to the base protocol."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from lit_shortcut.bases.dimoo.llada import LLaDA
+from lit_shortcut.bases.dimoo.prompt import TEMPLATE, UNCONDITION, Frame, PromptTokenizer, SpecialTokens
+from lit_shortcut.contracts import Conditions, Context, ImageDecoder, Text, TokenSpec
+from lit_shortcut.interface import TokenInterface
+from lit_shortcut.weights import fingerprint
+
+
+class DiMOO(nn.Module):
+    """A frozen text-to-image LLaDA with its tokenizers.
+
+    Rows of the features are the image tokens, row by row, then answer_start, boi, the newlines, eoi and answer_end,
+    then the prompt. Attention does not mind the order, since each row is rotated by its place in the sequence: so image
+    rows come first whatever the prompt's length, and padding comes last.
+
+    Args:
+        transformer: the network that is accelerated.
+        tokenizer: decodes image tokens to images.
+        prompt_tokenizer: text to token ids.
+        special: ids of the tokens that are no text.
+        codebook_size: V.
+        height: of the images in pixels, a multiple of ``patch_size``.
+        width: of the images in pixels, a multiple of ``patch_size``.
+        patch_size: side in pixels of the square that a token stands for.
+        max_prompt_tokens: longest prompt taken, template included.
+        template: text around a prompt, which stands at ``{}``.
+
+    Raises:
+        ValueError: if height or width is no positive multiple of the patch size, a code lies outside the vocabulary, or
+            the prompt tokenizer does not know ``<uncondition>`` by its id.
+    """
+
+    def __init__(
+        self,
+        transformer: LLaDA,
+        tokenizer: ImageDecoder,
+        prompt_tokenizer: PromptTokenizer,
+        *,
+        special: SpecialTokens | None = None,
+        codebook_size: int = 8192,
+        height: int = 1024,
+        width: int = 1024,
+        patch_size: int = 16,
+        max_prompt_tokens: int = 512,
+        template: str = TEMPLATE,
+    ) -> None:
+        super().__init__()
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % patch_size:
+                raise ValueError(f"{name} must be a positive multiple of {patch_size} pixels, got {size}")
+        self.special = special or SpecialTokens()
+        self.transformer, self.tokenizer = transformer, tokenizer
+        self.prompt_tokenizer, self.template = prompt_tokenizer, template
+        self.eval().requires_grad_(False)
+        first, end = self.special.first_code, self.special.first_code + codebook_size
+        if end > transformer.wte.num_embeddings:
+            raise ValueError(
+                f"codes {first}..{end - 1} lie outside the transformer's vocabulary of {transformer.wte.num_embeddings}"
+            )
+        frame = Frame(height // patch_size, width // patch_size)
+        num_tokens = frame.height * frame.width
+        self.frame_ids: Tensor
+        self.register_buffer("frame_ids", frame.ids(self.special), persistent=False)
+        self.interface = TokenInterface(
+            num_tokens=num_tokens,
+            code_embedding=transformer.wte.weight[first:end],
+            head_weight=transformer.head_weight[first:end],
+            row_offsets=frame.row_offsets(),
+        )
+        self.spec = TokenSpec(
+            num_tokens=num_tokens,
+            sequence_length=num_tokens + len(self.frame_ids) + max_prompt_tokens,
+            width=transformer.wte.embedding_dim,
+            codebook_size=codebook_size,
+            mask_id=codebook_size,
+            num_classes=0,
+        )
+        self.max_prompt_tokens = max_prompt_tokens
+        self.unconditional = self._tokenized(UNCONDITION)
+        if self.special.uncondition not in self.unconditional.tolist():
+            raise ValueError(
+                f"the prompt tokenizer must know {UNCONDITION} as token {self.special.uncondition}, "
+                f"but makes {prompt_tokenizer.encode(UNCONDITION)} of it: it belongs to another model"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the transformer's weights; computed when first asked for, since it reads all of them."""
+        return fingerprint(self.transformer.state_dict())
+
+    def train(self, mode: bool = True) -> DiMOO:
+        """Stay in eval mode: a base is frozen."""
+        return super().train(False)
+
+    def context(self, conditions: Conditions, *, guided: bool) -> Context:
+        """Token ids (G, B, P) of the prompts; the unconditional branch has a prompt of its own.
+
+        Raises:
+            ValueError: if there is not a prompt for each sample, or one is empty or too long.
+        """
+        if len(conditions.prompts) != len(conditions.ids):
+            raise ValueError(
+                f"expected a prompt for each of {len(conditions.ids)} samples, got {len(conditions.prompts)}; "
+                "datamodules.prompts.Prompts makes such conditions"
+            )
+        texts = [[self._tokenized(prompt) for prompt in conditions.prompts]]
+        if guided:
+            texts.append([self.unconditional] * len(conditions.prompts))
+        lengths = torch.tensor([[len(ids) for ids in branch] for branch in texts])
+        prompt = pad_sequence([ids for branch in texts for ids in branch], batch_first=True)
+        prompt = prompt.unflatten(0, lengths.shape).to(self.frame_ids.device)
+        num_control = lengths.clone()
+        num_control[1:] = 0
+        return Context(prompt, Text(lengths, self.transformer.wte(prompt), num_control))
+
+    def features(self, tokens: Tensor, context: Context) -> Tensor:
+        """Features (G, B, S, C); rows behind a shorter prompt are 0.
+
+        Branches run one after the other: prompts of one branch are often equally long, and attention is faster
+        without a mask.
+        """
+        assert context.text is not None
+        ids = torch.where(tokens == self.spec.mask_id, self.special.mask, tokens + self.special.first_code)
+        image = torch.cat([ids, self.frame_ids.expand(len(ids), -1)], dim=1)
+        branches = zip(context.prompt, context.text.lengths, strict=True)
+        return torch.stack([self._features(image, prompt, lengths) for prompt, lengths in branches])
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images, uint8 (B, 3, height, width), of codes ``tokens`` (B, L)."""
+        return self.tokenizer.decode(tokens)
+
+    def _features(self, image: Tensor, prompt: Tensor, lengths: Tensor) -> Tensor:
+        longest = int(lengths.max())
+        sequence = torch.cat([image, prompt[:, :longest]], dim=1)
+        places, is_real = self.interface.row_places(lengths, sequence.shape[1])
+        if bool((lengths == longest).all()):
+            features = self.transformer(sequence, places)
+        else:
+            features = self.transformer(sequence, places, is_real) * is_real[..., None]
+        return pad(features, (0, 0, 0, prompt.shape[1] - longest))
+
+    def _tokenized(self, prompt: str) -> Tensor:
+        if not prompt.strip():
+            raise ValueError("expected a prompt, got an empty one")
+        ids = self.prompt_tokenizer.encode(self.template.format(prompt))
+        if len(ids) > self.max_prompt_tokens:
+            raise ValueError(
+                f"expected prompts of at most {self.max_prompt_tokens} tokens, template included; "
+                f"{prompt[:40]!r}… has {len(ids)}"
+            )
+        return torch.tensor(ids)

@@ -1,0 +1,78 @@
+"""The bidirectional transformer of LLaDA (Nie et al., arXiv 2502.09992), as Lumina-DiMOO uses it (arXiv 2510.06308)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lit_shortcut.networks.llada import LLaDABlock, rotation
+from lit_shortcut.weights import load_module
+
+
+class LLaDA(nn.Module):
+    """Token ids in, features out. Submodules carry the names of the published weights, ``transformer.`` left out.
+
+    Args:
+        vocab_size: rows of the embedding table, and of the head.
+        width: C, feature width.
+        depth: transformer blocks.
+        num_heads: attention heads.
+        mlp_width: hidden width of the SwiGLUs.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: of the RMS norms.
+        is_tied: the head is the embedding table.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        mlp_width: int,
+        rope_theta: float = 500_000.0,
+        norm_eps: float = 1e-5,
+        is_tied: bool = False,
+    ) -> None:
+        super().__init__()
+        self.hparams = {
+            "vocab_size": vocab_size,
+            "width": width,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_width": mlp_width,
+            "rope_theta": rope_theta,
+            "norm_eps": norm_eps,
+            "is_tied": is_tied,
+        }
+        self.head_width, self.rope_theta = width // num_heads, rope_theta
+        self.wte = nn.Embedding(vocab_size, width)
+        self.blocks = nn.ModuleList(LLaDABlock(width, num_heads, mlp_width, norm_eps) for _ in range(depth))
+        self.ln_f = nn.RMSNorm(width, norm_eps)
+        self.ff_out = None if is_tied else nn.Linear(width, vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocab_size, C); logits are features times its transpose."""
+        return self.wte.weight if self.ff_out is None else self.ff_out.weight
+
+    def forward(self, ids: Tensor, places: Tensor, is_real: Tensor | None = None) -> Tensor:
+        """Features (B, S, C), behind the last norm, of token ``ids`` (B, S).
+
+        Args:
+            ids: in any order: ``places`` tell where each stands.
+            places: (B, S), in the sequence.
+            is_real: (B, S), false at padding, which nothing attends to.
+        """
+        x: Tensor = self.wte(ids)
+        by = rotation(places, self.head_width, self.rope_theta)
+        for block in self.blocks:
+            x = block(x, by, is_real)
+        features: Tensor = self.ln_f(x)
+        return features
+
+    @classmethod
+    def load(cls, path: Path) -> LLaDA:
+        """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        return load_module(cls, path)

@@ -1,0 +1,91 @@
+"""Lumina-DiMOO's sequence: a text prompt, then the image's tokens in a frame of special ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+TEMPLATE = "<system>Generate an image according to the text prompt.</system><user>{}</user>"
+UNCONDITION = "<uncondition>"  # stands for the prompt in the unconditional branch
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that are no text; the defaults are those of the published weights.
+
+    Args:
+        mask: at image places not yet known.
+        newline: behind each row of the grid.
+        boi: before the first row.
+        eoi: behind the last.
+        answer_start: behind the prompt.
+        answer_end: the sequence's last.
+        uncondition: the prompt of the unconditional branch, as the tokenizer knows ``<uncondition>``.
+        first_code: code k of the codebook is this + k.
+    """
+
+    mask: int = 126336
+    newline: int = 126084
+    boi: int = 126349
+    eoi: int = 126350
+    answer_start: int = 126354
+    answer_end: int = 126355
+    uncondition: int = 126351
+    first_code: int = 126356
+
+
+class PromptTokenizer(Protocol):
+    """Text to token ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``."""
+
+
+class Utf8Tokenizer:
+    """Bytes as tokens 0..255, and ``<uncondition>`` as one token: for small bases that ship no vocabulary.
+
+    Args:
+        uncondition: id of ``<uncondition>``.
+
+    >>> Utf8Tokenizer(uncondition=256).encode("a<uncondition>b")
+    [97, 256, 98]
+    """
+
+    def __init__(self, uncondition: int) -> None:
+        self.uncondition = uncondition
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``."""
+        first, *others = (list(part.encode()) for part in text.split(UNCONDITION))
+        return first + [id_ for part in others for id_ in (self.uncondition, *part)]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The tokens around the image's, and where all of them stand behind the prompt.
+
+    Args:
+        height: H, rows of the token grid.
+        width: W, tokens in a row.
+    """
+
+    height: int
+    width: int
+
+    def ids(self, special: SpecialTokens) -> Tensor:
+        """Ids (H + 4,): answer_start, boi, the newlines, eoi, answer_end."""
+        newlines = [special.newline] * self.height
+        return torch.tensor([special.answer_start, special.boi, *newlines, special.eoi, special.answer_end])
+
+    def row_offsets(self) -> Tensor:
+        """Places (H·W + H + 4,), counted from the prompt's end, of the image's tokens, then of :meth:`ids`.
+
+        >>> Frame(height=2, width=2).row_offsets().tolist()
+        [2, 3, 5, 6, 0, 1, 4, 7, 8, 9]
+        """
+        grid = 2 + torch.arange(self.height * (self.width + 1)).view(self.height, -1)  # a newline ends each row
+        end = 2 + grid.numel()
+        return torch.cat([grid[:, :-1].flatten(), torch.tensor([0, 1]), grid[:, -1], torch.tensor([end, end + 1])])

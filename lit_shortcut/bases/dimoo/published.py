@@ -1,0 +1,190 @@
+"""The published Lumina-DiMOO (Alpha-VLLM/Lumina-DiMOO): a folder of configuration, sharded weights and tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lit_shortcut.bases.dimoo.adapter import DiMOO
+from lit_shortcut.bases.dimoo.decoder import VQDecoder
+from lit_shortcut.bases.dimoo.llada import LLaDA
+from lit_shortcut.bases.dimoo.prompt import UNCONDITION, SpecialTokens
+from lit_shortcut.hub import local_folder
+from lit_shortcut.published import Names, fill
+from lit_shortcut.weights import WeightsError
+
+PATCH_SIZE = 16
+FILES = ("config.json", "model*.safetensors*", "tokenizer*", "vqvae/*")
+_PREFIX = "model.transformer."
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+_SIZES = {  # ours, by the configuration's keys
+    "d_model": "width",
+    "n_layers": "depth",
+    "n_heads": "num_heads",
+    "mlp_hidden_size": "mlp_width",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "norm_eps",
+    "weight_tying": "is_tied",
+}
+_VARIANTS = {  # of LLaDA's configuration, that are not implemented otherwise
+    "block_type": ("llama",),
+    "activation_type": ("silu",),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "alibi": (False, None),
+    "include_bias": (False, None),
+    "include_qkv_bias": (False, None),
+    "attention_layer_norm": (False, None),
+    "input_emb_norm": (False, None),
+    "scale_logits": (False, None),
+    "multi_query_attention": (False, None),
+}
+
+
+def published(
+    source: str,
+    height: int = 1024,
+    width: int = 1024,
+    *,
+    max_prompt_tokens: int = 512,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    special: SpecialTokens | None = None,
+) -> DiMOO:
+    """The base with published weights.
+
+    Args:
+        source: folder, or address on the hub: ``hf://Alpha-VLLM/Lumina-DiMOO``.
+        height: of the images in pixels, a multiple of 16.
+        width: of the images in pixels, a multiple of 16.
+        max_prompt_tokens: longest prompt taken, template included.
+        dtype: of the transformer's weights; those stored in it are mapped from the files and not copied.
+        special: ids of the tokens that are no text; None are the published ones.
+
+    Raises:
+        WeightsError: if a file cannot be had, is damaged, or does not fit the others.
+        ValueError: if height or width is no multiple of 16.
+    """
+    folder, special = local_folder(source, FILES), special or SpecialTokens()
+    decoder = VQDecoder.load(folder / "vqvae", height // PATCH_SIZE, width // PATCH_SIZE)
+    return DiMOO(
+        load_transformer(folder, getattr(torch, dtype)),
+        decoder,
+        TextTokenizer(folder / "tokenizer.json", special),
+        special=special,
+        codebook_size=decoder.codebook_size,
+        height=height,
+        width=width,
+        patch_size=PATCH_SIZE,
+        max_prompt_tokens=max_prompt_tokens,
+    )
+
+
+class TextTokenizer:
+    """The checkpoint's own text tokenizer.
+
+    Args:
+        path: its ``tokenizer.json``.
+        special: ids it must agree with.
+
+    Raises:
+        WeightsError: if the file is missing or damaged, does not know ``<uncondition>``, or knows a special token by
+            another id.
+    """
+
+    def __init__(self, path: Path, special: SpecialTokens) -> None:
+        if not path.is_file():
+            raise WeightsError(f"{path}: no such file; expected the checkpoint's text tokenizer")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower class
+            raise WeightsError(f"{path}: not a tokenizer ({error})") from error
+        expected = {f"<{name}>": getattr(special, name) for name in ("boi", "eoi", "answer_start", "answer_end")}
+        expected[UNCONDITION] = special.uncondition
+        found = {token: self._tokenizer.token_to_id(token) for token in expected}
+        harmless = {token for token, id_ in found.items() if id_ is None} - {UNCONDITION}  # never in a prompt
+        wrong = [token for token in expected if found[token] != expected[token] and token not in harmless]
+        if wrong:
+            listed = ", ".join(f"{token} as {expected[token]}, found {found[token]}" for token in wrong)
+            raise WeightsError(f"{path}: expected {listed}: the tokenizer belongs to another model")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+
+def load_transformer(folder: Path, dtype: torch.dtype) -> LLaDA:
+    """The frozen transformer of the checkpoint in ``folder``; weights stored in ``dtype`` are mapped from the files.
+
+    Raises:
+        WeightsError: if a file is missing or damaged, or tensors are missing, unknown or misshapen; all are named.
+    """
+    sizes = read_sizes(folder / "config.json")
+    with torch.device("meta"):
+        transformer = LLaDA(**sizes).to(dtype)
+    fill(transformer, _read_shards(folder, dtype), Names([(_PREFIX, "")]), folder)
+    return transformer
+
+
+def read_sizes(path: Path) -> dict[str, Any]:
+    """Arguments of :class:`LLaDA` in the checkpoint's ``config.json`` at ``path``.
+
+    Raises:
+        WeightsError: if the file is missing or damaged, lacks a size, or describes a variant that is not implemented.
+    """
+    config = _read_json(path)
+    for key, known in _VARIANTS.items():
+        if key in config and config[key] not in known:
+            raise WeightsError(f"{path}: {key}: expected {known[0]!r}, found {config[key]!r}, which is not implemented")
+    if config.get("n_kv_heads") not in (None, config.get("n_heads")):
+        raise WeightsError(f"{path}: n_kv_heads: expected as many as n_heads, found {config['n_kv_heads']!r}")
+    vocabulary = "embedding_size" if config.get("embedding_size") else "vocab_size"
+    sizes = {}
+    for key, ours in (_SIZES | {vocabulary: "vocab_size"}).items():
+        value = config.get(key)
+        if isinstance(value, bool) != (key == "weight_tying") or not isinstance(value, (int, float)):
+            raise WeightsError(
+                f"{path}: {key}: expected a {'bool' if key == 'weight_tying' else 'number'}, found {value!r}"
+            )
+        sizes[ours] = value
+    return sizes
+
+
+def _read_shards(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    index = folder / _INDEX
+    places = _read_json(index).get("weight_map", {}) if index.is_file() else {"": _SINGLE}
+    shards = sorted(set(places.values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing or not shards:
+        raise WeightsError(
+            f"{folder}: {len(missing)} of {len(shards)} weight files are missing: {', '.join(missing)}; expected "
+            f"{_SINGLE}, or all files that {_INDEX} names"
+        )
+    state: dict[str, Tensor] = {}
+    for name in shards:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                state |= {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{folder / name}: not a readable safetensors file ({error})") from error
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: no such file; expected a folder of the published checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
