@@ -14,13 +14,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TOY = CONFIGS / "toy"
 
 
-def lightning(folder: Path, *words: object) -> None:
-    """Run ``lightning <words>`` in ``folder``, W&B offline; what the command sets for its process is put back."""
+def lightning(folder: Path, *words: object, wandb_mode: str = "offline") -> None:
+    """Run ``lightning <words>`` in ``folder``, W&B in ``wandb_mode``; what it sets for its process is put back."""
     precision = torch.get_float32_matmul_precision()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("sys.argv", ["lightning"])
-        for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PL_GLOBAL_SEED": "0"}.items():
+        for name, value in {"WANDB_MODE": wandb_mode, "WANDB_SILENT": "true", "PL_GLOBAL_SEED": "0"}.items():
             patch.setenv(name, value)
         try:
             main([str(word) for word in words])

@@ -117,6 +117,12 @@ def test_csv_logger_instead_of_wandb_gets_metrics_grid_and_configuration(folder:
     assert not (folder / "runs/wandb").exists()
 
 
+def test_disabled_wandb_leaves_nothing_and_stops_nothing(folder: Path) -> None:
+    lightning(folder, *FIT, wandb_mode="disabled")
+    lightning(folder, *TEST, wandb_mode="disabled")
+    assert not list((folder / "runs/wandb").glob("*run-*"))
+
+
 def test_tensorboard_instead_of_wandb_gets_metrics_grid_and_table(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415 - takes long
 

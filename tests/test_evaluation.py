@@ -38,6 +38,8 @@ def shortcut(seed: int, **arguments: Any) -> Shortcut:
         (Row(8, Planned(3, Hold())), "hold_n8_b3"),
         (Row(16, Planned(4, Taylor(2))), "taylor2_n16_b4"),
         (Row(6, Planned(6, shortcut(0))), "shortcut_n6_b6"),
+        (Row(16, order="halton"), "vanilla_n16_halton"),
+        (Row(8, Planned(3, Hold()), "halton_rolled"), "hold_n8_b3_halton_rolled"),
     ],
 )
 def test_name_tells_method_steps_and_budget(row: Row, name: str) -> None:
@@ -66,9 +68,11 @@ def test_budget_above_the_steps_is_refused() -> None:
         {"decoding": Decoding(num_steps=6, guidance=1.0)},
         {"decoding": Decoding(num_steps=6, confidence_noise=1.0)},
         {"row": Row(5)},
+        {"row": Row(6, order="halton")},
+        {"decoding": Decoding(num_steps=6, order="halton")},
         {"num_images": 11},
     ],
-    ids=["base", "guidance", "noise", "row", "images"],
+    ids=["base", "guidance", "noise", "row", "row's order", "order", "images"],
 )
 def test_facts_hold_all_that_values_depend_on(change: dict[str, Any]) -> None:
     same: dict[str, Any] = {"base": ToyBase(), "decoding": DECODING, "row": Row(6), "num_images": 10}
@@ -78,6 +82,14 @@ def test_facts_hold_all_that_values_depend_on(change: dict[str, Any]) -> None:
 
 def test_default_steps_of_the_decoding_do_not_matter_to_a_row_with_its_own() -> None:
     assert row_facts(ToyBase(), Decoding(num_steps=6), Row(4), 10) == row_facts(ToyBase(), Decoding(9), Row(4), 10)
+
+
+def test_row_with_an_order_is_drawn_in_it() -> None:
+    base = ToyBase()
+    (conditions,) = ClassLabels(3, batch_size=3).loader()
+    own = images_of(base, conditions, DECODING, Row(4, order="halton"))
+    assert torch.equal(own, images_of(base, conditions, Decoding(6, order="halton"), Row(4)))
+    assert not torch.equal(own, images_of(base, conditions, DECODING, Row(4)))
 
 
 def test_images_are_those_of_the_decoded_tokens() -> None:

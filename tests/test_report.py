@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,19 @@ def test_pareto_plot_has_a_line_a_method_ordered_by_latency(table: pd.DataFrame)
     lines = {container.get_label(): container.lines[0].get_xydata().tolist() for container in axes.containers}
     assert lines == {"vanilla": [[40.0, 9.5], [80.0, 7.0]], "hold": [[20.0, 8.5]]}
     assert {text.get_text() for text in axes.texts} == {"N=4", "N=8", "(8, 2)"}
+
+
+def test_orders_of_one_method_are_told_apart(folder: Path) -> None:
+    row = Row(8, order="halton")
+    Results(folder).add(row, 0, {"row": row.facts(), "num_images": 500}, {"distance": 5.0, "agreement": 0.5})
+    latency = json.loads((folder / "latency.json").read_text())
+    latency["measured"][row.name] = {"median_ms": 30.0, "iqr_ms": 1.0, "speedup": 80 / 30}
+    (folder / "latency.json").write_text(json.dumps(latency))
+    table = collect(folder, [*NAMES, row.name], [0])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown(table).splitlines()]
+    assert [line[3] for line in lines] == ["order", lines[1][3], "", "", "", "halton"]
+    (axes,) = pareto(table, "distance").axes
+    assert [container.get_label() for container in axes.containers] == ["vanilla", "hold", "vanilla halton"]
 
 
 def test_pareto_plot_of_an_unknown_metric_names_those_there_are(table: pd.DataFrame) -> None:

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from lit_shortcut.acceleration.planned import Planned, Vanilla
 from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Conditions, Context, Step, TokenSpec
+from lit_shortcut.decoding.halton import halton_order, roll_order
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
 from lit_shortcut.decoding.unmasking import uniforms_at
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.sampling import Decoding, generate, sample
+from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.sampling import Decoding, Order, generate, sample
 
 GOLDEN = json.loads((Path(__file__).parent / "parity" / "schedules.json").read_text())
 SHARES = GOLDEN["maskgit_mask_ratio_before_next_step"]
@@ -102,7 +105,7 @@ def test_an_image_depends_on_its_seed_and_class_not_on_its_batch(
         alone = generate(base, Conditions(*(field[row : row + 1] for field in everyone)), decoding, Vanilla())
         assert torch.equal(alone[0], together[row])
     order = torch.tensor([3, 0, 4, 1, 2])
-    permuted = generate(base, Conditions(*(field[order] for field in everyone)), decoding, Vanilla())
+    permuted = generate(base, Conditions(*(field[order] for field in everyone[:3])), decoding, Vanilla())
     assert torch.equal(permuted, together[order])
     renamed = generate(base, everyone._replace(ids=everyone.ids + 77), decoding, Vanilla())
     assert torch.equal(renamed, together)
@@ -122,6 +125,23 @@ def test_global_random_state_has_no_part(base: MaskGIT, conditions: MakeConditio
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     assert torch.equal(generate(base, conditions(2), Decoding(5), Vanilla()), first)
+
+
+def test_default_dtype_has_no_part(base: MaskGIT, conditions: MakeConditions) -> None:
+    """Lightning sets it to the precision of the weights while a step runs."""
+    network = ShortcutNet(base.spec.width, num_heads=2).eval()
+    torch.nn.init.normal_(network.widen.weight, std=0.1)  # one that repeats its input would not tell the time
+    acceleration = Planned(3, Shortcut(network))
+    expected = list(sample(base, conditions(2), Decoding(7), acceleration))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        steps = list(sample(base, conditions(2), Decoding(7), acceleration))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for step, other in zip(steps, expected, strict=True):
+        assert torch.equal(step.features, other.features)
+        assert torch.equal(step.tokens, other.tokens)
+        assert torch.equal(step.state.masked_share, other.state.masked_share)
 
 
 def test_another_class_changes_its_own_image_alone(base: MaskGIT, conditions: MakeConditions) -> None:
@@ -177,6 +197,41 @@ def test_guidance_rises_linearly_from_zero(conditions: MakeConditions) -> None:
     assert [step.committed.tokens.unique().tolist() for step in steps] == [[0], [1], [2], [3], [4]]
 
 
+def test_constant_guidance_is_the_same_at_every_step(conditions: MakeConditions) -> None:
+    """As above, but the code that wins at weight 2 wins throughout."""
+    conditional = torch.tensor([0.0, -0.5, -2.0, -4.5, -8.0])
+    logits = torch.stack([conditional, conditional - torch.arange(5.0)])[:, None].expand(-1, 15, -1)
+    course = {"guidance": 2.0, "guidance_course": "constant"}
+    steps = steps_of(FixedLogits(logits), conditions(1), num_steps=5, schedule="linear", **course, **GREEDY)
+    assert [step.committed.tokens.unique().tolist() for step in steps] == [[2]] * 5
+    assert steps_of(FixedLogits(logits), conditions(1), num_steps=1, **course, **GREEDY)[0].tokens.unique() == 2
+
+
+def test_constant_noise_orders_the_last_step_too() -> None:
+    """Two places a step, of which one is surely first without noise: with much noise each is first half the time."""
+    ids = torch.arange(4000)
+    logits = torch.tensor([[4.0, 0.0], [3.0, 0.0]])[None]
+    course = {"num_steps": 1, "guidance": 0.0, "temperature": 0.0, "confidence_noise": 1e6, "noise_course": "constant"}
+    (step,) = steps_of(FixedLogits(logits), Conditions(ids, ids, torch.zeros_like(ids)), **course)
+    first = int((step.committed.positions[:, 0] == 0).sum())
+    assert stats.binomtest(first, len(ids), 0.5).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", ["guidance_course", "noise_course"])
+def test_unknown_course_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be one of linear, constant; got 'rising'"):
+        Decoding(**{name: "rising"})  # type: ignore[arg-type]
+
+
+def test_a_step_that_commits_nothing_leaves_the_tokens(base: MaskGIT, conditions: MakeConditions) -> None:
+    steps = steps_of(base, conditions(2), num_steps=14, schedule="cosine_left")
+    counts = tokens_per_step("cosine_left", 14, base.spec.num_tokens)
+    assert 0 in counts
+    for step, count in zip(steps, counts, strict=True):
+        assert step.committed.tokens.shape == (2, count)
+        assert torch.equal(step.tokens, step.state.tokens) == (count == 0)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_codes_follow_the_tempered_softmax(temperature: float) -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 0.4])
@@ -221,6 +276,65 @@ def test_each_step_draws_noise_of_its_own() -> None:
     drawn_before = (uniforms_at(ids, 0, 0, everywhere) * 4).long().gather(1, second.committed.positions)
     repeats = int((drawn_before == second.committed.tokens).sum())
     assert stats.binomtest(repeats, len(ids), 1 / 4).pvalue > 1e-3
+
+
+# ---- Halton order
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.8])
+def test_halton_reveals_the_places_in_their_order(base: MaskGIT, conditions: MakeConditions, guidance: float) -> None:
+    steps = steps_of(base, conditions(3), num_steps=5, guidance=guidance, order="halton")
+    places = torch.cat([step.committed.positions for step in steps], dim=1)
+    assert torch.equal(places, halton_order(4, 4).expand(3, -1))
+    assert [step.committed.tokens.shape[1] for step in steps] == tokens_per_step("arccos", 5, 16)
+    assert bool((steps[-1].tokens != base.spec.mask_id).all())
+
+
+def test_rolled_halton_reveals_every_place_in_the_sample_own_order(base: MaskGIT, conditions: MakeConditions) -> None:
+    steps = steps_of(base, conditions(6), num_steps=5, order="halton_rolled")
+    places = torch.cat([step.committed.positions for step in steps], dim=1)
+    assert torch.equal(places, roll_order(halton_order(4, 4), conditions(6).seeds))
+    assert len(places.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("order", ["halton", "halton_rolled"])
+def test_halton_draws_at_the_first_step_what_confidence_draws_there(
+    base: MaskGIT, conditions: MakeConditions, order: Order
+) -> None:
+    """Where a code is drawn does not depend on which others are: the orders differ in what they commit alone."""
+    ours, theirs = (steps_of(base, conditions(3), num_steps=3, order=name)[0] for name in (order, "confidence"))
+    everywhere = steps_of(base, conditions(3), num_steps=1, guidance=0.0)[0].tokens
+    for step in (ours, theirs):
+        assert torch.equal(step.committed.tokens, everywhere.gather(1, step.committed.positions))
+
+
+@pytest.mark.parametrize("order", ["halton", "halton_rolled"])
+def test_an_image_in_halton_order_depends_on_its_seed_and_class_not_on_its_batch(
+    base: MaskGIT, conditions: MakeConditions, order: Order
+) -> None:
+    everyone, decoding = conditions(5), Decoding(num_steps=5, order=order)
+    together = generate(base, everyone, decoding, Planned(3, Hold()))
+    for row in range(5):
+        own = Conditions(*(field[row : row + 1] for field in everyone))
+        assert torch.equal(generate(base, own, decoding, Planned(3, Hold()))[0], together[row])
+
+
+def test_confidence_noise_has_no_part_in_halton_order(base: MaskGIT, conditions: MakeConditions) -> None:
+    one, other = (Decoding(5, order="halton", confidence_noise=noise) for noise in (0.0, 7.0))
+    assert torch.equal(generate(base, conditions(3), one, Vanilla()), generate(base, conditions(3), other, Vanilla()))
+
+
+def test_halton_without_a_square_grid_is_refused(conditions: MakeConditions) -> None:
+    with pytest.raises(ValueError, match="a square token grid is needed, and num_tokens is 15"):
+        steps_of(FixedLogits(torch.zeros(1, 15, 2)), conditions(1), num_steps=2, guidance=0.0, order="halton")
+
+
+def test_unknown_order_is_refused() -> None:
+    with pytest.raises(ValueError, match="order must be one of confidence, halton, halton_rolled; got 'raster'"):
+        Decoding(order="raster")  # type: ignore[arg-type]
+
+
+# ---- bad input
 
 
 def test_budget_out_of_range_is_refused(base: MaskGIT, conditions: MakeConditions) -> None:

@@ -46,9 +46,9 @@ def accelerate(request: pytest.FixtureRequest) -> Accelerate:
     return ACCELERATIONS[request.param]
 
 
-@pytest.fixture(params=[0.0, 2.8], ids=["unguided", "guided"])
+@pytest.fixture(params=[{"guidance": 0.0}, {}, {"order": "halton_rolled"}], ids=["unguided", "guided", "halton"])
 def decoding(request: pytest.FixtureRequest) -> Decoding:
-    return Decoding(num_steps=NUM_STEPS, guidance=request.param)
+    return Decoding(num_steps=NUM_STEPS, **request.param)
 
 
 def same_steps(ours: list[Step], theirs: list[Step]) -> bool:

@@ -14,6 +14,7 @@ from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Context, Control, MaskedImageModel, State
 
 SHAPE = (2, 3, 5, 4)  # G, B, S, C
+CONTEXT = Context(torch.zeros(2, 3, 1, dtype=torch.long))
 NODES = [[0, 1], [0, 3], [2, 7], [0, 1, 2], [0, 2, 7], [3, 4, 9]]
 
 
@@ -40,7 +41,7 @@ class MovingBase:
 
 def test_hold_repeats_the_latest_features_not_the_last_full_ones(base: MaskGIT) -> None:
     latest, full = torch.randn(SHAPE), torch.randn(SHAPE)
-    assert torch.equal(Hold().start(base)(Past(latest, [(0, full)]), state(3)), latest)
+    assert torch.equal(Hold().start(base, CONTEXT)(Past(latest, [(0, full)]), state(3)), latest)
 
 
 @pytest.mark.parametrize(("order", "nodes"), [(len(nodes) - 1, nodes) for nodes in NODES])
@@ -48,13 +49,13 @@ def test_hold_repeats_the_latest_features_not_the_last_full_ones(base: MaskGIT) 
 def test_taylor_is_exact_on_polynomials_of_its_order(base: MaskGIT, order: int, nodes: list[int], ahead: int) -> None:
     path, index = polynomial(order), nodes[-1] + ahead
     past = Past(torch.full(SHAPE, torch.nan).double(), [(node, path(node)) for node in nodes])
-    predicted = Taylor(order).start(base)(past, state(index))
+    predicted = Taylor(order).start(base, CONTEXT)(past, state(index))
     torch.testing.assert_close(predicted, path(index), rtol=1e-9, atol=1e-9)
 
 
 def test_taylor_of_order_one_is_not_exact_on_parabolas(base: MaskGIT) -> None:
     path = polynomial(2)
-    predicted = Taylor(1).start(base)(Past(path(3), [(0, path(0)), (3, path(3))]), state(5))
+    predicted = Taylor(1).start(base, CONTEXT)(Past(path(3), [(0, path(0)), (3, path(3))]), state(5))
     assert (predicted - path(5)).abs().max() > 1e-2
 
 
@@ -69,14 +70,14 @@ def test_taylor_over_evenly_spaced_steps_is_taylorseer(base: MaskGIT, order: int
     expected = newest + first * ahead
     if order == 2:
         expected = expected + second * ahead * (ahead + interval) / 2
-    predicted = Taylor(order).start(base)(Past(newest, full), state(2 * interval + ahead))
+    predicted = Taylor(order).start(base, CONTEXT)(Past(newest, full), state(2 * interval + ahead))
     torch.testing.assert_close(predicted, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_taylor_with_one_full_step_holds(base: MaskGIT, order: int) -> None:
     only = torch.randn(SHAPE)
-    assert torch.equal(Taylor(order).start(base)(Past(torch.zeros(SHAPE), [(0, only)]), state(2)), only)
+    assert torch.equal(Taylor(order).start(base, CONTEXT)(Past(torch.zeros(SHAPE), [(0, only)]), state(2)), only)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -96,7 +97,7 @@ def test_plan_remembers_as_many_full_steps_as_taylor_needs(order: int) -> None:
 @pytest.mark.parametrize("memory", [1, 2, 3])
 def test_predictor_sees_the_latest_features_and_no_more_full_steps_than_it_remembers(memory: int) -> None:
     class Spy(Hold):
-        def start(self, base: MaskedImageModel) -> PredictFn:
+        def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
             def predict(past: Past, state: State) -> Tensor:
                 seen.append((state.step, [index for index, _ in past.full], past.latest))
                 return past.latest + 1

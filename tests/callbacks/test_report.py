@@ -38,14 +38,16 @@ class Count:
     def to(self, device: torch.device) -> None: ...
 
 
-def measure(folder: Path, distance: str = "count", num_images: int = 6, logger: Any = False, **arguments: Any) -> str:
+def measure(
+    folder: Path, distance: str | None = "count", num_images: int = 6, logger: Any = False, **arguments: Any
+) -> str:
     """Measure three rows and return the report."""
     settings: dict[str, Any] = {"latency_rounds": 1, "latency_batch_size": 2, "grid_images": 1}
+    settings |= {"metrics": {"count": Count()}}
     task = GenerationTask(
         ToyBase(),
         decoding=Decoding(num_steps=5),
         rows=[Row(5), Row(3), Row(5, Planned(2, Hold()))],
-        metrics={"count": Count()},
         results=folder,
         **(settings | arguments),
     )
@@ -85,6 +87,21 @@ def test_report_without_latency_has_neither_plot_nor_column(tmp_path: Path) -> N
     assert "latency ms/image" not in text
     assert not (tmp_path / "pareto.png").exists()
     assert (tmp_path / "grids.png").exists()
+
+
+def test_random_weights_have_latencies_and_no_quality(tmp_path: Path) -> None:
+    text = measure(tmp_path, random_weights=True, distance=None, metrics={})
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    assert header == ["method", "N", "b", "latency ms/image", "speed-up"]
+    assert [row[:3] for row in rows] == [["vanilla", "5", "5"], ["vanilla", "3", "3"], ["hold", "5", "2"]]
+    assert rows[0][4] == "1.00×"
+    assert "Random weights: latency alone" in text
+    assert "images a row" not in text
+    assert {path.name for path in tmp_path.iterdir()} == {"latency.json", "report.md"}
+
+
+def test_random_weights_yield_no_quality_even_where_there_are_metrics(tmp_path: Path) -> None:
+    assert "count" not in measure(tmp_path, random_weights=True)
 
 
 def test_few_images_are_warned_of_and_many_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

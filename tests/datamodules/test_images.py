@@ -5,11 +5,14 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from datamodules.images import FashionMNIST, read_idx
+from datamodules.images import FashionMNIST, ImageFolder, read_idx
+from lit_shortcut.contracts import LabelledImages
 
 TRAIN, TEST, SIDE = 20, 6, 4
 STEMS = ("images-idx3-ubyte", "labels-idx1-ubyte")
@@ -136,3 +139,72 @@ def test_labels_that_do_not_match_the_images_are_refused(folder: Path) -> None:
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     with pytest.raises(ValueError, match="images but 3 labels in split 'train'"):
         FashionMNIST(folder).split("train")
+
+
+# ---- folders of images
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Two classes: a wide image, white in its middle third and black at both ends; and a tall grey one."""
+    for name in ("n02", "n01"):
+        (tmp_path / name).mkdir()
+    wide = Image.new("RGB", (90, 30))
+    wide.paste((255, 255, 255), (30, 0, 60, 30))
+    wide.save(tmp_path / "n01" / "wide.png")
+    Image.new("L", (10, 40), 77).save(tmp_path / "n02" / "tall.JPEG")
+    return tmp_path
+
+
+def test_images_are_cropped_at_their_centre_and_labelled_by_folder(classes: Path) -> None:
+    (batch,) = ImageFolder(classes, image_size=30).predict_dataloader()
+    assert batch.pixels.shape == (2, 3, 30, 30)
+    assert batch.pixels.dtype == torch.uint8
+    assert batch.labels.tolist() == [0, 1]
+    assert bool((batch.pixels[0] == 255).all())
+    assert batch.pixels[1].unique().tolist() == [77]
+
+
+def test_shorter_side_is_resized_to_the_size_of_the_images(classes: Path) -> None:
+    (batch,) = ImageFolder(classes, image_size=10).predict_dataloader()
+    assert batch.pixels.shape == (2, 3, 10, 10)
+    assert bool((batch.pixels[0, :, :, 2:-2] == 255).all())
+    (one, other) = ImageFolder(classes, image_size=60, batch_size=1).predict_dataloader()
+    assert one.pixels.shape == other.pixels.shape == (1, 3, 60, 60)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_image_is_named(classes: Path, num_workers: int) -> None:
+    path = classes / "n02" / "tall.JPEG"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"n02/tall\.JPEG: not a readable image"):
+        list(ImageFolder(classes, image_size=30, num_workers=num_workers).predict_dataloader())
+    path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"n02/tall\.JPEG: not a readable image"):
+        list(ImageFolder(classes, image_size=30, num_workers=num_workers).predict_dataloader())
+
+
+def test_folder_without_classes_is_named(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=folder.name):
+            ImageFolder(folder).predict_dataloader()
+
+
+class Counting(L.LightningModule):
+    """Keeps the batches that ``predict`` hands out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[LabelledImages] = []
+
+    def predict_step(self, batch: LabelledImages, batch_idx: int) -> int:
+        self.batches.append(batch)
+        return batch_idx
+
+
+def test_predict_takes_every_image_once(classes: Path) -> None:
+    task, quiet = Counting(), {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = L.Trainer(**quiet)  # type: ignore[arg-type]
+    trainer.predict(task, datamodule=ImageFolder(classes, image_size=8, batch_size=1), return_predictions=False)
+    assert [batch.labels.tolist() for batch in task.batches] == [[0], [1]]
+    assert all(isinstance(batch, LabelledImages) for batch in task.batches)

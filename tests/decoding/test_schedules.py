@@ -10,7 +10,12 @@ import torch
 
 from lit_shortcut.decoding.schedules import Schedule, share_masked, tokens_per_step
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "parity" / "schedules.json").read_text())["tokens_per_step"]
+REFERENCE = json.loads((Path(__file__).parents[1] / "parity" / "schedules.json").read_text())
+GOLDEN = REFERENCE["tokens_per_step"] + [
+    {"schedule": "cosine_left", "counts": [a - b for a, b in pairwise([row["num_tokens"], *row["keep"]])]}
+    | {size: row[size] for size in ("num_steps", "num_tokens")}
+    for row in REFERENCE["dimoo_tokens_still_masked"]
+]
 SCHEDULES = get_args(Schedule)
 
 
@@ -33,7 +38,14 @@ def test_share_falls_from_one_to_zero(schedule: Schedule) -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "half_way"),
-    [("root", 1 - 0.5**0.5), ("linear", 0.5), ("square", 0.75), ("cosine", 0.5**0.5), ("arccos", 2 / 3)],
+    [
+        ("root", 1 - 0.5**0.5),
+        ("linear", 0.5),
+        ("square", 0.75),
+        ("cosine", 0.5**0.5),
+        ("cosine_left", 0.5**0.5),
+        ("arccos", 2 / 3),
+    ],
 )
 def test_share_half_way_is_known(schedule: Schedule, half_way: float) -> None:
     assert share_masked(schedule, torch.tensor(0.5, dtype=torch.float64)).item() == pytest.approx(half_way)
@@ -52,7 +64,8 @@ def test_counts_spend_all_tokens_or_are_refused(schedule: Schedule, num_tokens: 
         accepted += 1
         assert len(counts) == num_steps
         assert sum(counts) == num_tokens
-        assert min(counts) >= 1
+        assert min(counts) >= (schedule != "cosine_left")
+        assert counts[-1] >= 1
     assert accepted >= num_tokens**0.5  # the sizes people use are not the refused ones
 
 
@@ -79,5 +92,15 @@ def test_overspent_counts_are_refused() -> None:
 
 
 def test_unknown_schedule_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="root, linear, square, cosine, arccos; got 'sine'"):
+    with pytest.raises(ValueError, match="root, linear, square, cosine, arccos, cosine_left; got 'sine'"):
         share_masked("sine", torch.tensor(0.5))  # type: ignore[arg-type]
+
+
+def test_counts_of_tokens_left_are_rounded_in_single_precision() -> None:
+    """cos(π/3) is ½, less in float32 and more in float64: the reference leaves 1023 of 2048 tokens, not 1024."""
+    counts = tokens_per_step("cosine_left", num_steps=12, num_tokens=2048)
+    assert 2048 - sum(counts[:8]) == 1023
+
+
+def test_a_step_of_many_may_reveal_nothing() -> None:
+    assert tokens_per_step("cosine_left", num_steps=16, num_tokens=36)[:3] == [1, 0, 1]

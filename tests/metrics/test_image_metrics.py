@@ -67,8 +67,9 @@ def measured(metric: ImageMetric, images: Tensor, batches: int = 3) -> float:
 def test_reference_holds_mean_and_covariance(reference: Path) -> None:
     features = Projection()(REAL).double().numpy()
     tensors, metadata = load_tensors(reference)
-    np.testing.assert_allclose(tensors["mean"].numpy(), features.mean(0), rtol=1e-10)
-    np.testing.assert_allclose(tensors["covariance"].numpy(), np.cov(features, rowvar=False), rtol=1e-8)
+    # features are float32, and a matrix product rounds otherwise in batches of another size
+    np.testing.assert_allclose(tensors["mean"].numpy(), features.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(tensors["covariance"].numpy(), np.cov(features, rowvar=False), rtol=1e-5, atol=1e-4)
     assert (metadata["num_images"], metadata["images"]) == (50, "random pixels")
 
 

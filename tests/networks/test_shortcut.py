@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_shortcut.interface import Places
+from lit_shortcut.networks.neighbourhood import Neighbourhood
 from lit_shortcut.networks.shortcut import ShortcutNet, sinusoids
 from lit_shortcut.weights import save_module
 
@@ -148,3 +150,52 @@ def test_load_returns_what_was_saved_frozen(tmp_path: Path, hparams: dict[str, A
     assert torch.equal(loaded(*inputs()), network(*inputs()))
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+# ---- neighbourhood
+
+
+def with_reach(reach: int, grid: int = 5) -> ShortcutNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = ShortcutNet(8, num_heads=1, grid=grid, reach=reach)
+        nn.init.normal_(network.widen.weight)
+    return network.eval()
+
+
+def test_neighbourhood_reaches_so_far_and_no_farther() -> None:
+    neighbourhood = Neighbourhood(4, grid=5, reach=1)
+    control, nothing = (
+        torch.randn(1, 1, 4),
+        neighbourhood(torch.randn(1, 0, 4), torch.zeros(1, 0, dtype=torch.long), None),
+    )
+    changed = (neighbourhood(control, torch.tensor([[6]]), None) - nothing).abs().sum(-1).view(5, 5) > 0
+    expected = torch.zeros(5, 5, dtype=torch.bool)
+    expected[:3, :3] = True  # place 6 is (1, 1)
+    assert torch.equal(changed, expected)
+
+
+def test_neighbourhood_knows_where_a_token_stands_and_padding_is_nowhere() -> None:
+    network, features, control = with_reach(2), torch.randn(1, 26, 8), torch.randn(1, 2, 8)
+    share, is_real = torch.tensor([0.5]), torch.tensor([[True, False]])
+    here, there = (Places(None, torch.tensor([[place, 12]])) for place in (3, 20))
+    with torch.inference_mode():
+        one = network(features, control[:, :1], share, places=Places(None, torch.tensor([[3]])))
+        padded = network(features, control, share, is_real, here)
+        assert not torch.allclose(network(features, control, share, is_real, there), padded)
+        torch.testing.assert_close(padded, one)
+
+
+def test_network_without_a_reach_is_the_published_one() -> None:
+    names = ShortcutNet(8, num_heads=1).state_dict().keys()
+    assert {name for name in with_reach(2).state_dict() if name not in names} == {
+        f"neighbourhood.{part}"
+        for part in ("norm.weight", "norm.bias", "spread.weight", "spread.bias", "mix.weight", "mix.bias")
+    }
+
+
+def test_reach_needs_a_grid_and_places() -> None:
+    with pytest.raises(ValueError, match="grid must be the side of the token grid where there is a reach, got 0"):
+        ShortcutNet(8, num_heads=1, reach=2)
+    with pytest.raises(ValueError, match="needs the places of its control tokens"):
+        with_reach(1)(torch.randn(1, 26, 8), torch.randn(1, 1, 8), torch.ones(1))

@@ -15,11 +15,12 @@ from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.contracts import Acceleration, Conditions
 from lit_shortcut.decoding.unmasking import guide
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.published import maskgit_names, shortcut_names
+from lit_shortcut.published import MASKGIT, SHORTCUT, fill
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.weights import load_tensors
 
-GOLDEN, META = load_tensors(Path(__file__).with_name("maskgit_tiny.safetensors"))
+FILE = Path(__file__).with_name("maskgit_tiny.safetensors")
+GOLDEN, META = load_tensors(FILE)
 
 
 def part(prefix: str) -> dict[str, Tensor]:
@@ -27,6 +28,8 @@ def part(prefix: str) -> dict[str, Tensor]:
 
 
 class NoTokenizer:
+    codebook_size = META["codebook_size"]
+
     def encode(self, images: Tensor) -> Tensor:
         raise AssertionError("not used here")
 
@@ -44,15 +47,15 @@ def base() -> MaskGIT:
         num_heads=META["heads"],
         mlp_width=META["mlp_dim"],
     )
-    transformer.load_state_dict(maskgit_names(part("base.")))
+    fill(transformer, part("base."), MASKGIT, FILE)
     return MaskGIT(transformer, NoTokenizer())
 
 
 @pytest.fixture(scope="module")
 def network() -> ShortcutNet:
     network = ShortcutNet(META["hidden_dim"], META["heads"], META["bottleneck_ratio"], META["n_block"])
-    network.load_state_dict(shortcut_names(part("shortcut.")))
-    return network.eval().requires_grad_(False)
+    fill(network, part("shortcut."), SHORTCUT, FILE)
+    return network
 
 
 def test_features_and_logits_equal_the_reference(base: MaskGIT) -> None:

@@ -29,7 +29,8 @@ ROWS = [Row(5), Row(3), Row(5, Planned(2, Hold()))]
 def measure(
     folder: Path, rows: list[Row] = ROWS, *, data: dict[str, Any] | None = None, **arguments: Any
 ) -> GenerationTask:
-    trainer = {name: arguments.pop(name) for name in ("strategy", "devices", "limit_test_batches") if name in arguments}
+    names = ("strategy", "devices", "limit_test_batches", "precision")
+    trainer = {name: arguments.pop(name) for name in names if name in arguments}
     settings = {"metrics": {"brightness": Brightness()}, "latency_rounds": 0, "results": folder, "grid_images": 3}
     task = GenerationTask(arguments.pop("base", ToyBase()), decoding=DECODING, rows=rows, **(settings | arguments))
     quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -152,6 +153,48 @@ def test_latency_of_all_rows_is_measured_together_and_kept_while_nothing_changes
     changed = measure(tmp_path, ROWS[:2], latency_rounds=2, latency_batch_size=3).results.latency()
     assert changed is not None
     assert changed["measured"].keys() == {"vanilla_n5", "vanilla_n3"}
+
+
+def test_precision_reaches_the_shortcut_network_too(tmp_path: Path) -> None:
+    shortcut = Shortcut(ShortcutNet(width=16, num_heads=2))
+    measure(tmp_path, [Row(5), Row(5, Planned(2, shortcut))], precision="bf16-true")
+    assert {parameter.dtype for parameter in shortcut.parameters()} == {torch.bfloat16}
+    facts = stored(tmp_path)["shortcut_n5_b2_seed0"]["facts"]
+    assert facts["precision"] == "bf16-true"
+    before = (tmp_path / "rows" / "shortcut_n5_b2_seed0.json").stat().st_mtime_ns
+    again = Shortcut(ShortcutNet(width=16, num_heads=2))
+    again.network.load_state_dict(shortcut.network.state_dict())
+    measure(tmp_path, [Row(5), Row(5, Planned(2, again))], precision="bf16-true")
+    assert (tmp_path / "rows" / "shortcut_n5_b2_seed0.json").stat().st_mtime_ns == before  # found finished
+
+
+def test_random_weights_are_timed_once_and_draw_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: Any) -> Tensor:
+        raise AssertionError("an image was drawn")
+
+    monkeypatch.setattr("lit_shortcut.tasks.generation.images_of", never)
+    first = measure(tmp_path, random_weights=True, latency_rounds=1).results.latency()
+    assert first is not None
+    assert list(first["measured"]) == [row.name for row in ROWS]
+    assert not (tmp_path / "rows").exists()
+    monkeypatch.setattr("lit_shortcut.tasks.generation.measure_latency", never)
+    assert measure(tmp_path, random_weights=True, latency_rounds=1).results.latency() == first
+
+
+def test_compiled_rows_are_not_taken_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[MaskedImageModel] = []
+    monkeypatch.setattr("lit_shortcut.tasks.generation.compile_networks", lambda base, methods: compiled.append(base))
+    measure(tmp_path, ROWS[:1])
+    assert "compiled" not in stored(tmp_path)["vanilla_n5_seed0"]["facts"]
+    assert compiled == []
+    measure(tmp_path, ROWS[:1], compiled=True)
+    assert stored(tmp_path)["vanilla_n5_seed0"]["facts"]["compiled"] is True
+    assert len(compiled) == 1
+
+
+def test_random_weights_without_latency_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="latency_rounds must be at least 1"):
+        measure(tmp_path, random_weights=True, latency_rounds=0)
 
 
 # ---- refused before anything is run

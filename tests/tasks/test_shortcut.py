@@ -307,7 +307,7 @@ def test_checkpoint_holds_the_network_alone_and_what_ties_it_to_its_base(folder:
     trainer.save_checkpoint(tmp_path / "fit.ckpt")
     checkpoint = torch.load(tmp_path / "fit.ckpt", weights_only=True)
     assert checkpoint["state_dict"].keys() == {f"network.{name}" for name in task.network.state_dict()}
-    loaded, facts = load_module_with_metadata(ShortcutNet, tmp_path / "fit.ckpt")
+    loaded, facts = load_module_with_metadata((ShortcutNet,), tmp_path / "fit.ckpt")
     assert facts["base_fingerprint"] == "0123456789abcdef"
     assert facts["decoding"] == card().decoding
     for name, tensor in loaded.state_dict().items():

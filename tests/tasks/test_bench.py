@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from datamodules.conditions import ClassLabels
+from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.evaluation import Row
+from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.tasks.bench import BenchTask
+
+
+def bench(folder: Path, rows: list[Row], precision: Any = "32-true", **arguments: Any) -> dict[str, Any]:
+    task = BenchTask(ToyBase(), rows, **({"path": folder / "bench.json", "rounds": 2} | arguments))
+    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = L.Trainer(**quiet, precision=precision)
+    trainer.test(task, datamodule=ClassLabels(6, batch_size=3), verbose=False)
+    content: dict[str, Any] = json.loads((folder / "bench.json").read_text())
+    return content
+
+
+def test_parts_of_every_row_make_up_the_whole(tmp_path: Path) -> None:
+    rows = bench(tmp_path, [Row(5), Row(5, Planned(2, Hold()), "halton")])["rows"]
+    assert rows.keys() == {"vanilla_n5", "hold_n5_b2_halton"}
+    calls = {name: {part["name"]: part["calls"] for part in parts} for name, parts in rows.items()}
+    assert calls["vanilla_n5"] == {"base": 5, "head": 5, "token choice": 5, "rest": 0}
+    assert calls["hold_n5_b2_halton"] == {"base": 2, "hold": 3, "head": 5, "token choice": 5, "rest": 0}
+    for parts in rows.values():
+        assert sum(part["share"] for part in parts) == pytest.approx(1)  # a median of two is their mean
+        assert all(part["ms"] > 0 for part in parts)
+
+
+def test_facts_say_what_the_figures_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_shortcut.tasks.bench.rank_zero_info", said.append)
+    row = Row(5, Planned(2, Shortcut(ShortcutNet(width=16, num_heads=2))))
+    facts = bench(tmp_path, [row], precision="bf16-true", random_weights=True)["facts"]
+    assert (facts["weights"], facts["dtype"], facts["precision"]) == ("random", "bfloat16", "bf16-true")
+    assert (facts["batch"], facts["rounds"], facts["threads"]) == (3, 2, torch.get_num_threads())
+    assert facts["torch"] == torch.__version__
+    assert 50 < facts["peak_memory_mb"] < 100_000
+    (text,) = said
+    for shown in ("shortcut_n5_b2", "| token choice", "weights random", "batch 3", str(tmp_path / "bench.json")):
+        assert shown in text
+
+
+def test_trained_weights_are_not_called_random(tmp_path: Path) -> None:
+    assert bench(tmp_path, [Row(3)])["facts"]["weights"] == "trained"
+
+
+def test_row_that_cannot_be_run_is_refused_before_any_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"budget must lie in 1\.\.5.*got 6"):
+        bench(tmp_path, [Row(5), Row(5, Planned(6, Hold()))])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rounds_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        BenchTask(ToyBase(), [Row(3)], rounds=0)

@@ -1,0 +1,72 @@
+"""The YAMLs of Lumina-DiMOO as they are, but for a tiny checkpoint, small images and few steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_shortcut.bases.dimoo.published import published
+from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
+from lit_shortcut.published import save_published
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.trajectory import Card, is_complete
+from tests.command_line import CONFIGS, lightning
+from tests.published_dimoo import SPECIAL, make_checkpoint
+
+DIMOO = CONFIGS / "dimoo"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with checkpoint, released shortcut and prompts."""
+    folder = tmp_path_factory.mktemp("dimoo")
+    (folder / "checkpoint").mkdir()
+    make_checkpoint(folder / "checkpoint")
+    save_published(folder / "shortcut.pth", LLaDAShortcutNet(16, num_heads=2, mlp_width=24).bfloat16(), NAMES)
+    (folder / "prompts.txt").write_text("a red cat\ntwo\nthree grey cats\n")
+    return folder
+
+
+def base_arguments(folder: Path) -> list[str]:
+    special = json.dumps(vars(SPECIAL))
+    source = f"--model.base.source={folder / 'checkpoint'}"
+    return [source, "--model.base.height=32", "--model.base.width=48", f"--model.base.special={special}"]
+
+
+def run(folder: Path, verb: str, config: str, *words: str) -> None:
+    tiny = ("--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
+    prompts = ("--data.path=prompts.txt", "--data.num_images=3")
+    lightning(folder, verb, "--config", DIMOO / config, *tiny, *prompts, *base_arguments(folder), *words)
+
+
+def test_extract_records_a_shard_for_each_prompt(folder: Path) -> None:
+    run(folder, "predict", "extract.yaml", "--model.decoding.num_steps=4")
+    card = Card.read(folder / "runs/dimoo/trajectories")
+    assert is_complete(folder / "runs/dimoo/trajectories", card)
+    assert (card.num_shards, card.spec["num_tokens"], card.num_steps) == (3, 6, 4)
+    base = published(str(folder / "checkpoint"), height=32, width=48, special=SPECIAL)
+    assert card.base_fingerprint == base.fingerprint
+
+
+def test_evaluate_measures_the_released_shortcut_in_half_precision(folder: Path) -> None:
+    rows = yaml.safe_load((DIMOO / "evaluate.yaml").read_text())["model"]["init_args"]["rows"]
+    budgets = [row["acceleration"]["init_args"]["budget"] for row in rows if "acceleration" in row]
+    assert budgets == [14, 11, 9]
+    rows = [{"num_steps": 4}, rows[2] | {"num_steps": 4}]
+    planned = rows[1]["acceleration"]["init_args"]
+    planned["budget"] = 2
+    planned["predictor"]["init_args"]["network"]["init_args"] = {"path": "shortcut.pth", "num_heads": 2}
+    words = (f"--model.rows={json.dumps(rows)}", "--model.decoding.num_steps=4", "--model.latency_rounds=1")
+    run(folder, "test", "evaluate.yaml", *words)
+    found = {path.stem for path in (folder / "runs/dimoo/report/rows").iterdir()}
+    assert found == {"vanilla_n4_seed10", "shortcut_n4_b2_seed10"}
+
+
+def test_decoding_is_that_of_the_published_sampler() -> None:
+    decoding = Decoding(**yaml.safe_load((CONFIGS / "parts/dimoo_decoding.yaml").read_text()))
+    assert decoding.num_steps == 64
+    assert [decoding.guidance_at(step) for step in (0, 63)] == [4, 4]
+    assert [decoding.noise_at(step) for step in (0, 63)] == [1, 1]

@@ -1,0 +1,212 @@
+"""Trajectories of a base that takes prompts, from recording to training: rows and control differ in number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from datamodules.trajectories import TrajectoryDataModule
+from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bases.dimoo.adapter import DiMOO
+from lit_shortcut.contracts import Conditions, Control, Trajectories
+from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
+from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
+from lit_shortcut.sampling import Decoding, sample
+from lit_shortcut.tasks.generation import record
+from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.trajectory import (
+    FORMAT_VERSION,
+    Card,
+    Trajectory,
+    TrajectoryError,
+    collate,
+    load_interface,
+    read_shard,
+    read_trajectory,
+    save_interface,
+    stack,
+    transitions,
+    write_shard,
+)
+from lit_shortcut.weights import WeightsError
+
+MakeConditions = Callable[..., Conditions]
+DECODING = Decoding(5, "cosine_left", guidance=2.0, guidance_course="constant", temperature=0, confidence_noise=0)
+FRAME = 16 + 4 + 4  # rows beside the prompt's
+LENGTHS = [11, 5, 17, 7, 10]  # of the prompts, template included; the unconditional one has 3
+
+
+@pytest.fixture
+def recorded(dimoo: DiMOO, prompted: MakeConditions) -> Trajectories:
+    return record(dimoo, prompted(5), DECODING)
+
+
+def rows_of(recorded: Trajectories, start: int, stop: int) -> Trajectories:
+    assert recorded.text is not None
+    text = type(recorded.text)(*(part[start:stop] for part in recorded.text))
+    conditions = Conditions(*(part[start:stop] for part in recorded.conditions))
+    return Trajectories(conditions, *(part[start:stop] for part in recorded[1:4]), text)
+
+
+@pytest.fixture
+def card(dimoo: DiMOO) -> Card:
+    return Card(
+        format_version=FORMAT_VERSION,
+        base_fingerprint=dimoo.fingerprint,
+        spec=dimoo.spec._asdict(),
+        decoding=asdict(DECODING),
+        branches=2,
+        num_steps=5,
+        dtype="float32",
+        num_samples=5,
+        samples_per_shard=3,
+        seed=0,
+        num_classes=5,
+        prompts="0" * 64,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, dimoo: DiMOO, recorded: Trajectories, card: Card) -> Path:
+    card.write(tmp_path)
+    save_interface(tmp_path, dimoo.interface)
+    write_shard(tmp_path, 0, rows_of(recorded, 0, 3), card)
+    write_shard(tmp_path, 1, rows_of(recorded, 3, 5), card)
+    return tmp_path
+
+
+def read_set(folder: Path, card: Card) -> list[Trajectory]:
+    return [read_trajectory(raw, card) for shard in range(card.num_shards) for raw in read_shard(folder, shard, card)]
+
+
+def trained() -> LLaDAShortcutNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = LLaDAShortcutNet(16, num_heads=2, mlp_width=32)
+        assert isinstance(network.widen, torch.nn.Linear)
+        torch.nn.init.normal_(network.widen.weight, std=0.3)
+    return network.eval()
+
+
+def task(network: VelocityNet, dimoo: DiMOO, **arguments: str) -> ShortcutTask:
+    made = ShortcutTask(network, **arguments)  # type: ignore[arg-type]
+    made.interface = dimoo.interface
+    made.register_buffer("channel_scale", torch.ones(16))
+    return made
+
+
+def test_reader_returns_what_writer_wrote(folder: Path, card: Card, recorded: Trajectories) -> None:
+    found = stack(read_set(folder, Card.read(folder)))
+    assert found.conditions.prompts == recorded.conditions.prompts
+    assert torch.equal(found.features, recorded.features)
+    assert torch.equal(found.tokens, recorded.tokens)
+    assert found.text is not None
+    assert recorded.text is not None
+    assert found.text.lengths.tolist() == recorded.text.lengths.tolist() == [[length, 3] for length in LENGTHS]
+    assert found.text.num_control.tolist() == recorded.text.num_control.tolist() == [[n, 0] for n in LENGTHS]
+    for row, length in enumerate(LENGTHS):
+        assert torch.equal(found.text.control[row, 0, :length], recorded.text.control[row, 0, :length])
+
+
+def test_sample_takes_the_rows_of_its_own_prompt_whatever_its_batch(
+    folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions
+) -> None:
+    assert [one.features.shape[2] for one in read_set(folder, card)] == [FRAME + length for length in LENGTHS]
+    conditions = Conditions(*(part[3:] for part in prompted(5)))
+    write_shard(
+        folder / "apart", 1, record(dimoo, conditions, DECODING), card
+    )  # the longest has 10 tokens here, not 17
+    for one, other in zip(read_set(folder, card)[3:], read_shard(folder / "apart", 1, card), strict=True):
+        torch.testing.assert_close(one.features, read_trajectory(other, card).features, rtol=1e-4, atol=1e-5)
+
+
+def test_interface_beside_the_shards_knows_the_rows_places(folder: Path, dimoo: DiMOO) -> None:
+    found, lengths = load_interface(folder), torch.tensor([4, 9])
+    for mine, theirs in zip(found.row_places(lengths, 40), dimoo.interface.row_places(lengths, 40), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_training_predicts_what_sampling_does(folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions) -> None:
+    """Samples and branches mixed and padded in one training batch, against the predictor in the decoding loop."""
+    network = trained()
+    steps = list(sample(dimoo, prompted(5), DECODING, Planned(1, Shortcut(network))))
+    items = [item for one in read_set(folder, card) for item in transitions(one) if item.step == 0]
+    batch = collate(items)
+    assert batch.text is not None
+    control = Control(*(part[:, 0] for part in batch.control if part is not None))
+    following = task(network, dimoo)(batch.features, control, batch.masked_share[:, 0], batch.text)
+    for row in range(5):
+        for branch in range(2):
+            num_rows = FRAME + (LENGTHS[row] if branch == 0 else 3)
+            found = following[2 * row + branch, :num_rows]
+            torch.testing.assert_close(found, steps[1].features[branch, row, :num_rows], rtol=1e-4, atol=1e-5)
+
+
+def test_loss_over_all_rows_leaves_out_padding(folder: Path, card: Card, dimoo: DiMOO) -> None:
+    items = [item for one in read_set(folder, card) for item in transitions(one) if item.step == 1]
+    batch = collate(items)
+    made = task(trained(), dimoo, rows="all")
+    real = made._real_rows(batch)
+    assert real.sum(1).tolist() == [FRAME + n for length in LENGTHS for n in (length, 3)]
+    following = made._advance(batch.features, batch, 0)
+    squares = torch.cat(
+        [
+            (following[row, :n] - batch.targets[row, 0, :n]).square().flatten()
+            for row, n in enumerate(real.sum(1).tolist())
+        ]
+    )
+    loss = made._error(following, batch.targets[:, 0], real)
+    torch.testing.assert_close(loss, squares.mean(), rtol=1e-5, atol=1e-7)
+
+
+def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path) -> None:
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    data = TrajectoryDataModule(str(folder), batch_size=4, shuffle_buffer=8)
+    trainer = L.Trainer(max_steps=2, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)  # type: ignore[arg-type]
+    made = ShortcutTask(LLaDAShortcutNet(16, num_heads=2, mlp_width=32), rows="all", rollout_depth=2)
+    trainer.fit(made, datamodule=data)
+    trainer.validate(made, datamodule=data, verbose=False)
+    assert torch.isfinite(torch.tensor([float(value) for value in trainer.callback_metrics.values()])).all()
+    with pytest.raises(WeightsError, match=r"a ShortcutNet is made for rows without; LLaDAShortcutNet is for this"):
+        trainer.fit(ShortcutTask(ShortcutNet(16, num_heads=2)), datamodule=data)
+
+
+def test_card_from_before_there_were_prompts_is_read(tmp_path: Path, card: Card) -> None:
+    card.write(tmp_path)
+    values = json.loads((tmp_path / "card.json").read_text())
+    del values["prompts"]
+    (tmp_path / "card.json").write_text(json.dumps(values))
+    assert Card.read(tmp_path).prompts == ""
+
+
+def broken(raw: dict[str, bytes], name: str) -> dict[str, bytes]:
+    tensors = load(raw["safetensors"])
+    if name == "missing":
+        del tensors["text_lengths"]
+    elif name == "nan":
+        tensors["text_control"][0, 0] = torch.nan
+    else:
+        tensors["text_control"] = tensors["text_control"][1:].contiguous()
+    return raw | {"safetensors": save(tensors)}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", "'text_lengths' is missing"),
+        ("nan", "text_control: expected finite float32"),
+        ("short", r"text_control: expected torch.float32 \(11, 16\), found torch.float32 \(10, 16\)"),
+    ],
+)
+def test_damaged_text_is_refused(folder: Path, card: Card, damage: str, message: str) -> None:
+    raw = next(read_shard(folder, 0, card))
+    with pytest.raises(TrajectoryError, match=rf"sample 00000000: {message}"):
+        read_trajectory(broken(raw, damage), card)
