@@ -87,7 +87,7 @@ def require_feasible(
 def add_images(metrics: Iterable[ImageMetric], images: Tensor, conditions: Conditions) -> None:
     """Feed each of ``metrics`` with ``images`` and what was asked for."""
     for metric in metrics:
-        metric.update(images, conditions.labels)
+        metric.update(images, conditions)
 
 
 def take_values(metrics: dict[str, ImageMetric]) -> dict[str, float]:

@@ -13,9 +13,11 @@ from lit_shortcut.acceleration.planned import Planned, Vanilla
 from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.contracts import Conditions
 from lit_shortcut.evaluation import Results, Row, images_of, require_feasible, row_facts, take_values
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding, generate
+from tests.metrics.asked import asked
 
 FACTS = {"base": "0123", "decoding": {"guidance": 2.8}, "row": {"budget": 2}, "num_images": 10}
 DECODING = Decoding(num_steps=6)
@@ -104,7 +106,7 @@ def test_metrics_start_anew_once_their_values_are_taken() -> None:
         def __init__(self) -> None:
             self.seen = 0
 
-        def update(self, images: Tensor, labels: Tensor) -> None:
+        def update(self, images: Tensor, conditions: Conditions) -> None:
             self.seen += len(images)
 
         def compute(self) -> Tensor:
@@ -116,7 +118,7 @@ def test_metrics_start_anew_once_their_values_are_taken() -> None:
         def to(self, device: torch.device) -> None: ...
 
     metric = Count()
-    metric.update(torch.zeros(3), torch.zeros(3))
+    metric.update(torch.zeros(3), asked(torch.zeros(3)))
     assert take_values({"count": metric}) == {"count": 3.0}
     assert take_values({"count": metric}) == {"count": 0.0}
 

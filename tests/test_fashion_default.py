@@ -21,6 +21,7 @@ from lit_shortcut.networks.tokenizer import FSQTokenizer
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import Card, is_complete, load_interface, read_shard, read_trajectory
 from tests.command_line import CONFIGS, lightning
+from tests.metrics.asked import asked
 
 SHIPPED = CONFIGS.parent / "checkpoints" / "fashion"
 MANIFEST = yaml.safe_load((SHIPPED / "manifest.yaml").read_text())
@@ -69,7 +70,7 @@ def test_shipped_files_are_small() -> None:
 
 def test_most_images_are_taken_for_the_class_asked_for(images: dict[int, torch.Tensor]) -> None:
     agreement = ClassAgreement(FashionCNN.load(SHIPPED / "classifier.safetensors"))
-    agreement.update(images[8], labels())
+    agreement.update(images[8], asked(labels()))
     assert float(agreement.compute()) > 0.7
 
 
@@ -79,7 +80,7 @@ def test_more_steps_come_closer_to_real_images(images: dict[int, torch.Tensor]) 
         distance = FrechetDistance(
             FashionFeatures.load(SHIPPED / "classifier.safetensors"), SHIPPED / "reference.safetensors"
         )
-        distance.update(drawn, labels())
+        distance.update(drawn, asked(labels()))
         distances[num_steps] = float(distance.compute())
     assert distances[8] < distances[2]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.classifier import FashionCNN
 from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
 
@@ -17,8 +18,8 @@ from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_t
 class ImageMetric(Protocol):
     """Gathers images batch by batch; ``compute`` is called on all ranks and counts the images of all of them."""
 
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        """Take in uint8 ``images`` (B, 3, H, W), made for classes ``labels`` (B,)."""
+    def update(self, images: Tensor, conditions: Conditions) -> None:
+        """Take in uint8 ``images`` (B, 3, H, W), made for ``conditions``."""
 
     def compute(self) -> Tensor:
         """The measure, a scalar, of all images since the last reset."""
@@ -56,7 +57,7 @@ class FrechetDistance:
         self.distance = _DistanceToReference(tensors["mean"], tensors["covariance"], metadata["num_images"])
 
     @torch.inference_mode()
-    def update(self, images: Tensor, labels: Tensor) -> None:
+    def update(self, images: Tensor, conditions: Conditions) -> None:
         """Take in uint8 ``images`` (B, 3, H, W)."""
         features = _run(self.extractor, images)
         self.distance.update(features.to(self.distance.device).double(), real=False)
@@ -88,9 +89,9 @@ class ClassAgreement:
         self.share = MeanMetric()
 
     @torch.inference_mode()
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        """Take in uint8 ``images`` (B, 3, H, W), made for classes ``labels`` (B,)."""
-        self.share.update((_run(self.classifier, images).argmax(-1) == labels).float())
+    def update(self, images: Tensor, conditions: Conditions) -> None:
+        """Take in uint8 ``images`` (B, 3, H, W), made for the classes ``conditions.labels``."""
+        self.share.update((_run(self.classifier, images).argmax(-1) == conditions.labels).float())
 
     def compute(self) -> Tensor:
         """The share, from 0 to 1."""

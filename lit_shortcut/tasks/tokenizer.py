@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.contracts import Conditions, LabelledImages
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.networks.tokenizer import FSQTokenizer
 from lit_shortcut.tasks.optimized import OptimizedTask
@@ -53,8 +54,10 @@ class TokenizerTask(OptimizedTask):
     def test_step(self, batch: LabelledImages, batch_idx: int) -> None:
         """Measure the images that codes alone give back: no base with this tokenizer can do better."""
         reconstructions = self.network.decode(self.network.encode(batch.pixels))
+        none = torch.zeros_like(batch.labels)  # no run drew these images: neither ids nor seeds
+        conditions = Conditions(none, none, batch.labels)
         for metric in self.metrics.values():
-            metric.update(reconstructions, batch.labels)
+            metric.update(reconstructions, conditions)
 
     def on_test_epoch_end(self) -> None:
         """Log each metric."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lit_shortcut.contracts import Conditions
+
 
 class Brightness:
     """Mean of all pixels; counts the images it has seen since the last reset."""
@@ -13,8 +15,8 @@ class Brightness:
     def __init__(self) -> None:
         self.mean = MeanMetric()
 
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        assert len(images) == len(labels)
+    def update(self, images: Tensor, conditions: Conditions) -> None:
+        assert len(images) == len(conditions.labels)
         self.mean.update(images.float())
 
     def compute(self) -> Tensor:

@@ -14,6 +14,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from lit_shortcut.metrics.images import ClassAgreement, FashionFeatures, FrechetDistance, ImageMetric
 from lit_shortcut.networks.classifier import FashionCNN
 from lit_shortcut.weights import WeightsError, load_tensors, save_module, save_tensors
+from tests.metrics.asked import asked
 from tests.metrics.reference import write_reference
 
 WIDTH = 6
@@ -60,7 +61,7 @@ def metric(reference: Path) -> FrechetDistance:
 
 def measured(metric: ImageMetric, images: Tensor, batches: int = 3) -> float:
     for batch in images.chunk(batches):
-        metric.update(batch, torch.zeros(len(batch)).long())
+        metric.update(batch, asked(torch.zeros(len(batch))))
     return float(metric.compute())
 
 
@@ -150,11 +151,11 @@ def test_file_without_statistics_is_refused(tmp_path: Path) -> None:
 def test_agreement_is_the_share_of_images_taken_for_their_class() -> None:
     metric = ClassAgreement(ReadsLabel())
     images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(-1, 3, 4, 4)
-    metric.update(images[:2], torch.tensor([0, 1]))
-    metric.update(images[2:], torch.tensor([2, 0, 0, 0, 0, 7]))
+    metric.update(images[:2], asked(torch.tensor([0, 1])))
+    metric.update(images[2:], asked(torch.tensor([2, 0, 0, 0, 0, 7])))
     assert metric.compute() == 0.5
     metric.reset()
-    metric.update(images[:1], torch.tensor([5]))
+    metric.update(images[:1], asked(torch.tensor([5])))
     assert metric.compute() == 0
 
 
@@ -162,7 +163,7 @@ def test_agreement_is_the_share_of_images_taken_for_their_class() -> None:
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")  # of the rank that has no images when all 20 go to one
 def test_two_processes_measure_what_one_does(metric: FrechetDistance, tmp_path: Path, split: int) -> None:
     agreement = ClassAgreement(ReadsLabel())
-    agreement.update(GENERATED, LABELS)
+    agreement.update(GENERATED, asked(LABELS))
     expected = [measured(metric, GENERATED)]
     metric.reset()
     expected += [measured(metric, GENERATED[:18]), float(agreement.compute())]
@@ -180,11 +181,11 @@ def _measure_share(rank: int, metric: FrechetDistance, agreement: ClassAgreement
     for count in (20, 18):
         metric.reset()
         if len(GENERATED[:count][own]):
-            metric.update(GENERATED[:count][own], LABELS[:count][own])
+            metric.update(GENERATED[:count][own], asked(LABELS[:count][own]))
         results.append(float(metric.compute()))
     agreement.reset()
     if len(GENERATED[own]):
-        agreement.update(GENERATED[own], LABELS[own])
+        agreement.update(GENERATED[own], asked(LABELS[own]))
     torch.save([*results, float(agreement.compute())], folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -218,6 +219,6 @@ def test_metrics_are_built_from_yaml(tmp_path: Path) -> None:
     labels = extractor.classifier(images).argmax(-1)
     for metric in metrics.values():
         metric.to(torch.device("cpu"))
-        metric.update(images.expand(-1, 3, -1, -1), labels)
+        metric.update(images.expand(-1, 3, -1, -1), asked(labels))
     assert metrics["fid_fashion_cnn"].compute() == pytest.approx(0, abs=1e-5)
     assert metrics["agreement"].compute() == 1

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from lit_shortcut.metrics.images import FrechetDistance
 from lit_shortcut.metrics.inception import InceptionFeatures
 from lit_shortcut.weights import WeightsError
+from tests.metrics.asked import asked
 from tests.metrics.reference import write_reference
 
 
@@ -76,7 +77,7 @@ def test_distance_equals_torch_fidelitys(weights: Path, tmp_path: Path) -> None:
     extractor = InceptionFeatures(weights, "64")
     write_reference(tmp_path / "reference.safetensors", extractor, real.chunk(3), "random pixels")
     metric = FrechetDistance(extractor, tmp_path / "reference.safetensors")
-    metric.update(generated, torch.zeros(20).long())
+    metric.update(generated, asked(torch.zeros(20)))
     assert expected > 0.01
     assert float(metric.compute()) == pytest.approx(expected, rel=1e-3)
 

@@ -16,6 +16,7 @@ from lit_shortcut.contracts import LabelledImages
 from lit_shortcut.metrics.images import FrechetDistance
 from lit_shortcut.tasks.reference import ReferenceTask
 from lit_shortcut.weights import load_tensors
+from tests.metrics.asked import asked
 
 
 class Means(nn.Module):
@@ -58,10 +59,10 @@ def test_statistics_are_mean_and_covariance_over_all_images(path: Path) -> None:
 
 def test_images_are_at_no_distance_from_their_own_statistics(path: Path) -> None:
     distance = FrechetDistance(Means(), path)
-    distance.update(images(), torch.zeros(10))
+    distance.update(images(), asked(torch.zeros(10)))
     assert float(distance.compute()) == pytest.approx(0, abs=1e-6)
     distance.reset()
-    distance.update(images() // 2, torch.zeros(10))
+    distance.update(images() // 2, asked(torch.zeros(10)))
     assert float(distance.compute()) > 0.01
 
 

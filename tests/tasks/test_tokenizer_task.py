@@ -6,13 +6,15 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.contracts import Conditions, LabelledImages
 from lit_shortcut.networks.tokenizer import FSQTokenizer
 from lit_shortcut.tasks.tokenizer import TokenizerTask
 from lit_shortcut.weights import fingerprint
+from tests.metrics.brightness import Brightness
 
 
 def make_task() -> TokenizerTask:
@@ -54,3 +56,19 @@ def test_loss_is_mean_absolute_plus_mean_squared_error() -> None:
     error = task.network(pixels.float()).double() - pixels
     expected = error.abs().mean() + error.square().mean()
     assert task._loss(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_reconstructions_are_measured_against_the_labels_of_their_images() -> None:
+    task, seen = make_task(), []
+
+    class Record(Brightness):
+        def update(self, images: Tensor, conditions: Conditions) -> None:
+            super().update(images, conditions)
+            seen.append((images, conditions.labels))
+
+    task.metrics = {"brightness": Record()}
+    batch = next(iter(batches(1)))._replace(labels=torch.arange(8))
+    task.test_step(batch, 0)
+    ((images, labels),) = seen
+    assert torch.equal(images, task.network.decode(task.network.encode(batch.pixels)))
+    assert torch.equal(labels, batch.labels)
