@@ -14,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 .NOTPARALLEL:
-.PHONY: help install demo extract-trajectories fit report table report-full bench base test lint format types unit toy clean
+.PHONY: help install demo extract-trajectories fit report table report-full bench base base-fashion base-fashion_text test lint format types unit toy clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -41,20 +41,29 @@ report: table ## Measure vanilla and accelerated generation of BASE: few images,
 table: install ## The table of BASE, as report; WEIGHTS=random: latency alone, at published size (BASE=maskgit)
 	$(RUN) test --config configs/$(BASE)/$(if $(filter random,$(WEIGHTS)),latency,evaluate).yaml
 
-report-full: install ## The same at full length: 5,000 images a row, 3 seeds; goes on where it was stopped
+report-full: install ## The same at full length: thousands of images a row, 3 seeds; goes on where it was stopped
 	$(RUN) test --config configs/$(BASE)/evaluate.yaml --config configs/$(BASE)/full_length.yaml
 
 bench: BASE := maskgit
 bench: install ## Where the time of one run goes, part by part (default: MaskGIT at published size, random weights)
 	$(RUN) test --config configs/$(BASE)/bench.yaml
 
-base: install ## Retrain the embedded default from images: tokenizer, classifier, reference statistics, base (hours)
+base: install ## Retrain the embedded default BASE (fashion, fashion_text) from images (hours)
+	$(MAKE) base-$(BASE)
+
+base-fashion: # tokenizer, classifier, reference statistics, base
 	$(RUN) fit --config configs/fashion/tokenizer.yaml
 	$(RUN) fit --config configs/fashion/classifier.yaml
 	$(RUN) predict --config configs/fashion/reference.yaml
 	$(RUN) test --config configs/fashion/reconstructions.yaml
 	$(RUN) fit --config configs/fashion/base.yaml
 	$(RUN) fit --config configs/fashion/base_sharpen.yaml
+
+base-fashion_text: # texts and their tokenizer, base, CLIP
+	$(VENV)/bin/python -m datamodules.captions checkpoints/fashion_text
+	$(RUN) fit --config configs/fashion_text/base.yaml
+	$(RUN) fit --config configs/fashion_text/base_anneal.yaml
+	$(RUN) fit --config configs/fashion_text/clip.yaml
 
 test: lint types unit ## Lint, types, tests
 
