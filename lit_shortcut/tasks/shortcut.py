@@ -127,8 +127,10 @@ class ShortcutTask(OptimizedTask):
         loss = self._error(prediction, target, counted)
         self._require_finite(loss, batch)
         self.log("train/mse", loss.detach())
-        hold = self._error(batch.features.float(), target, counted)
-        self.log("train/gain", gain_over_hold(loss.detach(), hold))
+        held = batch.features.float()
+        self.log("train/gain", gain_over_hold(loss.detach(), self._error(held, target, counted)))
+        cosine, held_cosine = (masked_cosine(guess, target, is_masked) for guess in (prediction.detach(), held))
+        self.log_dict({"train/cosine": cosine, "train/cosine_gain": gain_over_hold(1 - cosine, 1 - held_cosine)})
         if self.kl_weight:
             kl = head_kl(self.interface.logits(target), self.interface.logits(prediction), self.kl_temperature)
             kl_mean = masked_mean(kl, is_masked)
