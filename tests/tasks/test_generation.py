@@ -230,7 +230,7 @@ def test_rows_that_cannot_be_run_are_refused_before_any_is(
 
 
 def test_unknown_class_is_refused_before_any_row_is_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"class labels must lie in 0\.\.9; got \[8, 9, 10, 0\]"):
+    with pytest.raises(ValueError, match=r"class labels must lie in 0\.\.9; got \[10\]"):
         measure(tmp_path, data={"num_images": 12, "num_classes": 11})
     assert list(tmp_path.iterdir()) == []
 
