@@ -328,6 +328,19 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         lightning(tmp_path, *PREDICT, "--trainer.callbacks.folder=file/set")
 
 
+def test_results_and_exports_that_cannot_be_written_are_refused_before_anything_is_run(folder: Path) -> None:
+    (folder / "file").write_text("no folder")
+    save_module(folder / SHORTCUT, ShortcutNet(width=16, num_heads=2))
+    with pytest.raises(OSError, match=r"file/report: cannot be written"):
+        lightning(folder, *TEST, NO_LOGGER, "--model.results=file/report")
+    config = edited(
+        folder, TOY / "fit.yaml", "path: runs/toy/shortcut/shortcut.safetensors", "path: file/net.safetensors"
+    )
+    with pytest.raises(OSError, match=r"file: cannot be written"):
+        lightning(folder, "fit", "--config", config, NO_LOGGER)
+    assert not (folder / "runs/toy/shortcut/last.ckpt").exists()
+
+
 def test_exported_file_loads_as_checkpoint_does(folder: Path) -> None:
     lightning(folder, *FIT, NO_LOGGER, "--trainer.max_steps=4")
     exported, saved = (

@@ -19,6 +19,7 @@ from lit_shortcut.evaluation import Results, Row, add_images, images_of, require
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import measure_latency, speedups
 from lit_shortcut.sampling import Decoding, generate, sample
+from lit_shortcut.weights import require_writable
 
 
 class GenerationTask(L.LightningModule):
@@ -82,6 +83,7 @@ class GenerationTask(L.LightningModule):
             ValueError: if two rows have one name, the reference is missing, a row cannot be run, or Lightning would
                 leave out images that the rows' values count; or if latency, all there is to random weights, is left
                 out, too.
+            OSError: if the results' folder cannot be written.
         """
         if stage != "test":
             return
@@ -96,6 +98,7 @@ class GenerationTask(L.LightningModule):
             raise ValueError("rows are of all images: leave limit_test_batches and set data.init_args.num_images")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         require_feasible(self.base, self.decoding, self.rows, data)
+        require_writable(self.results.folder)
 
     def test_dataloader(self) -> list[Iterable[Conditions]]:
         """One pass over the conditions for each row that is not finished, and one for latency."""
