@@ -42,7 +42,7 @@ class GenerationTask(L.LightningModule):
         grid_images: images kept of each row for side-by-side grids.
         random_weights: the weights are random, at published sizes: ``test`` measures latency alone, draws no images and
             gives no figure of quality.
-        compiled: in ``test``, run base and predictors' networks through ``torch.compile``.
+        compiled: run base and predictors' networks through ``torch.compile``.
     """
 
     def __init__(
@@ -71,6 +71,11 @@ class GenerationTask(L.LightningModule):
         self.grid_images, self.random_weights, self.compiled = grid_images, random_weights, compiled
         self.reference = Row(self.decoding.num_steps)
         self.jobs: list[tuple[Row, int]] = []
+
+    def on_predict_start(self) -> None:
+        """Compile, where that is asked for."""
+        if self.compiled:
+            compile_networks(self.base, ())
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
         """Trajectories of one batch by the base alone, all features kept."""

@@ -115,6 +115,18 @@ def test_training_logs_the_cosine_over_masked_places_and_its_gain_over_hold(fold
     torch.testing.assert_close(trained.logged["train/cosine_gain"], gain)
 
 
+def test_compiled_network_is_the_task_own_under_its_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+
+    def compile_in_place(module: torch.nn.Module) -> None:
+        compiled.append(module)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
+    plain, task = Task(folder, network(1)), Task(folder, network(1), compiled=True)
+    assert compiled == [task.network]
+    assert task.network.state_dict().keys() == plain.network.state_dict().keys()
+
+
 def test_padding_of_the_control_does_not_change_the_loss(folder: Path) -> None:
     task, batch = Task(folder, network(1)), batch_of(folder)
     control = batch.control
