@@ -15,6 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
+from lit_shortcut.weights import read_pickle
 
 _UNION_REPORT = "Does not validate against any of the Union subtypes"  # of jsonargparse; the cause is the class's error
 
@@ -58,7 +59,13 @@ class ShortcutCLI(LightningCLI):
             raise own from own.__cause__
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would replace the model's YAML by hyperparameters from the checkpoint; the YAML holds here."""
+        """Lightning would replace the model's YAML by hyperparameters from the checkpoint; the YAML holds here.
+
+        A damaged checkpoint is refused by name, which Lightning's error does not tell.
+        """
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        if path and Path(path).is_file():
+            read_pickle(Path(path))
 
 
 def main(args: ArgsType = None) -> None:

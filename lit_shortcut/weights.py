@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +46,20 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     """Write ``tensors`` and JSON ``metadata`` to ``path``: aside first, then renamed into place."""
     with replacing(path) as aside:
         save_file(tensors, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
+
+
+def require_writable(folder: Path) -> None:
+    """Make ``folder`` and write there, before hours are spent on what would be written in the end.
+
+    Raises:
+        OSError: naming the folder, if it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
 @contextmanager

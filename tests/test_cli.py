@@ -252,6 +252,62 @@ def test_checkpoint_that_is_none_is_named(folder: Path) -> None:
         lightning(folder, "test", "--config", config, NO_LOGGER)
 
 
+@pytest.fixture(scope="module")
+def fitted(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of fit."""
+    folder = tmp_path_factory.mktemp("fitted")
+    shutil.copytree(recorded, folder / "runs/toy/trajectories")
+    lightning(folder, *FIT, NO_LOGGER, "--trainer.max_steps=4")
+    return folder / "runs/toy/shortcut/last.ckpt"
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("key", "value", "option", "message"),
+    [
+        ("base_fingerprint", "0123", (), f"base_fingerprint is 0123, expected {ToyBase().fingerprint}"),
+        ("class", "FashionCNN", (), "class is FashionCNN, expected ShortcutNet"),
+        (
+            None,
+            None,
+            ("--model.network.num_blocks=2",),
+            r"num_blocks is 1, expected 2; network\.blocks\.1\..* is missing",
+        ),
+    ],
+    ids=["another base", "another class", "other sizes"],
+)
+def test_checkpoint_that_does_not_fit_is_refused_by_name(
+    folder: Path, fitted: Path, verb: str, key: str | None, value: str | None, option: tuple[str, ...], message: str
+) -> None:
+    checkpoint = torch.load(fitted, weights_only=True)
+    if key is not None:
+        checkpoint["network"][key] = value
+    torch.save(checkpoint, folder / "other.ckpt")
+    with pytest.raises(WeightsError, match=rf"other\.ckpt: not a checkpoint of this configuration: {message}"):
+        lightning(folder, verb, "--config", TOY / "fit.yaml", NO_LOGGER, "--ckpt_path=other.ckpt", *option)
+
+
+def test_checkpoint_without_some_of_the_weights_is_refused(folder: Path, fitted: Path) -> None:
+    checkpoint = torch.load(fitted, weights_only=True)
+    del checkpoint["state_dict"]["network.widen.bias"]
+    torch.save(checkpoint, folder / "half.ckpt")
+    with pytest.raises(WeightsError, match=r"half\.ckpt: .*: network\.widen\.bias is missing"):
+        lightning(folder, "validate", "--config", TOY / "fit.yaml", NO_LOGGER, "--ckpt_path=half.ckpt")
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint", b""])
+def test_damaged_checkpoint_to_go_on_from_is_named(folder: Path, content: bytes) -> None:
+    (folder / "damaged.ckpt").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"damaged\.ckpt: not a checkpoint"):
+        lightning(folder, *FIT, NO_LOGGER, "--ckpt_path=damaged.ckpt")
+
+
+def test_checkpoint_of_another_project_is_refused(folder: Path) -> None:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6", "epoch": 0}, folder / "foreign.ckpt")
+    with pytest.raises(WeightsError, match=r"foreign\.ckpt: .* no key 'network'"):
+        lightning(folder, "validate", "--config", TOY / "fit.yaml", NO_LOGGER, "--ckpt_path=foreign.ckpt")
+
+
 def test_class_out_of_range_is_refused_by_every_verb(folder: Path) -> None:
     message = r"class labels must lie in 0\.\.9; got"
     save_module(folder / SHORTCUT, ShortcutNet(width=16, num_heads=2))
@@ -270,6 +326,19 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(TrajectoryError, match=r"file/set.*cannot be written"):
         lightning(tmp_path, *PREDICT, "--trainer.callbacks.folder=file/set")
+
+
+def test_results_and_exports_that_cannot_be_written_are_refused_before_anything_is_run(folder: Path) -> None:
+    (folder / "file").write_text("no folder")
+    save_module(folder / SHORTCUT, ShortcutNet(width=16, num_heads=2))
+    with pytest.raises(OSError, match=r"file/report: cannot be written"):
+        lightning(folder, *TEST, NO_LOGGER, "--model.results=file/report")
+    config = edited(
+        folder, TOY / "fit.yaml", "path: runs/toy/shortcut/shortcut.safetensors", "path: file/net.safetensors"
+    )
+    with pytest.raises(OSError, match=r"file: cannot be written"):
+        lightning(folder, "fit", "--config", config, NO_LOGGER)
+    assert not (folder / "runs/toy/shortcut/last.ckpt").exists()
 
 
 def test_exported_file_loads_as_checkpoint_does(folder: Path) -> None:

@@ -12,8 +12,9 @@ def class_tokens(labels: Tensor, num_classes: int, first_id: int, *, guided: boo
     Raises:
         ValueError: if a label lies outside 0..num_classes-1.
     """
-    if bool(((labels < 0) | (labels >= num_classes)).any()):
-        raise ValueError(f"class labels must lie in 0..{num_classes - 1}; got {labels.tolist()}")
+    is_outside = (labels < 0) | (labels >= num_classes)
+    if bool(is_outside.any()):
+        raise ValueError(f"class labels must lie in 0..{num_classes - 1}; got {labels[is_outside].unique().tolist()}")
     classes = labels + first_id
     dropped = torch.full_like(classes, first_id + num_classes)
     return torch.stack([classes, dropped] if guided else [classes])[..., None]

@@ -28,7 +28,8 @@ class AcceleratedSampling(L.Callback):
     With :class:`~lit_shortcut.callbacks.ema.ModuleEMA` the averaged network is sampled with, as in all of validation.
     Latency is that of the decoding loop, synchronised and warmed up, without the image decoder, per image at the batch
     size of ``conditions``; vanilla is timed in turns with the others. Logged under ``sampling/n<N>_b<b>/…`` and
-    ``sampling/vanilla_n<N>/…``.
+    ``sampling/vanilla_n<N>/…``; batch size and device of the timing are printed, and go to the loggers as
+    hyperparameters ``sampling/latency_batch_size`` and ``sampling/latency_device``.
 
     Args:
         base: the frozen model the trajectories come from; another one is refused.
@@ -114,11 +115,17 @@ class AcceleratedSampling(L.Callback):
             runs[name] = partial(generate, self.base, mine[0], row.decoding(self.decoding), row.method)
         latencies = measure_latency(runs, device, len(mine[0].ids), self.latency_rounds)
         ratios = speedups(latencies, f"vanilla_n{vanilla.num_steps}")
+        timed = latencies[f"vanilla_n{vanilla.num_steps}"]
+        facts_of_timing = {"latency_batch_size": timed.batch_size, "latency_device": timed.device}
+        for logger in trainer.loggers:
+            logger.log_hyperparams({f"sampling/{name}": value for name, value in facts_of_timing.items()})
         for name, (values, _) in measured.items():
             logged = values | {"latency_ms": latencies[name].median_ms, "speedup": ratios[name]}
             pl_module.log_dict({f"sampling/{name}/{metric}": v for metric, v in logged.items()}, sync_dist=True)
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in logged.items())
-            rank_zero_info(f"step {trainer.global_step}, {name}: {shown}")
+            rank_zero_info(
+                f"step {trainer.global_step}, {name}: {shown} (timed at batch {timed.batch_size}, {timed.device})"
+            )
         if trainer.is_global_zero:
             strips = {name: strip_of(images) for name, (_, images) in measured.items()}
             captions = mine[0].prompts[: self.grid_images]

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 
 from lit_shortcut.tasks.optimized import OptimizedTask
-from lit_shortcut.weights import save_module, update_manifest
+from lit_shortcut.weights import require_writable, save_module, update_manifest
 
 
 class ExportWeights(L.Callback):
@@ -23,6 +23,11 @@ class ExportWeights(L.Callback):
 
     def __init__(self, path: Path, licence: str, trained_on: str) -> None:
         self.path, self.facts = path, {"licence": licence, "trained_on": trained_on}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a place that cannot be written, before anything is trained; raises OSError."""
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            require_writable(self.path.parent)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file on the first rank, unless this was a trial run."""

@@ -20,6 +20,7 @@ from lit_shortcut.evaluation import Row, require_feasible
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of
 from lit_shortcut.sampling import Decoding, sample
+from lit_shortcut.weights import require_writable
 
 
 class BenchTask(L.LightningModule):
@@ -59,9 +60,10 @@ class BenchTask(L.LightningModule):
         self.methods = nn.ModuleList(row.method for row in rows if isinstance(row.method, nn.Module))
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot be run, before anything is."""
+        """Refuse what cannot be run or written, before anything is."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         require_feasible(self.base, self.decoding, self.rows, data)
+        require_writable(self.path.parent)
 
     def on_test_start(self) -> None:
         """Compile, where that is asked for."""
@@ -82,7 +84,6 @@ class BenchTask(L.LightningModule):
         }
         facts = self.facts(batch)
         if self.trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = {name: [part._asdict() for part in parts] for name, parts in measured.items()}
             self.path.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
         said = ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -19,6 +19,7 @@ from lit_shortcut.evaluation import Results, Row, add_images, images_of, require
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import measure_latency, speedups
 from lit_shortcut.sampling import Decoding, generate, sample
+from lit_shortcut.weights import require_writable
 
 
 class GenerationTask(L.LightningModule):
@@ -41,7 +42,7 @@ class GenerationTask(L.LightningModule):
         grid_images: images kept of each row for side-by-side grids.
         random_weights: the weights are random, at published sizes: ``test`` measures latency alone, draws no images and
             gives no figure of quality.
-        compiled: in ``test``, run base and predictors' networks through ``torch.compile``.
+        compiled: run base and predictors' networks through ``torch.compile``.
     """
 
     def __init__(
@@ -71,6 +72,11 @@ class GenerationTask(L.LightningModule):
         self.reference = Row(self.decoding.num_steps)
         self.jobs: list[tuple[Row, int]] = []
 
+    def on_predict_start(self) -> None:
+        """Compile, where that is asked for."""
+        if self.compiled:
+            compile_networks(self.base, ())
+
     def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
         """Trajectories of one batch by the base alone, all features kept."""
         return record(self.base, batch, self.decoding)
@@ -82,6 +88,7 @@ class GenerationTask(L.LightningModule):
             ValueError: if two rows have one name, the reference is missing, a row cannot be run, or Lightning would
                 leave out images that the rows' values count; or if latency, all there is to random weights, is left
                 out, too.
+            OSError: if the results' folder cannot be written.
         """
         if stage != "test":
             return
@@ -96,6 +103,7 @@ class GenerationTask(L.LightningModule):
             raise ValueError("rows are of all images: leave limit_test_batches and set data.init_args.num_images")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         require_feasible(self.base, self.decoding, self.rows, data)
+        require_writable(self.results.folder)
 
     def test_dataloader(self) -> list[Iterable[Conditions]]:
         """One pass over the conditions for each row that is not finished, and one for latency."""

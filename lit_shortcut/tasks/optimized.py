@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import AdamW
 
-from lit_shortcut.weights import identity
+from lit_shortcut.weights import WeightsError, identity
 
 
 class OptimizedTask(L.LightningModule):
@@ -49,3 +49,29 @@ class OptimizedTask(L.LightningModule):
         """Keep the network's weights alone, and say what they are."""
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("network.")}
         checkpoint["network"] = identity(self.network) | self.network_facts()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another network's weights, and weights that belong to another base.
+
+        Nothing else would: the frozen parts are in no checkpoint, so Lightning is told not to miss what is not there.
+
+        Raises:
+            WeightsError: naming the checkpoint and what differs.
+        """
+        where = f"{self.trainer.ckpt_path}: not a checkpoint of this configuration"
+        if "network" not in checkpoint:
+            raise WeightsError(f"{where}, but of no lit-shortcut task at all: it has no key 'network'")
+        own, found = _told(identity(self.network) | self.network_facts()), _told(checkpoint["network"])
+        changes = [
+            f"{name} is {found[name]}, expected {own[name]}" for name in own if own[name] != found.get(name, own[name])
+        ]
+        expected = {f"network.{name}" for name in self.network.state_dict()}
+        changes += [f"{name} is missing" for name in sorted(expected - checkpoint["state_dict"].keys())]
+        changes += [f"{name} is unknown" for name in sorted(checkpoint["state_dict"].keys() - expected)]
+        if changes:
+            raise WeightsError(f"{where}: {'; '.join(changes)}")
+
+
+def _told(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of what is stored beside the weights, all that tells whether they fit."""
+    return facts["hparams"] | {name: facts[name] for name in ("class", "base_fingerprint") if name in facts}

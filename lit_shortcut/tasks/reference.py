@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -9,7 +10,7 @@ from torch import nn
 
 from lit_shortcut.contracts import LabelledImages
 from lit_shortcut.metrics.images import FeatureStatistics
-from lit_shortcut.weights import update_manifest
+from lit_shortcut.weights import require_writable, update_manifest
 
 
 class ReferenceTask(L.LightningModule):
@@ -29,13 +30,15 @@ class ReferenceTask(L.LightningModule):
         self.extractor = extractor
 
     def on_predict_start(self) -> None:
-        """Refuse several ranks.
+        """Refuse several ranks, and a place that cannot be written.
 
         Raises:
             ValueError: if there is more than one; each would count its own images alone.
+            OSError: if the file cannot be written.
         """
         if self.trainer.world_size > 1:
             raise ValueError(f"reference statistics are made on one device, got {self.trainer.world_size}")
+        require_writable(self.path.parent)
 
     def predict_step(self, batch: LabelledImages, batch_idx: int) -> int:
         """Take in one batch; returns the number of images so far."""
@@ -45,4 +48,4 @@ class ReferenceTask(L.LightningModule):
     def on_predict_end(self) -> None:
         """Write the file."""
         self.statistics.save(self.path, self.facts["images"])
-        update_manifest(self.path, self.facts)
+        update_manifest(self.path, self.facts | {"made_by": " ".join(["lightning", *sys.argv[1:]])})

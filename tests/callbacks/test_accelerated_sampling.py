@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 import torchvision
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.accelerated_sampling import AcceleratedSampling
 from lit_shortcut.callbacks.ema import ModuleEMA
 from lit_shortcut.evaluation import Row, images_of
+from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.shortcut import ShortcutTask
@@ -110,6 +112,14 @@ def test_latency_and_speed_up_refer_to_vanilla_of_the_same_validation(recorded: 
             speedup = vanilla / logged[f"sampling/{name}/latency_ms"]
             assert logged[f"sampling/{name}/speedup"] == pytest.approx(speedup, rel=1e-4)
     assert watch.logged[0]["sampling/vanilla_n6/latency_ms"] != watch.logged[1]["sampling/vanilla_n6/latency_ms"]
+
+
+def test_batch_and_device_of_the_timing_go_to_the_loggers(recorded: Path, tmp_path: Path) -> None:
+    fit(recorded, make(conditions=ClassLabels(6, batch_size=4, seed=3)), logger=CSVLogger(tmp_path))
+    (path,) = tmp_path.glob("**/hparams.yaml")
+    told = yaml.safe_load(path.read_text())
+    assert told["sampling/latency_batch_size"] == 4
+    assert told["sampling/latency_device"] == device_name(torch.device("cpu"))
 
 
 def test_sampling_does_not_change_what_training_sees(recorded: Path) -> None:

@@ -68,6 +68,16 @@ def test_recorded_features_and_tokens_are_those_of_the_decoding_loop(base: Maske
         assert torch.equal(recorded.tokens.masked_fill(~is_known, spec.mask_id), step.tokens)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recording_is_compiled_where_that_is_asked_for(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    bases: list[MaskedImageModel] = []
+    monkeypatch.setattr("lit_shortcut.tasks.generation.compile_networks", lambda base, methods: bases.append(base))
+    task = GenerationTask(ToyBase(), decoding=DECODING, compiled=compiled)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.predict(task, datamodule=ClassLabels(4, batch_size=4))
+    assert bases == [task.base] * compiled
+
+
 # ---- measuring
 
 
@@ -230,7 +240,7 @@ def test_rows_that_cannot_be_run_are_refused_before_any_is(
 
 
 def test_unknown_class_is_refused_before_any_row_is_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"class labels must lie in 0\.\.9; got \[8, 9, 10, 0\]"):
+    with pytest.raises(ValueError, match=r"class labels must lie in 0\.\.9; got \[10\]"):
         measure(tmp_path, data={"num_images": 12, "num_classes": 11})
     assert list(tmp_path.iterdir()) == []
 

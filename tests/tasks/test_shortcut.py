@@ -67,6 +67,9 @@ class Task(ShortcutTask):
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         self.logged[name] = value
 
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        self.logged |= dictionary
+
 
 def batch_of(folder: Path, window: int = 1, count: int = 9) -> Transition:
     found = card()
@@ -96,6 +99,32 @@ def test_untrained_network_has_the_loss_of_hold_and_no_gain(folder: Path) -> Non
     assert loss.item() == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
     assert task.logged["train/gain"] == 0
     assert task.logged["train/mse"] == task.logged["train/loss"] == loss
+
+
+def test_training_logs_the_cosine_over_masked_places_and_its_gain_over_hold(folder: Path) -> None:
+    batch = batch_of(folder)
+    held, target, is_masked = batch.features, batch.targets[:, 0], batch.is_masked[:, 0]
+    task = Task(folder, network())
+    task.training_step(batch, 0)
+    expected = torch.nn.functional.cosine_similarity(held[:, :9][is_masked], target[:, :9][is_masked]).mean()
+    torch.testing.assert_close(task.logged["train/cosine"], expected)
+    assert task.logged["train/cosine_gain"] == 0  # an untrained network holds
+    trained = Task(folder, network(1))
+    trained.training_step(batch, 0)
+    gain = 1 - (1 - trained.logged["train/cosine"]) / (1 - expected)
+    torch.testing.assert_close(trained.logged["train/cosine_gain"], gain)
+
+
+def test_compiled_network_is_the_task_own_under_its_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+
+    def compile_in_place(module: torch.nn.Module) -> None:
+        compiled.append(module)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
+    plain, task = Task(folder, network(1)), Task(folder, network(1), compiled=True)
+    assert compiled == [task.network]
+    assert task.network.state_dict().keys() == plain.network.state_dict().keys()
 
 
 def test_padding_of_the_control_does_not_change_the_loss(folder: Path) -> None:
