@@ -24,6 +24,14 @@ class LabelledImages(NamedTuple):
     labels: Tensor
 
 
+class CaptionedImages(NamedTuple):
+    """:class:`LabelledImages` with a text for each, ``prompts`` (B)."""
+
+    pixels: Tensor
+    labels: Tensor
+    prompts: tuple[str, ...]
+
+
 class Conditions(NamedTuple):
     """What to generate: one row a sample.
 

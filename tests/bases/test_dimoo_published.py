@@ -19,7 +19,8 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.decoder import VQDecoder
 from lit_shortcut.bases.dimoo.llada import LLaDA
-from lit_shortcut.bases.dimoo.published import TextTokenizer, load_transformer, published, read_sizes
+from lit_shortcut.bases.dimoo.prompt import TextTokenizer
+from lit_shortcut.bases.dimoo.published import load_transformer, published, read_sizes
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import load_state, save_published
@@ -209,7 +210,7 @@ def test_configuration_of_another_network_is_refused(tmp_path: Path, change: dic
     ("name", "message"),
     [
         ("config.json", r"config\.json: no such file; expected a folder of the published checkpoint"),
-        ("tokenizer.json", r"tokenizer\.json: no such file; expected the checkpoint's text tokenizer"),
+        ("tokenizer.json", r"tokenizer\.json: no such file; expected a text tokenizer"),
         ("vqvae/config.json", r"vqvae/config\.json: no such file"),
         ("vqvae/diffusion_pytorch_model.safetensors", "vqvae: not a VQModel that diffusers saved"),
     ],

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
+
+from lit_shortcut.weights import WeightsError
 
 TEMPLATE = "<system>Generate an image according to the text prompt.</system><user>{}</user>"
 UNCONDITION = "<uncondition>"  # stands for the prompt in the unconditional branch
@@ -61,6 +65,40 @@ class Utf8Tokenizer:
         """Token ids of ``text``."""
         first, *others = (list(part.encode()) for part in text.split(UNCONDITION))
         return first + [id_ for part in others for id_ in (self.uncondition, *part)]
+
+
+class TextTokenizer:
+    """A text tokenizer of the tokenizers library, such as a published checkpoint's own.
+
+    Args:
+        path: ``tokenizer.json``.
+        special: ids it must agree with.
+
+    Raises:
+        WeightsError: if the file is missing or damaged, does not know ``<uncondition>``, or knows a special token by
+            another id.
+    """
+
+    def __init__(self, path: Path, special: SpecialTokens) -> None:
+        if not path.is_file():
+            raise WeightsError(f"{path}: no such file; expected a text tokenizer")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower class
+            raise WeightsError(f"{path}: not a tokenizer ({error})") from error
+        expected = {f"<{name}>": getattr(special, name) for name in ("boi", "eoi", "answer_start", "answer_end")}
+        expected[UNCONDITION] = special.uncondition
+        found = {token: self._tokenizer.token_to_id(token) for token in expected}
+        harmless = {token for token, id_ in found.items() if id_ is None} - {UNCONDITION}  # never in a prompt
+        wrong = [token for token in expected if found[token] != expected[token] and token not in harmless]
+        if wrong:
+            listed = ", ".join(f"{token} as {expected[token]}, found {found[token]}" for token in wrong)
+            raise WeightsError(f"{path}: expected {listed}: the tokenizer belongs to another model")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.decoder import VQDecoder
 from lit_shortcut.bases.dimoo.llada import LLaDA
-from lit_shortcut.bases.dimoo.prompt import UNCONDITION, SpecialTokens
+from lit_shortcut.bases.dimoo.prompt import SpecialTokens, TextTokenizer
 from lit_shortcut.hub import local_folder
 from lit_shortcut.published import Names, fill
 from lit_shortcut.weights import WeightsError
@@ -85,40 +84,6 @@ def published(
         patch_size=PATCH_SIZE,
         max_prompt_tokens=max_prompt_tokens,
     )
-
-
-class TextTokenizer:
-    """The checkpoint's own text tokenizer.
-
-    Args:
-        path: its ``tokenizer.json``.
-        special: ids it must agree with.
-
-    Raises:
-        WeightsError: if the file is missing or damaged, does not know ``<uncondition>``, or knows a special token by
-            another id.
-    """
-
-    def __init__(self, path: Path, special: SpecialTokens) -> None:
-        if not path.is_file():
-            raise WeightsError(f"{path}: no such file; expected the checkpoint's text tokenizer")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no narrower class
-            raise WeightsError(f"{path}: not a tokenizer ({error})") from error
-        expected = {f"<{name}>": getattr(special, name) for name in ("boi", "eoi", "answer_start", "answer_end")}
-        expected[UNCONDITION] = special.uncondition
-        found = {token: self._tokenizer.token_to_id(token) for token in expected}
-        harmless = {token for token, id_ in found.items() if id_ is None} - {UNCONDITION}  # never in a prompt
-        wrong = [token for token in expected if found[token] != expected[token] and token not in harmless]
-        if wrong:
-            listed = ", ".join(f"{token} as {expected[token]}, found {found[token]}" for token in wrong)
-            raise WeightsError(f"{path}: expected {listed}: the tokenizer belongs to another model")
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> LLaDA:

@@ -1,0 +1,78 @@
+"""Whether generated garments are what their prompts ask for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lit_shortcut.contracts import Conditions
+from lit_shortcut.metrics.garments import follows, measure, read_prompt
+from lit_shortcut.metrics.images import ClassAgreement
+
+
+class PromptClassAgreement(ClassAgreement):
+    """Share of images that a classifier takes for the class their prompt names.
+
+    Args:
+        classifier: frozen network from uint8 images (B, 3, H, W) to logits over Fashion-MNIST's classes.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__(classifier)
+
+    def update(self, images: Tensor, conditions: Conditions) -> None:
+        """Take in uint8 ``images`` (B, 3, H, W); those whose prompt names no class are left out.
+
+        Raises:
+            ValueError: if ``conditions`` have no prompts.
+        """
+        labels = [read_prompt(prompt).label for prompt in _prompts(conditions)]
+        named = torch.tensor([label is not None for label in labels], device=images.device)
+        classes = torch.tensor([label for label in labels if label is not None], device=images.device)
+        if len(classes):
+            super().update(images[named], conditions._replace(labels=classes))
+
+
+class AttributeAgreement:
+    """Share of the attributes asked for in prompts that their images have, by :mod:`lit_shortcut.metrics.garments`."""
+
+    def __init__(self) -> None:
+        self.share = MeanMetric()
+
+    def update(self, images: Tensor, conditions: Conditions) -> None:
+        """Take in uint8 ``images`` (B, 3, H, W); a prompt that names no class, or no attribute, counts for nothing.
+
+        Raises:
+            ValueError: if ``conditions`` have no prompts.
+        """
+        prompts = _prompts(conditions)
+        values = {name: column.tolist() for name, column in measure(images).items()}
+        for row, prompt in enumerate(prompts):
+            label, attributes = read_prompt(prompt)
+            if label is not None and attributes:
+                measured = {name: column[row] for name, column in values.items()}
+                if kept := follows(measured, label, attributes):
+                    self.share.update(torch.tensor(kept, dtype=torch.float32, device=self.share.device))
+
+    def compute(self) -> Tensor:
+        """The share, from 0 to 1."""
+        share: Tensor = self.share.compute()
+        return share
+
+    def reset(self) -> None:
+        """Forget the images."""
+        self.share.reset()
+
+    def to(self, device: torch.device) -> None:
+        """Move the counts to ``device``."""
+        self.share.to(device)
+
+
+def _prompts(conditions: Conditions) -> tuple[str, ...]:
+    if len(conditions.prompts) != len(conditions.ids):
+        raise ValueError(
+            f"expected a prompt for each of {len(conditions.ids)} images, got {len(conditions.prompts)}; "
+            "datamodules.prompts.Prompts makes such conditions"
+        )
+    return conditions.prompts
