@@ -15,8 +15,8 @@ from torch.multiprocessing.spawn import start_processes
 from transformers import CLIPModel, CLIPProcessor
 
 from lit_shortcut import hub
+from lit_shortcut.metrics.clip import CLIPScore
 from lit_shortcut.metrics.images import ImageMetric
-from lit_shortcut.metrics.text import CLIPScore
 from lit_shortcut.weights import WeightsError
 from tests.metrics.asked import asked
 from tests.metrics.small_clip import write_clip
@@ -98,7 +98,7 @@ def test_long_prompts_are_cut_before_their_end_token_and_this_is_said(metric: CL
 
 
 def test_images_without_prompts_are_refused(metric: CLIPScore) -> None:
-    with pytest.raises(ValueError, match=r"CLIPScore .* have none: take data with prompts"):
+    with pytest.raises(ValueError, match="a prompt for each of 7 images, got 0"):
         metric.update(IMAGES, asked(torch.zeros(7)))
 
 
@@ -121,7 +121,7 @@ def _measure_share(rank: int, metric: CLIPScore, folder: Path) -> None:
 def test_metric_is_built_from_yaml(folder: Path) -> None:
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--metrics", type=dict[str, ImageMetric])
-    spec = {"class_path": "lit_shortcut.metrics.text.CLIPScore", "init_args": {"model": str(folder)}}
+    spec = {"class_path": "lit_shortcut.metrics.clip.CLIPScore", "init_args": {"model": str(folder)}}
     metrics: dict[str, ImageMetric] = parser.instantiate(parser.parse_object({"metrics": {"clip": spec}})).metrics
     metrics["clip"].to(torch.device("cpu"))
     assert measured(metrics["clip"], IMAGES, PROMPTS) > 1

@@ -15,6 +15,7 @@ from torchmetrics.multimodal.clip_score import CLIPScore as _CLIPScore
 
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.hub import local_folder
+from lit_shortcut.metrics.images import prompts_of
 from lit_shortcut.weights import WeightsError
 
 _FILES = ("*.json", "merges.txt", "model.safetensors", "pytorch_model.bin")  # torch's pickles are read as tensors alone
@@ -41,8 +42,8 @@ class CLIPScore:
 
     @torch.inference_mode()
     def update(self, images: Tensor, conditions: Conditions) -> None:
-        """Take in uint8 ``images`` (B, 3, H, W), made for ``conditions.prompts``; raises ValueError without any."""
-        prompts = prompts_of(conditions, "CLIPScore")
+        """Take in uint8 ``images`` (B, 3, H, W), made for ``conditions.prompts``; raises ValueError without."""
+        prompts = prompts_of(conditions)
         with torch.autocast(images.device.type, enabled=False):
             self.score.update(images, list(prompts))
 
@@ -60,26 +61,7 @@ class CLIPScore:
         self.score.to(device)
 
 
-def prompts_of(conditions: Conditions, metric: str) -> tuple[str, ...]:
-    """The prompts of ``conditions``, of which ``metric`` has need.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    if not conditions.prompts:
-        raise ValueError(
-            f"{metric} compares images with their prompts, and these conditions have none: "
-            "take data with prompts (datamodules.prompts.Prompts), or leave the metric out"
-        )
-    return conditions.prompts
-
-
-def transformers_package() -> ModuleType:
-    """The package transformers, an optional one.
-
-    Raises:
-        ModuleNotFoundError: if it is not there; the message says how to get it.
-    """
+def _transformers() -> ModuleType:
     try:
         return import_module("transformers")
     except ModuleNotFoundError as error:
@@ -122,7 +104,7 @@ class _Inputs:
 
 
 def _load(address: str) -> tuple[_Features, _Inputs]:
-    transformers = transformers_package()
+    transformers = _transformers()
     folder = local_folder(address, _FILES)
     if not folder.is_dir():
         raise WeightsError(
