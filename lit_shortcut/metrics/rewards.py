@@ -72,6 +72,7 @@ class Reward:
             self.mean.to(device)
             self._start()
 
+    @torch.inference_mode()
     def _score(self, images: Tensor, prompts: Sequence[str]) -> None:
         if self.server is None:
             self._start()

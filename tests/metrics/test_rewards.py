@@ -66,7 +66,8 @@ def test_imagereward_is_asked_with_each_image_and_its_own_prompt() -> None:
     metric.update(images(10, 20), asked(torch.zeros(2), PROMPTS[:2]))
     metric.update(images(60), asked(torch.zeros(1), PROMPTS[2:]))
     assert float(metric.compute()) == pytest.approx((11 + 23 + 64) / 3)
-    metric.reset()
+    with torch.inference_mode():
+        metric.reset()
     metric.update(images(10), asked(torch.zeros(1), PROMPTS[:1]))
     assert float(metric.compute()) == 11
 
