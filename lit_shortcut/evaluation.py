@@ -84,6 +84,12 @@ def require_feasible(
         row.method.start(base, contexts[0], row.num_steps)
 
 
+def strip_of(images: Tensor) -> Tensor:
+    """``images``, uint8 (B, 3, H, W), side by side in one of (3, H', W')."""
+    strip: Tensor = torchvision.utils.make_grid(images.cpu(), nrow=len(images), padding=1, pad_value=255)
+    return strip
+
+
 def add_images(metrics: Iterable[ImageMetric], images: Tensor, conditions: Conditions) -> None:
     """Feed each of ``metrics`` with ``images`` and what was asked for."""
     for metric in metrics:
@@ -121,12 +127,13 @@ class Results:
         """Store a finished row."""
         self._write(self._row_path(row, seed), {"facts": facts, "values": values})
 
-    def add_images(self, row: Row, images: Tensor, columns: int) -> None:
-        """Store a strip of ``images``, uint8 (B, 3, H, W), for the grids."""
+    def add_images(self, row: Row, images: Tensor, prompts: tuple[str, ...] = ()) -> None:
+        """Store ``images``, uint8 (B, 3, H, W), as a strip for the grids, and the ``prompts`` they were made for."""
         path = self.images_path(row)
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid = torchvision.utils.make_grid(images.cpu(), nrow=columns, padding=1, pad_value=255)
-        torchvision.io.write_png(grid, str(path))
+        torchvision.io.write_png(strip_of(images), str(path))
+        if prompts:
+            self._write(path.with_name("prompts.json"), list(prompts))
 
     def images_path(self, row: Row) -> Path:
         """Where a row's strip of images is."""
@@ -154,7 +161,7 @@ class Results:
         return stored
 
     @staticmethod
-    def _write(path: Path, content: dict[str, Any]) -> None:
+    def _write(path: Path, content: dict[str, Any] | list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".tmp")
         aside.write_text(json.dumps(content, indent=1) + "\n")

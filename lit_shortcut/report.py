@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,18 +131,31 @@ def pareto(table: pd.DataFrame, metric: str) -> Figure:
     return figure
 
 
-def grids(images: dict[str, Tensor]) -> Figure:
-    """Strips of images under one another, each with its name at the left; columns share seed and class.
+def grids(images: dict[str, Tensor], captions: Sequence[str] = ()) -> Figure:
+    """Strips of images under one another, each with its name at the left; columns share seed and condition.
 
-    ``images`` maps a row's name to uint8 (3, H, W), as :func:`torchvision.utils.make_grid` lays them out.
+    ``images`` maps a row's name to uint8 (3, H, W), as :func:`torchvision.utils.make_grid` lays them out. ``captions``,
+    one a column, stand under the last strip.
     """
-    figure, axes = plt.subplots(len(images), 1, figsize=(12, 0.75 * len(images) + 0.3), squeeze=False)
-    figure.subplots_adjust(left=0.14, right=0.995, top=0.98, bottom=0.02, hspace=0.08)
+    captions = [textwrap.fill(caption, width=max(8, 150 // len(captions))) for caption in captions]
+    room = 0.15 * max((caption.count("\n") + 1 for caption in captions), default=0)  # inches
+    across = 10.2  # inches that a strip takes of the figure's 12
+    heights = [max(0.3, across * strip.shape[1] / strip.shape[2]) for strip in images.values()]
+    height = sum(heights) + 0.06 * len(heights) + 0.2 + room
+    figure, axes = plt.subplots(
+        len(images), 1, figsize=(12, height), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    figure.subplots_adjust(left=0.145, right=0.995, top=1 - 0.1 / height, bottom=(0.1 + room) / height, hspace=0.06)
     for axis, (name, strip) in zip(axes[:, 0], images.items(), strict=True):
         axis.imshow(strip.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_ylabel(name.replace("_", " "), rotation=0, ha="right", va="center", fontsize=9)
+    for column, caption in enumerate(captions):
+        place = (column + 0.5) / len(captions)
+        axes[-1, 0].text(
+            place, -0.04, caption, transform=axes[-1, 0].transAxes, ha="center", va="top", fontsize=8, linespacing=1.1
+        )
     return figure
 
 
@@ -149,6 +164,12 @@ def read_strips(folder: Path, names: list[str]) -> dict[str, Tensor]:
     paths = {name: folder / "images" / f"{name}.png" for name in names}
     mode = torchvision.io.ImageReadMode.RGB
     return {name: torchvision.io.read_image(str(path), mode) for name, path in paths.items() if path.exists()}
+
+
+def read_captions(folder: Path) -> list[str]:
+    """Prompts of the stored strips' columns; none where classes were asked for."""
+    path = folder / "images" / "prompts.json"
+    return list(json.loads(path.read_text())) if path.exists() else []
 
 
 def pixels(figure: Figure) -> Tensor:

@@ -196,7 +196,7 @@ def test_latency_is_returned_as_it_was_stored(tmp_path: Path) -> None:
 def test_strip_of_images_keeps_their_pixels_side_by_side(tmp_path: Path) -> None:
     images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     results = Results(tmp_path)
-    results.add_images(Row(6), images, columns=3)
+    results.add_images(Row(6), images)
     strip = torchvision.io.read_image(str(results.images_path(Row(6))))
     assert strip.shape == (3, 10, 28)
     for k in range(3):

@@ -15,7 +15,17 @@ from scipy import stats
 from lit_shortcut.acceleration.planned import Planned
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.evaluation import Results, Row
-from lit_shortcut.report import collect, dominated, grids, markdown, metric_names, pareto, pixels, read_strips
+from lit_shortcut.report import (
+    collect,
+    dominated,
+    grids,
+    markdown,
+    metric_names,
+    pareto,
+    pixels,
+    read_captions,
+    read_strips,
+)
 
 VANILLA, SHORT, HOLD = Row(8), Row(4), Row(8, Planned(2, Hold()))
 NAMES = ["vanilla_n8", "vanilla_n4", "hold_n8_b2"]
@@ -150,8 +160,25 @@ def test_grid_shows_each_strip_with_its_name() -> None:
 
 
 def test_grid_of_one_row_with_one_image_works(tmp_path: Path) -> None:
-    Results(tmp_path).add_images(VANILLA, torch.full((1, 3, 8, 8), 128, dtype=torch.uint8), columns=20)
+    Results(tmp_path).add_images(VANILLA, torch.full((1, 3, 8, 8), 128, dtype=torch.uint8))
     strips = read_strips(tmp_path, NAMES)
     assert list(strips) == ["vanilla_n8"]
     picture = pixels(grids(strips))
     assert bool((picture == 128).all(0).any())
+
+
+def test_prompts_stand_under_the_columns_of_the_grid(tmp_path: Path) -> None:
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    results = Results(tmp_path)
+    assert read_captions(tmp_path) == []
+    results.add_images(VANILLA, images, ("a coat", "a very wide and dark coat " * 4, "größer"))
+    results.add_images(HOLD, images)
+    captions = read_captions(tmp_path)
+    assert captions == ["a coat", "a very wide and dark coat " * 4, "größer"]
+    figure = grids(read_strips(tmp_path, NAMES), captions)
+    assert [[text.get_text().split()[-1] for text in axis.texts] for axis in figure.axes] == [
+        [],
+        ["coat", "coat", "größer"],
+    ]
+    places = [text.get_position()[0] for text in figure.axes[-1].texts]
+    assert places == pytest.approx([1 / 6, 3 / 6, 5 / 6])

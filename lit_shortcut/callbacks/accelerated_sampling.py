@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import lightning as L
-import torchvision
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from lit_shortcut.acceleration.planned import Planned
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
-from lit_shortcut.evaluation import Row, add_images, images_of, require_feasible, take_values
+from lit_shortcut.evaluation import Row, add_images, images_of, require_feasible, strip_of, take_values
 from lit_shortcut.loggers import log_picture
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import measure_latency, speedups
@@ -121,8 +120,9 @@ class AcceleratedSampling(L.Callback):
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in logged.items())
             rank_zero_info(f"step {trainer.global_step}, {name}: {shown}")
         if trainer.is_global_zero:
-            strips = {name: _strip(images) for name, (_, images) in measured.items()}
-            log_picture(trainer, "sampling/grid", pixels(grids(strips)))
+            strips = {name: strip_of(images) for name, (_, images) in measured.items()}
+            captions = mine[0].prompts[: self.grid_images]
+            log_picture(trainer, "sampling/grid", pixels(grids(strips, captions)))
 
     def _measure(self, row: Row, batches: list[Conditions]) -> tuple[dict[str, float], Tensor]:
         """Values of the metrics over ``batches``, and the first images."""
@@ -132,8 +132,3 @@ class AcceleratedSampling(L.Callback):
             add_images(self.metrics.values(), images, conditions)
             first = first or [images[: self.grid_images].cpu()]
         return take_values(self.metrics), first[0]
-
-
-def _strip(images: Tensor) -> Tensor:
-    grid: Tensor = torchvision.utils.make_grid(images, nrow=len(images), padding=1, pad_value=255)
-    return grid

@@ -11,7 +11,17 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_shortcut.loggers import log_picture, log_table
-from lit_shortcut.report import collect, collect_latencies, dominated, grids, markdown, pareto, pixels, read_strips
+from lit_shortcut.report import (
+    collect,
+    collect_latencies,
+    dominated,
+    grids,
+    markdown,
+    pareto,
+    pixels,
+    read_captions,
+    read_strips,
+)
 from lit_shortcut.tasks.generation import GenerationTask
 
 FEW_IMAGES = 5_000  # below, a Fréchet distance depends visibly on their number
@@ -51,7 +61,7 @@ class Report(L.Callback):
             lines = [markdown(table), "", _RANDOM, _speedup_text(pl_module), *_latency_text(pl_module)]
         else:
             table, written = collect(folder, names, pl_module.run_seeds), ["report.md", "grids.png"]
-            strips = grids(read_strips(folder, list(table["name"])))
+            strips = grids(read_strips(folder, list(table["name"])), read_captions(folder))
             strips.savefig(folder / "grids.png", dpi=130)
             log_picture(trainer, "report/grids", pixels(strips))
             assert self.distance is not None

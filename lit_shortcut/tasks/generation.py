@@ -123,7 +123,7 @@ class GenerationTask(L.LightningModule):
         images = images_of(self.base, batch, self.decoding, row)
         add_images(self.metrics.values(), images, batch)
         if batch_idx == 0 and seed == self.run_seeds[0] and self.trainer.is_global_zero:
-            self.results.add_images(row, images[: self.grid_images], columns=self.grid_images)
+            self.results.add_images(row, images[: self.grid_images], batch.prompts[: self.grid_images])
         if batch_idx == int(self.trainer.num_test_batches[dataloader_idx]) - 1:
             self._finish(row, seed)
 
