@@ -163,10 +163,13 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def update_manifest(weights: Path, facts: dict[str, Any]) -> None:
-    """Enter ``weights`` with its size, sha256 and ``facts`` into ``manifest.yaml`` of its folder."""
-    manifest = weights.with_name("manifest.yaml")
+def update_manifest(weights: Path, facts: dict[str, Any], manifest: Path | None = None) -> None:
+    """Enter ``weights`` with its size, sha256 and ``facts`` into ``manifest``, by default the one of its folder."""
+    manifest = manifest or weights.with_name("manifest.yaml")
     entries: dict[str, Any] = yaml.safe_load(manifest.read_text()) if manifest.exists() else {}
     content = weights.read_bytes()
-    entries[weights.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} | facts
+    entries[weights.relative_to(manifest.parent).as_posix()] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    } | facts
     manifest.write_text(yaml.safe_dump(entries, sort_keys=True, allow_unicode=True, width=120))

@@ -1,4 +1,4 @@
-"""Write a trained network as safetensors when fit ends, and enter it in the manifest."""
+"""Write a trained network when fit ends, and enter it in the manifest."""
 
 from __future__ import annotations
 
@@ -34,8 +34,28 @@ class ExportWeights(L.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, OptimizedTask)
-        save_module(self.path, pl_module.network, pl_module.network_facts())
-        update_manifest(self.path, self.facts | made_by(trainer))
+        weights = self.write(pl_module)
+        update_manifest(weights, self.facts | made_by(trainer), self.path.with_name("manifest.yaml"))
+
+    def write(self, task: OptimizedTask) -> Path:
+        """Write ``task.network``; returns the file of its weights."""
+        save_module(self.path, task.network, task.network_facts())
+        return self.path
+
+
+class ExportFolder(ExportWeights):
+    """As :class:`ExportWeights`, of a network that writes a folder in a format of its own.
+
+    Args:
+        path: folder for ``pl_module.network.save``; ``manifest.yaml`` beside it gets an entry.
+        licence: SPDX identifier of the weights.
+        trained_on: the data, for the manifest.
+    """
+
+    def write(self, task: OptimizedTask) -> Path:
+        """Let ``task.network`` write itself; returns the file of its weights."""
+        network: Any = task.network
+        return network.save(self.path)
 
 
 def made_by(trainer: L.Trainer) -> dict[str, Any]:

@@ -31,6 +31,20 @@ class ImageMetric(Protocol):
         """Move networks and statistics to ``device``."""
 
 
+def prompts_of(conditions: Conditions) -> tuple[str, ...]:
+    """The prompts of ``conditions``, for a metric that compares images with them.
+
+    Raises:
+        ValueError: if there is not one for each image.
+    """
+    if len(conditions.prompts) != len(conditions.ids):
+        raise ValueError(
+            f"expected a prompt for each of {len(conditions.ids)} images, got {len(conditions.prompts)}; "
+            "datamodules.prompts.Prompts makes such conditions"
+        )
+    return conditions.prompts
+
+
 class FrechetDistance:
     """Fréchet distance between features of generated images and reference statistics (Heusel et al., arXiv 1706.08500).
 

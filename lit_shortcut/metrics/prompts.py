@@ -8,7 +8,7 @@ from torchmetrics import MeanMetric
 
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.metrics.garments import follows, measure, read_prompt
-from lit_shortcut.metrics.images import ClassAgreement
+from lit_shortcut.metrics.images import ClassAgreement, prompts_of
 
 
 class PromptClassAgreement(ClassAgreement):
@@ -27,7 +27,7 @@ class PromptClassAgreement(ClassAgreement):
         Raises:
             ValueError: if ``conditions`` have no prompts.
         """
-        labels = [read_prompt(prompt).label for prompt in _prompts(conditions)]
+        labels = [read_prompt(prompt).label for prompt in prompts_of(conditions)]
         named = torch.tensor([label is not None for label in labels], device=images.device)
         classes = torch.tensor([label for label in labels if label is not None], device=images.device)
         if len(classes):
@@ -46,7 +46,7 @@ class AttributeAgreement:
         Raises:
             ValueError: if ``conditions`` have no prompts.
         """
-        prompts = _prompts(conditions)
+        prompts = prompts_of(conditions)
         values = {name: column.tolist() for name, column in measure(images).items()}
         for row, prompt in enumerate(prompts):
             label, attributes = read_prompt(prompt)
@@ -67,12 +67,3 @@ class AttributeAgreement:
     def to(self, device: torch.device) -> None:
         """Move the counts to ``device``."""
         self.share.to(device)
-
-
-def _prompts(conditions: Conditions) -> tuple[str, ...]:
-    if len(conditions.prompts) != len(conditions.ids):
-        raise ValueError(
-            f"expected a prompt for each of {len(conditions.ids)} images, got {len(conditions.prompts)}; "
-            "datamodules.prompts.Prompts makes such conditions"
-        )
-    return conditions.prompts

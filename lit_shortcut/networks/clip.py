@@ -1,0 +1,124 @@
+"""A small CLIP (Radford et al., arXiv 2103.00020), built of and saved by transformers' own classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+
+from lit_shortcut.weights import WeightsError
+
+BEGIN, END, PADDING = "<s>", "</s>", "<pad>"
+"""Special tokens of a text; CLIP reads a text's features at its end token."""
+
+_OTHER_POOLING = 2  # with this as end token, CLIPModel reads a text's features at its highest token instead
+
+
+class SmallCLIP(nn.Module):
+    """Two transformers that put images and texts into one space.
+
+    What :meth:`save` writes is a common CLIPModel to all who read such; nothing of this class is needed.
+
+    Args:
+        tokenizer: file of the tokenizers library with the special tokens ``<s>``, ``</s>``, ``<pad>``.
+        image_size: H = W, in pixels; images of another size are scaled to it.
+        patch_size: pixels a side of a patch.
+        width: of both transformers and of the space.
+        depth: layers of each.
+        num_heads: of each.
+        context: most tokens of a text, its begin and end included; longer ones are cut.
+
+    Raises:
+        WeightsError: if the tokenizer file is missing or damaged, or lacks a special token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        image_size: int = 28,
+        patch_size: int = 7,
+        width: int = 96,
+        depth: int = 3,
+        num_heads: int = 3,
+        context: int = 32,
+    ) -> None:
+        super().__init__()
+        self.hparams = {
+            "tokenizer": tokenizer,
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "width": width,
+            "depth": depth,
+            "num_heads": num_heads,
+            "context": context,
+        }
+        words = _words(Path(tokenizer), context)
+        sizes = {
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "projection_dim": width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": num_heads,
+        }
+        special = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        text = sizes | special | {"vocab_size": len(words), "max_position_embeddings": context}
+        vision = sizes | {"image_size": image_size, "patch_size": patch_size}
+        self.clip: Any = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+        pixels = CLIPImageProcessor(
+            size={"height": image_size, "width": image_size},
+            do_center_crop=False,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        )
+        self.processor = CLIPProcessor(pixels, words)
+
+    def similarities(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosines (B, P) between uint8 ``images`` (B, 1 or 3, H, W) and P ``prompts``."""
+        pixels = self.processor.image_processor(images=images.expand(-1, 3, -1, -1), return_tensors="pt").pixel_values
+        texts = self.processor.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        device = self.clip.device
+        of_images = self.clip.get_image_features(pixels.to(device)).pooler_output
+        of_texts = self.clip.get_text_features(**texts.to(device)).pooler_output
+        return F.normalize(of_images, dim=-1) @ F.normalize(of_texts, dim=-1).T
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Logits (B, P): :meth:`similarities` times the learned scale."""
+        return self.similarities(images, prompts) * self.clip.logit_scale.exp()
+
+    def save(self, folder: Path) -> Path:
+        """Write config, weights, tokenizer and image processor into ``folder``; returns the file of the weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}") as aside:
+            self.clip.save_pretrained(aside)
+            self.processor.save_pretrained(aside)
+            for path in Path(aside).iterdir():
+                os.replace(path, folder / path.name)
+        return folder / "model.safetensors"
+
+
+def _words(path: Path, context: int) -> Any:
+    """The tokenizer of the file at ``path``, which begins and ends each text as CLIP needs it."""
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text())
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: no such tokenizer file") from error
+    except Exception as error:  # the library raises nothing narrower, or no text at all
+        raise WeightsError(f"{path}: not a tokenizer file ({error})") from error
+    ids = {token: tokenizer.token_to_id(token) for token in (BEGIN, END, PADDING)}
+    missing = [token for token, id_ in ids.items() if id_ is None]
+    if missing:
+        raise WeightsError(f"{path}: expected a tokenizer with the special tokens {', '.join(ids)}; it lacks {missing}")
+    if ids[END] == _OTHER_POOLING:
+        raise WeightsError(f"{path}: {END} must not be token {_OTHER_POOLING}, by which CLIPModel knows older configs")
+    special = [(token, ids[token]) for token in (BEGIN, END)]
+    tokenizer.post_processor = TemplateProcessing(single=f"{BEGIN} $A {END}", special_tokens=special)
+    names = {"bos_token": BEGIN, "eos_token": END, "pad_token": PADDING}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, **names)
