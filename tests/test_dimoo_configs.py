@@ -70,3 +70,33 @@ def test_decoding_is_that_of_the_published_sampler() -> None:
     assert decoding.num_steps == 64
     assert [decoding.guidance_at(step) for step in (0, 63)] == [4, 4]
     assert [decoding.noise_at(step) for step in (0, 63)] == [1, 1]
+
+
+# ---- published sizes without weights, but for narrow networks and small images
+
+SMALL = ("height=64", "width=64", "feature_width=64", "num_heads=2", "mlp_width=32")
+PREDICTOR = {"width": 64, "num_heads": 2, "mlp_width": 32}
+
+
+def run_random(folder: Path, config: str, *words: str) -> None:
+    (folder / "configs").symlink_to(CONFIGS)
+    cpu = ("--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
+    small = [f"--model.base.init_args.{size}" for size in SMALL]
+    lightning(folder, "test", "--config", DIMOO / config, *cpu, *small, *words)
+
+
+def test_plan_is_of_the_published_depth_and_runs(tmp_path: Path) -> None:
+    small = [f"--model.published.init_args.{size}" for size in SMALL]
+    small += [f"--model.predictor.init_args.network.init_args.{size}={value}" for size, value in PREDICTOR.items()]
+    run_random(tmp_path, "plan.yaml", *small, "--model.decoding.num_steps=14")
+    plan = json.loads((tmp_path / "runs/dimoo/plan.json").read_text())
+    assert (plan["facts"]["layers"], plan["facts"]["layers_timed"]) == (32, 1)
+    assert plan["facts"]["dtype"] == "bfloat16"
+    assert [(run["method"], run["budget"]) for run in plan["runs"]] == [
+        ("vanilla", 14),
+        ("shortcut", 14),
+        ("shortcut", 11),
+        ("shortcut", 9),
+    ]
+    assert all(run["seconds_an_image"] > 0 for run in plan["runs"])
+    assert plan["runs"][0]["operations_an_image"] == plan["runs"][1]["operations_an_image"]
