@@ -100,3 +100,18 @@ def test_plan_is_of_the_published_depth_and_runs(tmp_path: Path) -> None:
     ]
     assert all(run["seconds_an_image"] > 0 for run in plan["runs"])
     assert plan["runs"][0]["operations_an_image"] == plan["runs"][1]["operations_an_image"]
+
+
+def test_latency_of_random_weights_needs_no_files(tmp_path: Path) -> None:
+    rows = yaml.safe_load((DIMOO / "latency.yaml").read_text())["model"]["init_args"]["rows"]
+    plans = [(row["num_steps"], row.get("acceleration", {}).get("init_args", {}).get("budget")) for row in rows]
+    assert plans == [(64, None), (64, 14), (64, 11), (64, 9)]
+    predictor = yaml.safe_load((CONFIGS / "parts/dimoo_random_shortcut.yaml").read_text())
+    predictor["init_args"]["network"]["init_args"] = PREDICTOR
+    rows[1]["acceleration"]["init_args"] = {"budget": 2, "predictor": predictor}
+    rows = [row | {"num_steps": 4} for row in rows[:2]]
+    words = (f"--model.rows={json.dumps(rows)}", "--model.decoding.num_steps=4", "--model.base.init_args.depth=1")
+    run_random(tmp_path, "latency.yaml", *words)
+    measured = json.loads((tmp_path / "runs/dimoo/latency/latency.json").read_text())
+    assert measured["measured"].keys() == {"vanilla_n4", "shortcut_n4_b2"}
+    assert all(row["base"].startswith("random-") for row in measured["facts"]["rows"])
