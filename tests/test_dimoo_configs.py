@@ -70,3 +70,48 @@ def test_decoding_is_that_of_the_published_sampler() -> None:
     assert decoding.num_steps == 64
     assert [decoding.guidance_at(step) for step in (0, 63)] == [4, 4]
     assert [decoding.noise_at(step) for step in (0, 63)] == [1, 1]
+
+
+# ---- published sizes without weights, but for narrow networks and small images
+
+SMALL = ("height=64", "width=64", "feature_width=64", "num_heads=2", "mlp_width=32")
+PREDICTOR = {"width": 64, "num_heads": 2, "mlp_width": 32}
+
+
+def run_random(folder: Path, config: str, *words: str) -> None:
+    (folder / "configs").symlink_to(CONFIGS)
+    cpu = ("--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
+    small = [f"--model.base.init_args.{size}" for size in SMALL]
+    lightning(folder, "test", "--config", DIMOO / config, *cpu, *small, *words)
+
+
+def test_plan_is_of_the_published_depth_and_runs(tmp_path: Path) -> None:
+    small = [f"--model.published.init_args.{size}" for size in SMALL]
+    small += [f"--model.predictor.init_args.network.init_args.{size}={value}" for size, value in PREDICTOR.items()]
+    run_random(tmp_path, "plan.yaml", *small, "--model.decoding.num_steps=14")
+    plan = json.loads((tmp_path / "runs/dimoo/plan.json").read_text())
+    assert (plan["facts"]["layers"], plan["facts"]["layers_timed"]) == (32, 1)
+    assert plan["facts"]["dtype"] == "bfloat16"
+    assert [(run["method"], run["budget"]) for run in plan["runs"]] == [
+        ("vanilla", 14),
+        ("shortcut", 14),
+        ("shortcut", 11),
+        ("shortcut", 9),
+    ]
+    assert all(run["seconds_an_image"] > 0 for run in plan["runs"])
+    assert plan["runs"][0]["operations_an_image"] == plan["runs"][1]["operations_an_image"]
+
+
+def test_latency_of_random_weights_needs_no_files(tmp_path: Path) -> None:
+    rows = yaml.safe_load((DIMOO / "latency.yaml").read_text())["model"]["init_args"]["rows"]
+    plans = [(row["num_steps"], row.get("acceleration", {}).get("init_args", {}).get("budget")) for row in rows]
+    assert plans == [(64, None), (64, 14), (64, 11), (64, 9)]
+    predictor = yaml.safe_load((CONFIGS / "parts/dimoo_random_shortcut.yaml").read_text())
+    predictor["init_args"]["network"]["init_args"] = PREDICTOR
+    rows[1]["acceleration"]["init_args"] = {"budget": 2, "predictor": predictor}
+    rows = [row | {"num_steps": 4} for row in rows[:2]]
+    words = (f"--model.rows={json.dumps(rows)}", "--model.decoding.num_steps=4", "--model.base.init_args.depth=1")
+    run_random(tmp_path, "latency.yaml", *words)
+    measured = json.loads((tmp_path / "runs/dimoo/latency/latency.json").read_text())
+    assert measured["measured"].keys() == {"vanilla_n4", "shortcut_n4_b2"}
+    assert all(row["base"].startswith("random-") for row in measured["facts"]["rows"])

@@ -20,7 +20,7 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.decoder import VQDecoder
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import TextTokenizer
-from lit_shortcut.bases.dimoo.published import load_transformer, published, read_sizes
+from lit_shortcut.bases.dimoo.published import load_transformer, published, random_weights, read_sizes
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import load_state, save_published
@@ -250,3 +250,34 @@ def test_base_of_the_folder_is_a_base(whole: Path) -> None:
     base = published(str(whole), height=32, width=32, special=SPECIAL)
     assert isinstance(base, DiMOO)
     assert base.fingerprint == published(str(whole), height=16, width=16, special=SPECIAL).fingerprint
+
+
+# ---- sizes without weights
+
+
+def small_random(seed: int = 0, device: str = "cpu") -> DiMOO:
+    return random_weights(1, 32, 32, feature_width=16, num_heads=2, mlp_width=32, seed=seed, device=device)
+
+
+def test_random_weights_are_labelled_and_repeatable() -> None:
+    before = torch.get_rng_state()
+    one, same, other = (small_random(seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one.fingerprint.startswith("random-")
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert {tensor.dtype for tensor in one.parameters()} == {torch.bfloat16}
+    assert all(bool(tensor.isfinite().all()) for tensor in one.parameters())
+
+
+def test_random_weights_draw_tokens_but_no_images() -> None:
+    base = small_random()
+    tokens = generate(base, one(), Decoding(2, guidance=1.0), Planned(2, Shortcut(network())))
+    assert bool((tokens < base.spec.codebook_size).all())
+    with pytest.raises(ValueError, match="random weights draw no images"):
+        base.decode(tokens)
+
+
+def test_base_on_the_meta_device_has_no_weights_at_all() -> None:
+    base = small_random(device="meta")
+    assert all(tensor.is_meta for tensor in (*base.parameters(), *base.buffers()))
+    assert base.spec == small_random().spec

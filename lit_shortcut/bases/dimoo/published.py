@@ -1,24 +1,26 @@
-"""The published Lumina-DiMOO (Alpha-VLLM/Lumina-DiMOO): a folder of configuration, sharded weights and tokenizers."""
+"""The published Lumina-DiMOO (Alpha-VLLM/Lumina-DiMOO): its folder's weights and tokenizers, or its sizes without."""
 
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.decoder import VQDecoder
 from lit_shortcut.bases.dimoo.llada import LLaDA
-from lit_shortcut.bases.dimoo.prompt import SpecialTokens, TextTokenizer
+from lit_shortcut.bases.dimoo.prompt import SpecialTokens, TextTokenizer, Utf8Tokenizer
 from lit_shortcut.hub import local_folder
 from lit_shortcut.published import Names, fill
 from lit_shortcut.weights import WeightsError
 
 PATCH_SIZE = 16
+VOCAB_SIZE = 134_656  # the last code is 134,547; rounded up to a multiple of 128, as LLaDA's is
 FILES = ("config.json", "model*.safetensors*", "tokenizer*", "vqvae/*")
 _PREFIX = "model.transformer."
 _INDEX = "model.safetensors.index.json"
@@ -84,6 +86,73 @@ def published(
         patch_size=PATCH_SIZE,
         max_prompt_tokens=max_prompt_tokens,
     )
+
+
+def random_weights(
+    depth: int = 32,
+    height: int = 1024,
+    width: int = 1024,
+    *,
+    feature_width: int = 4096,
+    num_heads: int = 32,
+    mlp_width: int = 12288,
+    vocab_size: int = VOCAB_SIZE,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    device: str = "cpu",
+    seed: int = 0,
+) -> DiMOO:
+    """The base at published sizes that has learned nothing: for latency and memory, never for quality.
+
+    Its fingerprint begins with ``random-``. Bytes of a prompt, in no template, stand for text tokens, and there is no
+    image decoder.
+
+    Args:
+        depth: transformer blocks; fewer than published make a base that fits anywhere.
+        height: of the images in pixels, a multiple of 16.
+        width: of the images in pixels, a multiple of 16.
+        feature_width: C.
+        num_heads: attention heads.
+        mlp_width: hidden width of the SwiGLUs.
+        vocab_size: tokens of text and codes.
+        dtype: of the transformer's weights.
+        device: that they are made on; on ``meta`` they have shapes alone and take no memory.
+        seed: of the weights.
+
+    Raises:
+        ValueError: if height or width is no multiple of 16, or sizes do not fit one another.
+    """
+    with torch.device("meta"):
+        transformer = LLaDA(vocab_size, feature_width, depth, num_heads, mlp_width).to(getattr(torch, dtype))
+    if device != "meta":
+        transformer.to_empty(device=device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for module in transformer.modules():
+                if isinstance(module, (nn.Embedding, nn.Linear, nn.RMSNorm)):
+                    module.reset_parameters()
+    special = SpecialTokens()
+    base = _RandomDiMOO(
+        transformer,
+        _NoDecoder(),
+        Utf8Tokenizer(special.uncondition),
+        special=special,
+        height=height,
+        width=width,
+        patch_size=PATCH_SIZE,
+        template="{}",
+    )
+    return base.to(device)
+
+
+class _RandomDiMOO(DiMOO):
+    @cached_property
+    def fingerprint(self) -> str:
+        return f"random-{super().fingerprint}"
+
+
+class _NoDecoder:
+    def decode(self, tokens: Tensor) -> Tensor:
+        raise ValueError("random weights draw no images: they have no decoder")
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> LLaDA:
