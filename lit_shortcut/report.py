@@ -89,18 +89,19 @@ def markdown(table: pd.DataFrame) -> str:
     return text
 
 
-def dominated(table: pd.DataFrame, metric: str) -> list[tuple[str, str]]:
-    """Pairs (winner, loser) of row names: lower ``metric`` at lower or equal latency. Vanilla against accelerated."""
+def dominated(table: pd.DataFrame, metric: str, *, higher_is_better: bool = False) -> list[tuple[str, str]]:
+    """Pairs (winner, loser) of row names: better ``metric`` at lower or equal latency. Vanilla against accelerated."""
+    sign = -1 if higher_is_better else 1
     pairs = []
     for _, winner in table.iterrows():
         for _, loser in table.iterrows():
             crosses = (winner["method"] == "vanilla") != (loser["method"] == "vanilla")
-            if crosses and winner[metric] < loser[metric] and winner["latency_ms"] <= loser["latency_ms"]:
+            if crosses and sign * winner[metric] < sign * loser[metric] and winner["latency_ms"] <= loser["latency_ms"]:
                 pairs.append((winner["name"], loser["name"]))
     return pairs
 
 
-def pareto(table: pd.DataFrame, metric: str) -> Figure:
+def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool = False) -> Figure:
     """``metric`` against latency, a line per method and order, with intervals over seeds.
 
     Raises:
@@ -125,7 +126,7 @@ def pareto(table: pd.DataFrame, metric: str) -> Figure:
                 label, (line["latency_ms"], line[metric]), textcoords="offset points", xytext=(5, 5), fontsize=8
             )
     axes.set_xlabel("latency of the decoding loop, ms per image")
-    axes.set_ylabel(f"{metric} (lower is better)")
+    axes.set_ylabel(f"{metric} ({'higher' if higher_is_better else 'lower'} is better)")
     axes.legend()
     axes.grid(alpha=0.3)
     return figure

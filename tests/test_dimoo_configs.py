@@ -59,10 +59,13 @@ def test_evaluate_measures_the_released_shortcut_in_half_precision(folder: Path)
     planned = rows[1]["acceleration"]["init_args"]
     planned["budget"] = 2
     planned["predictor"]["init_args"]["network"]["init_args"] = {"path": "shortcut.pth", "num_heads": 2}
+    clip = {"class_path": "lit_shortcut.metrics.clip.CLIPScore", "init_args": {"model": str(CLIP)}}
     words = (f"--model.rows={json.dumps(rows)}", "--model.decoding.num_steps=4", "--model.latency_rounds=1")
+    words += (f"--model.metrics={json.dumps({'clip_score': clip})}",)
     run(folder, "test", "evaluate.yaml", *words)
     found = {path.stem for path in (folder / "runs/dimoo/report/rows").iterdir()}
     assert found == {"vanilla_n4_seed10", "shortcut_n4_b2_seed10"}
+    assert "| clip_score" in (folder / "runs/dimoo/report/report.md").read_text()
 
 
 def test_decoding_is_that_of_the_published_sampler() -> None:
@@ -74,6 +77,7 @@ def test_decoding_is_that_of_the_published_sampler() -> None:
 
 # ---- published sizes without weights, but for narrow networks and small images
 
+CLIP = CONFIGS.parent / "checkpoints" / "fashion_text" / "clip"
 SMALL = ("height=64", "width=64", "feature_width=64", "num_heads=2", "mlp_width=32")
 PREDICTOR = {"width": 64, "num_heads": 2, "mlp_width": 32}
 

@@ -107,6 +107,12 @@ def test_markdown_of_one_seed_without_latency_has_no_interval_and_no_latency(fol
     assert "nan" not in text
 
 
+def test_higher_may_be_better(table: pd.DataFrame) -> None:
+    assert dominated(table, "distance", higher_is_better=True) == [("hold_n8_b2", "vanilla_n8")]
+    (axes,) = pareto(table, "distance", higher_is_better=True).axes
+    assert axes.get_ylabel() == "distance (higher is better)"
+
+
 def test_dominated_are_those_with_a_better_one_of_the_other_kind_at_no_more_latency(table: pd.DataFrame) -> None:
     assert dominated(table, "distance") == [("hold_n8_b2", "vanilla_n4")]
     table.loc[2, "latency_ms"] = 40.0

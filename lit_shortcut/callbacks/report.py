@@ -34,21 +34,22 @@ class Report(L.Callback):
     there is the table alone, with latencies alone, and it says so.
 
     Args:
-        distance: the metric on the plot's vertical axis, lower is better; with random weights there is none.
+        quality: the metric on the plot's vertical axis; with random weights there is none.
+        higher_is_better: of that metric; false for distances.
     """
 
-    def __init__(self, distance: str | None = None) -> None:
-        self.distance = distance
+    def __init__(self, quality: str | None = None, *, higher_is_better: bool = False) -> None:
+        self.quality, self.higher_is_better = quality, higher_is_better
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a metric that is not measured, before anything is.
 
         Raises:
-            ValueError: if the task has no metric named ``distance``.
+            ValueError: if the task has no metric named ``quality``.
         """
         assert isinstance(pl_module, GenerationTask)
-        if self.distance not in pl_module.metrics and not pl_module.random_weights:
-            raise ValueError(f"distance must be one of the metrics {sorted(pl_module.metrics)}, got {self.distance!r}")
+        if self.quality not in pl_module.metrics and not pl_module.random_weights:
+            raise ValueError(f"quality must be one of the metrics {sorted(pl_module.metrics)}, got {self.quality!r}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Collect, write, print, log; on the first rank."""
@@ -64,15 +65,15 @@ class Report(L.Callback):
             strips = grids(read_strips(folder, list(table["name"])), read_captions(folder))
             strips.savefig(folder / "grids.png", dpi=130)
             log_picture(trainer, "report/grids", pixels(strips))
-            assert self.distance is not None
+            assert self.quality is not None
             if "latency_ms" in table:
-                figure = pareto(table, self.distance)
+                figure = pareto(table, self.quality, higher_is_better=self.higher_is_better)
                 figure.savefig(folder / "pareto.png", dpi=130)
                 written.append("pareto.png")
                 log_picture(trainer, "report/pareto", pixels(figure))
-                _log_pareto(trainer, table, self.distance)
+                _log_pareto(trainer, table, self.quality)
             plt.close("all")
-            lines = _lines(table, pl_module, self.distance)
+            lines = _lines(table, pl_module, self.quality, self.higher_is_better)
         log_table(trainer, "report/table", table)
         text = "\n".join(lines) + "\n"
         (folder / "report.md").write_text(text)
@@ -82,7 +83,7 @@ class Report(L.Callback):
 _RANDOM = "Random weights: latency alone. No images were drawn, and no figure of quality comes from here."
 
 
-def _lines(table: pd.DataFrame, task: GenerationTask, distance: str) -> list[str]:
+def _lines(table: pd.DataFrame, task: GenerationTask, quality: str, higher_is_better: bool) -> list[str]:
     images, seeds = sorted(set(table["images"])), sorted(set(table["seeds"]))
     lines = [
         markdown(table),
@@ -96,9 +97,12 @@ def _lines(table: pd.DataFrame, task: GenerationTask, distance: str) -> list[str
         )
     if "latency_ms" in table:
         lines += _latency_text(task)
-        pairs = dominated(table, distance)
+        pairs = dominated(table, quality, higher_is_better=higher_is_better)
         lines += [""] * bool(pairs)
-        lines += [f"- {winner} dominates {loser}: lower {distance} at no more latency" for winner, loser in pairs]
+        lines += [
+            f"- {winner} dominates {loser}: {'higher' if higher_is_better else 'lower'} {quality} at no more latency"
+            for winner, loser in pairs
+        ]
     return lines
 
 

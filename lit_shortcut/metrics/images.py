@@ -61,6 +61,11 @@ class FrechetDistance:
 
     def __init__(self, extractor: nn.Module, reference: Path) -> None:
         self.extractor = _frozen(extractor)
+        if not reference.is_file():
+            raise WeightsError(
+                f"{reference}: no such file of reference statistics; `lightning predict` with "
+                "lit_shortcut.tasks.reference.ReferenceTask makes it, for ImageNet by configs/maskgit/reference.yaml"
+            )
         tensors, metadata = load_tensors(reference)
         own = fingerprint(self.extractor.state_dict())
         if metadata.get("extractor") != own or len(tensors["mean"]) != extractor.num_features:

@@ -39,7 +39,7 @@ class Count:
 
 
 def measure(
-    folder: Path, distance: str | None = "count", num_images: int = 6, logger: Any = False, **arguments: Any
+    folder: Path, quality: str | None = "count", num_images: int = 6, logger: Any = False, **arguments: Any
 ) -> str:
     """Measure three rows and return the report."""
     settings: dict[str, Any] = {"latency_rounds": 1, "latency_batch_size": 2, "grid_images": 1}
@@ -52,7 +52,7 @@ def measure(
         **(settings | arguments),
     )
     quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "logger": logger}
-    trainer = L.Trainer(**quiet, callbacks=[Report(distance)])
+    trainer = L.Trainer(**quiet, callbacks=[Report(quality)])
     trainer.test(task, datamodule=ClassLabels(num_images, batch_size=4), verbose=False)
     return (folder / "report.md").read_text()
 
@@ -90,7 +90,7 @@ def test_report_without_latency_has_neither_plot_nor_column(tmp_path: Path) -> N
 
 
 def test_random_weights_have_latencies_and_no_quality(tmp_path: Path) -> None:
-    text = measure(tmp_path, random_weights=True, distance=None, metrics={})
+    text = measure(tmp_path, random_weights=True, quality=None, metrics={})
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert header == ["method", "N", "b", "latency ms/image", "speed-up"]
     assert [row[:3] for row in rows] == [["vanilla", "5", "5"], ["vanilla", "3", "3"], ["hold", "5", "2"]]
@@ -115,9 +115,9 @@ def test_rows_of_earlier_run_seeds_do_not_enter(tmp_path: Path) -> None:
     assert "4 images a row and seed, 1 seed(s)" in measure(tmp_path, run_seeds=[0], num_images=4)
 
 
-def test_distance_that_is_no_metric_is_refused_before_anything_is_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"distance must be one of the metrics \['count'\], got 'fid'"):
-        measure(tmp_path, distance="fid")
+def test_quality_that_is_no_metric_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"quality must be one of the metrics \['count'\], got 'fid'"):
+        measure(tmp_path, quality="fid")
     assert list(tmp_path.iterdir()) == []
 
 
