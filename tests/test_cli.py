@@ -78,12 +78,21 @@ def test_main_returns_nothing_so_that_the_command_ends_with_success(
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it is gone on with
-@pytest.mark.parametrize("batch_size", [8, 16], ids=["within an epoch", "into the next epoch"])
-@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize(
+    "data",
+    [
+        ("--data.batch_size=8", "--data.window=1"),
+        ("--data.batch_size=8", "--data.window=3"),
+        ("--data.batch_size=16", "--data.window=1"),
+        ("--data.batch_size=16", "--data.window=3"),
+        ("--config", TOY / "fit_online.yaml"),
+    ],
+    ids=["within an epoch", "windows", "into the next epoch", "windows, next epoch", "online"],
+)
 def test_resumed_fit_ends_with_the_weights_of_the_uninterrupted_one(
-    folder: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory, batch_size: int, window: int
+    folder: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory, data: tuple[object, ...]
 ) -> None:
-    options = (NO_LOGGER, f"--data.batch_size={batch_size}", f"--data.window={window}")
+    options = (*data, NO_LOGGER)
     lightning(folder, *FIT, *options)
     halves = tmp_path_factory.mktemp("halves")
     shutil.copytree(recorded, halves / "runs/toy/trajectories")
