@@ -48,13 +48,13 @@ def masked_cosine(a: Tensor, b: Tensor, is_masked: Tensor) -> Tensor:
 
 
 def centred_cosine(a: Tensor, b: Tensor, is_masked: Tensor, centre: Tensor) -> Tensor:
-    """:func:`masked_cosine` of ``a`` and ``b`` (..., S, C) after ``centre`` (C,), say their mean, is subtracted.
+    """:func:`masked_cosine` of ``a`` and ``b`` (..., S, C) after ``centre`` (..., 1, C), say a mean, is subtracted.
 
     Features share a large constant part that alone brings the plain cosine close to 1.
 
     >>> a, b = torch.tensor([[[11.0, 0.0]]]), torch.tensor([[[9.0, 0.0]]])
     >>> masked = torch.tensor([[True]])
-    >>> masked_cosine(a, b, masked), centred_cosine(a, b, masked, torch.tensor([10.0, 0.0]))
+    >>> masked_cosine(a, b, masked), centred_cosine(a, b, masked, torch.tensor([[10.0, 0.0]]))
     (tensor(1.), tensor(-1.))
     """
     return masked_cosine(a - centre, b - centre, is_masked)

@@ -143,7 +143,7 @@ class ShortcutTask(OptimizedTask):
         branches, num_steps = batch.features.shape[1], features.shape[1]
         committed_at = batch.committed_at.repeat_interleave(branches, dim=0)
         tokens = batch.tokens.repeat_interleave(branches, dim=0)
-        centre = features.mean(dim=(0, 1, 2))
+        centre = features[:, :, : tokens.shape[1]].mean(dim=(1, 2))[:, None]  # a trajectory's own, whatever the batch
         text = None if batch.text is None else Text(*(part.flatten(0, 1) for part in batch.text))
         rolled: list[Tensor] = []  # rolled[k]: present features after k consecutive predictions
         for step in range(num_steps - 1):
