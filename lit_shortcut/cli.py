@@ -11,10 +11,12 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
+from lit_shortcut.checkpoints import WholeCheckpointIO
 
 _UNION_REPORT = "Does not validate against any of the Union subtypes"  # of jsonargparse; the cause is the class's error
 
@@ -56,6 +58,13 @@ class ShortcutCLI(LightningCLI):
             while own.__cause__ is not None and str(own).startswith(_UNION_REPORT):
                 own = own.__cause__
             raise own from own.__cause__
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """As Lightning does, with checkpoints that a kill cannot halve, unless the YAML has a ``CheckpointIO``."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would replace the model's YAML by hyperparameters from the checkpoint; the YAML holds here."""
