@@ -34,6 +34,10 @@ SETTINGS = {
             {"class_path": "lit_shortcut.callbacks.ema.ModuleEMA", "init_args": {"decay": 0.99}},
             {
                 "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"dirpath": str(RUN), "filename": "{step}", "monitor": "val/mse"},
+            },
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                 "init_args": {
                     "dirpath": str(RUN),
                     "filename": "last",
