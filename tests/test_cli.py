@@ -167,7 +167,7 @@ def test_csv_logger_gets_the_report_as_files(folder: Path) -> None:
         ("num_images: 12", "num_images: twelve", "num_images"),
         ("datamodules.conditions.ClassLabels", "datamodules.conditions.Labels", "datamodules.conditions.Labels"),
         ("enable_progress_bar", "enable_progres_bar", "enable_progres_bar"),
-        ("dtype: bfloat16", "dtype: int8", "dtype"),
+        ("dtype: bfloat16", "dtype: int4", "dtype"),
     ],
 )
 def test_wrong_key_or_class_in_yaml_is_named(
@@ -219,7 +219,7 @@ def test_fit_on_a_truncated_set_names_the_shard(folder: Path) -> None:
 def test_fit_on_another_format_version_names_both(folder: Path) -> None:
     card = folder / "runs/toy/trajectories/card.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"format_version": 99}))
-    with pytest.raises(TrajectoryError, match="format_version: expected 1, found 99"):
+    with pytest.raises(TrajectoryError, match="format_version: expected 2, found 99"):
         lightning(folder, *FIT, NO_LOGGER)
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -17,8 +17,10 @@ from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import (
     FORMAT_VERSION,
     Card,
+    Dtype,
     TrajectoryError,
     finished_shards,
+    interface_fingerprint,
     is_complete,
     recorded_bytes,
     remove_shards,
@@ -59,9 +61,7 @@ class TrajectoryWriter(BasePredictionWriter):
         overwrite: record anew where ``folder`` holds a complete set, or another one; its shards are deleted first.
     """
 
-    def __init__(
-        self, folder: Path, dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16", overwrite: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, dtype: Dtype = "bfloat16", overwrite: bool = False) -> None:
         super().__init__("batch")
         self.folder, self.dtype, self.overwrite = Path(folder), dtype, overwrite
         self.is_recording = False
@@ -123,6 +123,7 @@ class TrajectoryWriter(BasePredictionWriter):
         return Card(
             format_version=FORMAT_VERSION,
             base_fingerprint=module.base.fingerprint,
+            interface=interface_fingerprint(module.base.interface),
             spec=module.base.spec._asdict(),
             decoding=asdict(module.decoding),
             branches=1 if module.decoding.guidance == 0 else 2,

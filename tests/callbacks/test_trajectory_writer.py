@@ -14,7 +14,7 @@ from lit_shortcut.callbacks import trajectory_writer
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, TrajectoryError, is_complete, load_interface, read_shard, read_trajectory
+from lit_shortcut.trajectory import Card, TrajectoryError, is_complete, load_interface, read_shard
 from tests.tiny_trajectories import SPEC, interface, trajectories
 
 
@@ -66,9 +66,8 @@ def test_predict_records_a_set(tmp_path: Path, said: list[str]) -> None:
     assert (card.num_samples, card.samples_per_shard, card.branches, card.dtype) == (11, 3, 2, "bfloat16")
     assert card.decoding["guidance"] == 2.8
     assert is_complete(tmp_path / "set", card)
-    assert load_interface(tmp_path / "set").num_tokens == 9
-    (first, *_) = read_shard(tmp_path / "set", 3, card)
-    one = read_trajectory(first, card)
+    assert load_interface(tmp_path / "set", card).num_tokens == 9
+    (one, *_) = read_shard(tmp_path / "set", 3, card)
     assert one.id == 9
     assert one.seed == next(iter(ClassLabels(11, batch_size=11).loader())).seeds[9]
     assert torch.equal(one.features, trajectories([9]).features[0].bfloat16())
