@@ -2,25 +2,71 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Literal
 
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from datamodules.conditions import InTurn, sample_seed
 from datamodules.trajectories import EpochLoader
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
+from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.generation import record
-from lit_shortcut.trajectory import DTYPES, FORMAT_VERSION, Card, Trajectory, collate, transitions
+from lit_shortcut.trajectory import DTYPES, FORMAT_VERSION, Card, Order, interface_fingerprint, select
+from lit_shortcut.trajectory.sample import joined, padded
+
+
+@dataclass(eq=False)
+class _Training(Dataset[Transition]):
+    """Item (epoch, number): the batch of that number of one rank, whose pools are every ``world_size``-th."""
+
+    pool: Callable[[int, int], Trajectories]
+    order: Order
+    batch_size: int
+    window: int
+    rank: int
+    world_size: int
+
+    def __getitem__(self, index: tuple[int, int]) -> Transition:
+        epoch, number = index
+        own, number = divmod(number, self.per_pool)
+        first = (own * self.world_size + self.rank) * len(self.order) // self.order.num_shards
+        first += number * self.batch_size
+        windows = [self.order.at(epoch, position) for position in range(first, first + self.batch_size)]
+        return select(self.pool(epoch, windows[0].shard), [window[1:] for window in windows], self.window)
+
+    @property
+    def per_pool(self) -> int:
+        """Batches that a pool fills."""
+        return len(self.order) // self.order.num_shards // self.batch_size
+
+    def __len__(self) -> int:
+        return self.order.num_shards // self.world_size * self.per_pool
+
+
+@dataclass(eq=False)
+class _Validation(Dataset[Trajectories | None]):
+    """Item (epoch, number): the batch of that number of one rank; None where it has no more."""
+
+    draw: Callable[[Conditions], Trajectories]
+    conditions: Dataset[Conditions]
+    count: int
+    rank: int
+    world_size: int
+
+    def __getitem__(self, index: tuple[int, int]) -> Trajectories | None:
+        number = index[1] * self.world_size + self.rank
+        return self.draw(self.conditions[number]) if number < self.count else None
 
 
 class OnlineDataModule(L.LightningDataModule):
@@ -29,15 +75,15 @@ class OnlineDataModule(L.LightningDataModule):
     Takes the place of :class:`~datamodules.trajectories.TrajectoryDataModule`: no disk, and no pair is seen twice, for
     one run of the decoding loop per G · (N − R) transitions.
 
-    A pool of ``pool_images`` images is drawn by the vanilla loop, its windows are mixed and handed out once each, and
-    the next pool takes its place. Batch n of an epoch follows from seed, epoch and n alone. Images of epoch 0 are those
-    that ``predict`` records of ``conditions``; every later epoch has new ones. What does not fill a pool on each rank,
-    or a batch in a pool, is left out.
+    Images are drawn ``pool_images`` at a time, the windows of this pool are mixed and handed out once each, and the
+    next pool takes its place. Ranks draw pools in turn. Batch n of an epoch follows from seed, epoch and n alone, so
+    that a resumed run draws anew the pool it stopped in and none before. Images of epoch 0 are those that ``predict``
+    records of ``conditions``; every later epoch has new ones. What does not fill a pool, or a batch in it, is left out.
 
     The base runs in the trainer's own process, on its device and in its precision, as under ``predict``; there are no
-    workers. Training waits meanwhile: both want the same device, so that nothing would be won by letting them overlap.
-    The pool itself lies in the host's memory, pool_images × G × (N − R) × (R + 1) × S × C × bytes per value: 1.4 GB for
-    16 images of MaskGIT at 512×512 in bfloat16.
+    workers. Training waits meanwhile: both want the same device, and nothing would be won by letting them overlap. The
+    pool lies in the host's memory, pool_images × G × N × S × C × bytes per value: 0.8 GB for 16 images of MaskGIT at
+    512×512 in bfloat16.
 
     Args:
         base: the frozen model.
@@ -46,10 +92,13 @@ class OnlineDataModule(L.LightningDataModule):
         validation: what to draw, batch by batch, for each validation, anew but always the same; its seed must be
             another one.
         batch_size: transitions per batch and rank.
-        pool_images: images per rank whose transitions are mixed, a multiple of the images drawn at once.
+        pool_images: images whose transitions are mixed, a multiple of the images drawn at once.
         window: R, steps in a transition.
-        dtype: of the features in the pool, as of a recorded set.
+        dtype: of the features in the pool.
         seed: of the order.
+
+    Raises:
+        ValueError: if sizes do not fit one another, or validation would see images of the training.
     """
 
     source = "trajectories drawn online"
@@ -76,23 +125,24 @@ class OnlineDataModule(L.LightningDataModule):
             raise ValueError(
                 f"pool_images must be a multiple of {conditions.batch_size}, which are drawn at once; got {pool_images}"
             )
-        branches = 1 if decoding.guidance == 0 else 2
-        windows = pool_images * branches * (decoding.num_steps - window)
+        self.branches = 1 if decoding.guidance == 0 else 2
+        windows = pool_images * self.branches * (decoding.num_steps - window)
         if not 1 <= batch_size <= windows:
             raise ValueError(f"batch_size must lie in 1..{windows}, the transitions in a pool; got {batch_size}")
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding, self.conditions, self.validation = decoding, conditions, validation
         self.batch_size, self.pool_images, self.window, self.seed = batch_size, pool_images, window, seed
-        self.branches, self.batches_per_pool = branches, windows // batch_size
         self.dtype = dtype
+        self._pool = lru_cache(maxsize=1)(self._draw_pool)
 
-    @property
+    @cached_property
     def card(self) -> Card:
-        """What a recorded set of an epoch's images would say of itself."""
+        """What a recorded set of the images of epoch 0 would say of itself."""
         return Card(
             format_version=FORMAT_VERSION,
             base_fingerprint=self.base.fingerprint,
+            interface=interface_fingerprint(self.base.interface),
             spec=self.base.spec._asdict(),
             decoding=asdict(self.decoding),
             branches=self.branches,
@@ -111,44 +161,45 @@ class OnlineDataModule(L.LightningDataModule):
         return self.base.interface
 
     def velocity_scale(self) -> Tensor:
-        """Standard deviation (C,) of the features' change in a step, at places still masked, over the first pool."""
-        return velocity_scale(self._pool(epoch=0, number=0))
+        """Standard deviation (C,) of the features' change in a step, at places still masked, over the first images."""
+        drawn = self.draw(self.conditions.loader().dataset[0])
+        return velocity_scale(drawn.features, drawn.committed_at)
 
-    def train_dataloader(self) -> EpochLoader:
+    def train_dataloader(self) -> EpochLoader[Transition]:
         """Batches of :class:`Transition`, images and steps mixed, of new images each epoch.
 
         Raises:
             ValueError: if the images of an epoch do not fill a pool on each rank.
         """
-        world_size = self._ranks()[1]
-        pools = self.conditions.num_images // (self.pool_images * world_size)
-        if not pools:
+        rank, world_size = self._ranks()
+        pools = self.conditions.num_images // self.pool_images
+        if pools < world_size:
             raise ValueError(
                 f"{self.conditions.num_images} images an epoch do not fill {world_size} pools of {self.pool_images}"
             )
-        layout = {
+        order = Order(
+            pools, self.pool_images, self.branches, self.decoding.num_steps - self.window, group=1, seed=self.seed
+        )
+        batches = _Training(self._pool, order, self.batch_size, self.window, rank, world_size)
+        layout: dict[str, int | str] = {
+            "images": self.card.digest,
             "world_size": world_size,
             "batch_size": self.batch_size,
             "pool_images": self.pool_images,
-            "images_at_once": self.conditions.batch_size,
-            "images_an_epoch": self.conditions.num_images,
             "window": self.window,
             "seed": self.seed,
         }
-        return EpochLoader(
-            lambda epoch: chain.from_iterable(self._batches(epoch, number) for number in range(pools)),
-            lambda: self.trainer.current_epoch if self.trainer else 0,
-            pools * self.batches_per_pool,
-            layout,
-        )
+        return EpochLoader(batches, len(batches), lambda: self.trainer.current_epoch if self.trainer else 0, layout)
 
-    def val_dataloader(self) -> Drawn:
+    def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on one rank exactly; the last may be smaller."""
         rank, world_size = self._ranks()
-        return Drawn(lambda: map(self.draw, islice(self.validation.loader(), rank, None, world_size)))
+        loader = self.validation.loader()
+        batches = _Validation(self.draw, loader.dataset, len(loader), rank, world_size)
+        return EpochLoader(batches, -(-len(loader) // world_size))
 
     def draw(self, conditions: Conditions) -> Trajectories:
-        """Trajectories of ``conditions`` as recorded, in the host's memory."""
+        """Trajectories of ``conditions``, as ``predict`` draws them, in the host's memory."""
         assert isinstance(self.base, nn.Module)
         device, precision = torch.device("cpu"), None
         if self.trainer:
@@ -160,64 +211,24 @@ class OnlineDataModule(L.LightningDataModule):
         drawn = drawn._replace(features=drawn.features.to(DTYPES[self.dtype]))
         return move_data_to_device(drawn, torch.device("cpu"))
 
-    def _batches(self, epoch: int, number: int) -> Iterator[Transition]:
-        """Those of this rank's pool ``number`` in ``epoch``."""
-        windows = [window for one in self._pool(epoch, number) for window in transitions(one, self.window)]
-        random.Random(f"{self.seed}:{epoch}:{number}").shuffle(windows)  # noqa: S311 - an order, no secret
-        for index in range(self.batches_per_pool):
-            yield collate(windows[index * self.batch_size : (index + 1) * self.batch_size])
-
-    def _pool(self, epoch: int, number: int) -> Iterator[Trajectory]:
-        """This rank's pool ``number`` in ``epoch``."""
-        rank, world_size = self._ranks()
+    def _draw_pool(self, epoch: int, number: int) -> Trajectories:
+        """Pool ``number`` of ``epoch``, the images of the same numbers put together."""
         run_seed = self.conditions.seed if epoch == 0 else sample_seed(self.conditions.seed, -epoch)
-        together = self.pool_images // self.conditions.batch_size * world_size
-        conditions = islice(
-            self.conditions.loader(run_seed), number * together + rank, (number + 1) * together, world_size
-        )
-        return chain.from_iterable(unstack(self.draw(batch)) for batch in conditions)
+        batches, at_once = self.conditions.loader(run_seed).dataset, self.pool_images // self.conditions.batch_size
+        return concatenated([self.draw(batches[number * at_once + index]) for index in range(at_once)])
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Batches made anew each time they are gone through."""
-
-    batches: Callable[[], Iterator[Trajectories]]
-
-    def __iter__(self) -> Iterator[Trajectories]:
-        return self.batches()
-
-
-def unstack(batch: Trajectories) -> Iterator[Trajectory]:
-    """Each row of ``batch`` by itself, without the rows that pad its features to the longest: undoes ``stack``."""
-    conditions, text = batch.conditions, batch.text
-    for row, (number, seed, label) in enumerate(zip(*(part.tolist() for part in conditions[:3]), strict=True)):
-        one = Trajectory(
-            number, seed, label, batch.features[row], batch.tokens[row].int(), batch.committed_at[row].short()
-        )
-        if text is not None:
-            lengths = text.lengths[row].int()
-            padding = text.control.shape[-2] - int(lengths.max())
-            one = one._replace(
-                features=one.features[:, :, : one.features.shape[2] - padding],
-                prompt=conditions.prompts[row],
-                text_lengths=lengths,
-                text_control=text.control[row, 0, : int(text.num_control[row, 0])],
-            )
-        yield one
-
-
-def velocity_scale(trajectories: Iterable[Trajectory]) -> Tensor:
-    """Standard deviation (C,) of the features' change in a step, at places still masked; 1 where nothing changes."""
-    total = squares = torch.zeros((), dtype=torch.float64)
-    rows = 0
-    for one in trajectories:
-        velocity = one.features.float().diff(dim=1)[:, :, : len(one.tokens)]
-        is_masked = one.committed_at > torch.arange(velocity.shape[1])[:, None]
-        counted = velocity[:, is_masked].flatten(0, -2).double()
-        total, squares, rows = total + counted.sum(0), squares + counted.square().sum(0), rows + len(counted)
-    scale = (squares / rows - (total / rows).square()).clamp(min=0).sqrt().float()
-    return scale.where(scale > 0, 1)  # a channel that never changes has no error to scale
+def concatenated(batches: Sequence[Trajectories]) -> Trajectories:
+    """``batches`` as one, rows padded to the longest."""
+    conditions = [batch.conditions for batch in batches]
+    ids, seeds, labels = (torch.cat(column) for column in zip(*(one[:3] for one in conditions), strict=True))
+    return Trajectories(
+        Conditions(ids, seeds, labels, tuple(chain.from_iterable(one.prompts for one in conditions))),
+        torch.cat(padded([batch.features for batch in batches])),
+        torch.cat([batch.tokens for batch in batches]),
+        torch.cat([batch.committed_at for batch in batches]),
+        joined([batch.text for batch in batches if batch.text is not None], torch.cat),
+    )

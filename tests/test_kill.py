@@ -60,7 +60,7 @@ SETTINGS = {
         }
     },
 }
-RECORDED = ("--data.window=3", "--data.shuffle_buffer=16")
+RECORDED = ("--data.window=3",)
 ONLINE = ("--config", TOY / "fit_online.yaml")
 
 

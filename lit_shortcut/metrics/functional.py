@@ -60,6 +60,23 @@ def centred_cosine(a: Tensor, b: Tensor, is_masked: Tensor, centre: Tensor) -> T
     return masked_cosine(a - centre, b - centre, is_masked)
 
 
+def velocity_scale(features: Tensor, committed_at: Tensor) -> Tensor:
+    """Standard deviation (C,) of the change in a step of ``features`` (B, G, N, S, C), over places still masked.
+
+    ``committed_at`` (B, L) is the step that revealed each place. A channel that never changes has the scale 1: it has
+    no error to scale.
+
+    >>> features = torch.tensor([[0.0, 7.0], [1.0, 7.0], [4.0, 7.0]])[None, None, :, None]  # changes by 1, then by 3
+    >>> velocity_scale(features, torch.tensor([[2]]))
+    tensor([1., 1.])
+    """
+    velocity = features.float().diff(dim=2)[..., : committed_at.shape[1], :]
+    is_masked = committed_at[:, None] > torch.arange(velocity.shape[2], device=committed_at.device)[:, None]
+    counted = velocity.transpose(1, 2).transpose(2, 3)[is_masked]  # (B, N − 1, L, G, C) to (places, G, C)
+    scale = counted.double().flatten(0, 1).std(0, correction=0).float()
+    return scale.where(scale > 0, 1)
+
+
 def gain_over_hold(error: Tensor, hold_error: Tensor) -> Tensor:
     """Share of the error of holding the last features that a predictor removes: 1 is perfect, 0 no better than holding.
 

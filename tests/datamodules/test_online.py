@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from datamodules.conditions import ClassLabels
-from datamodules.online import OnlineDataModule, unstack
+from datamodules.online import OnlineDataModule, concatenated
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
-from lit_shortcut.contracts import Conditions, Transition
+from lit_shortcut.contracts import Conditions, Trajectories, Transition
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.generation import GenerationTask, record
-from lit_shortcut.trajectory import TrajectoryError, stack, transitions
+from lit_shortcut.trajectory import TrajectoryError, transitions
 
 DECODING = Decoding(num_steps=5)
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -73,8 +73,7 @@ def named(batches: Any) -> list[bytes]:
 def test_first_epoch_has_every_transition_that_a_recorded_set_has_exactly_once(window: int) -> None:
     found = named(make(window=window, batch_size=4).train_dataloader())
     (conditions,) = ClassLabels(12, batch_size=12).loader()
-    recorded = unstack(record(ToyBase(), conditions, DECODING))
-    expected = named(transition for one in recorded for transition in transitions(one, window))
+    expected = named([transitions(record(ToyBase(), conditions, DECODING), window)])
     assert len(found) == 12 * 2 * (5 - window)
     assert sorted(found) == sorted(expected)
 
@@ -116,9 +115,23 @@ def test_place_among_other_batches_is_refused() -> None:
         make(pool_images=6).train_dataloader().load_state_dict(state)
 
 
-def test_ranks_draw_different_images_which_together_are_those_of_one_rank() -> None:
-    alone = named(make(pool_images=6).train_dataloader())
-    shares = [named(make(pool_images=2, rank=rank, world_size=3).train_dataloader()) for rank in range(3)]
+def test_resuming_draws_the_pool_it_stopped_in_and_none_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def noted(base: Any, conditions: Conditions, decoding: Decoding) -> Trajectories:
+        drawn.extend(conditions.ids.tolist())
+        return record(base, conditions, decoding)
+
+    monkeypatch.setattr("datamodules.online.record", noted)
+    loader = make().train_dataloader()
+    loader.load_state_dict(loader.state_dict() | {"done": 9})
+    assert len(named(loader)) == 3 * 8
+    assert len(drawn) == len(set(drawn)) == 4
+
+
+def test_ranks_draw_different_pools_which_together_are_those_of_one_rank() -> None:
+    alone = named(make().train_dataloader())
+    shares = [named(make(rank=rank, world_size=3).train_dataloader()) for rank in range(3)]
     assert [len(share) for share in shares] == [32, 32, 32]
     assert sorted(chain.from_iterable(shares)) == sorted(alone)
 
@@ -147,27 +160,25 @@ def test_validation_is_always_the_same_and_shared_out_among_ranks() -> None:
     assert [ids(make(rank=rank, world_size=2).val_dataloader()) for rank in (0, 1)] == [[[0, 1], [4]], [[2, 3]]]
 
 
-def test_rows_of_texts_of_different_lengths_are_parted_and_put_together_again(
+def test_pool_of_different_texts_has_the_transitions_of_all_its_batches(
     dimoo: DiMOO, prompted: Callable[..., Conditions]
 ) -> None:
-    batch = record(dimoo, prompted(4), DECODING)
-    again = stack(list(unstack(batch)))
-    assert again.text is not None
-    assert batch.text is not None
-    assert torch.equal(again.text.lengths, batch.text.lengths)
-    assert torch.equal(again.text.num_control, batch.text.num_control)
-    assert again.conditions.prompts == batch.conditions.prompts
-    lengths = batch.text.lengths.amax(1)
-    assert len(set(lengths.tolist())) > 2
-    for row, padding in enumerate((lengths.max() - lengths).tolist()):
-        kept = batch.features.shape[3] - padding
-        assert torch.equal(again.features[row, :, :, :kept], batch.features[row, :, :, :kept])
-        assert not again.features[row, :, :, kept:].any()
+    whole = prompted(4)
+    parts = [Conditions(*(part[rows] for part in whole)) for rows in (slice(0, 2), slice(2, 4))]
+    pool, expected = concatenated([record(dimoo, part, DECODING) for part in parts]), record(dimoo, whole, DECODING)
+    assert pool.conditions.prompts == expected.conditions.prompts
+    ours, theirs = transitions(pool), transitions(expected)
+    assert ours.text is not None
+    assert theirs.text is not None
+    is_text = torch.arange(ours.text.control.shape[1]) < ours.text.num_control[:, None]
+    texts = [text._replace(control=text.control.where(is_text[..., None], 0)) for text in (ours.text, theirs.text)]
+    for one, other in zip((*flat(ours), *texts[0]), (*flat(theirs), *texts[1]), strict=True):
+        torch.testing.assert_close(one, other)
 
 
-def test_scale_of_the_velocity_is_that_of_the_recorded_set(tmp_path: Path) -> None:
+def test_scale_of_the_velocity_is_that_of_a_recorded_set(tmp_path: Path) -> None:
     trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(tmp_path, "float32")])
-    trainer.predict(GenerationTask(ToyBase(), decoding=DECODING), ClassLabels(12, batch_size=4))
+    trainer.predict(GenerationTask(ToyBase(), decoding=DECODING), ClassLabels(12, batch_size=2))
     torch.testing.assert_close(make().velocity_scale(), TrajectoryDataModule(str(tmp_path)).velocity_scale())
 
 
