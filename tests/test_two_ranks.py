@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_ranks_record_different_samples_which_together_are_the_set_of_one_proces
     assert two == one
     drawn = [[int(line) for line in path.read_text().split()] for path in tmp_path.glob("drawn_by_*")]
     assert sorted(drawn) == [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7]]
+
+
+def test_two_ranks_train_as_one_of_twice_the_batch(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / SET, tmp_path / SET)
+    long = ("--trainer.max_steps=20", "--trainer.val_check_interval=5", "--data.window=2", "--model.kl_weight=0.5")
+    command = ("fit", "--config", TOY / "fit.yaml", *long, "--data.validation_shards=1", "--trainer.callbacks=null")
+    one = logged(tmp_path, tmp_path / "one", *command, "--data.batch_size=8")
+    two = logged(tmp_path, tmp_path / "two", *command, "--data.batch_size=4", *TWO)
+    assert len(one["train/loss"]) == 20
+    assert len(one["val/mse"]) == 4
+    for name in ("train/loss", "train/mse", "train/head_kl", "val/mse", "val/head_kl"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
 
 
 def test_ranks_validate_to_the_metrics_of_one_process(trained: Path, tmp_path: Path) -> None:

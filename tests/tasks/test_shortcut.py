@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from datamodules.trajectories import TrajectoryDataModule
@@ -60,7 +61,8 @@ class Task(ShortcutTask):
         super().__init__(made, **arguments)
         self.data = TrajectoryDataModule(str(folder))
         self.logged: dict[str, Tensor] = {}
-        self.stand_in = SimpleNamespace(datamodule=self.data, current_epoch=0, global_step=7)
+        strategy = SingleDeviceStrategy("cpu")
+        self.stand_in = SimpleNamespace(datamodule=self.data, current_epoch=0, global_step=7, strategy=strategy)
         self.trainer = self.stand_in  # type: ignore[assignment]
         self.setup("fit")
 
