@@ -1,0 +1,1 @@
+"""What the path of the data costs, measured side by side."""
