@@ -142,7 +142,7 @@ def test_killed_training_ends_with_the_bits_of_the_uninterrupted_one(
             *words,
             *resume,
         )
-        resume = (f"--ckpt_path={LAST}",)
+        resume = ("--ckpt_path=last",)
     fit(tmp_path / "killed", *words, *resume)
     assert_same(
         *(load_tensors(tmp_path / name / RUN / "shortcut.safetensors") for name in ("whole", "killed")), "exported"
