@@ -1,8 +1,8 @@
 """Training in batches against a loop over single pairs, as the method was published: pairs a second, same loss a pair.
 
-``python -m lit_shortcut.bench_data.training`` prints a table and writes it to ``runs/bench_data/training.json``. Both
-ways run the same network, loss and optimiser over the same pairs in turns, so the ratio does not hang on the machine's
-pace.
+``python -m lit_shortcut.bench_data.training`` prints a table and writes it to ``runs/bench_data/training.json``. All
+ways run the same network over the same pairs in turns, with all that a step of the configured training does: loss,
+gradients, clipping, AdamW, average of weights. So the ratio does not hang on the machine's pace.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lit_shortcut.contracts import Conditions, Control, Trajectories, Transition
 from lit_shortcut.decoding.schedules import tokens_per_step
@@ -29,7 +29,7 @@ from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import select
 
-_LOOP, _BATCHES = "single pairs", "batches"
+_LOOP = "single pairs"
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of the mean loss of a pair
 
 
@@ -45,8 +45,9 @@ class Size:
         num_steps: N.
         kl_weight: of the head's KL in the loss.
         batch_size: pairs in a batch, and single pairs beside it.
-        precision: the network runs in; weights are float32.
-        rounds: of both ways in turns.
+        gradient_clip: largest norm of the gradient; None does not clip.
+        precisions: the loop runs in the first, batches in each; weights are float32.
+        rounds: of all ways in turns.
     """
 
     name: str
@@ -56,7 +57,8 @@ class Size:
     num_steps: int
     kl_weight: float
     batch_size: int
-    precision: str = "float32"
+    gradient_clip: float | None = None
+    precisions: tuple[str, ...] = ("float32",)
     rounds: int = 5
 
 
@@ -69,6 +71,8 @@ SIZES = (
         num_steps=8,
         kl_weight=1.0,
         batch_size=64,
+        gradient_clip=1.0,
+        precisions=("float32", "bfloat16"),
     ),
     Size(  # configs/maskgit/fit.yaml
         "MaskGIT 512×512",
@@ -78,17 +82,17 @@ SIZES = (
         num_steps=15,
         kl_weight=0.0,
         batch_size=8,
-        precision="bfloat16",
+        precisions=("bfloat16",),
         rounds=3,
     ),
 )
 
 
 def bench_training(sizes: Sequence[Size] = SIZES) -> pd.DataFrame:
-    """Two rows a size: the loop over single pairs, and batches.
+    """A row for the loop over single pairs at each size, and one for batches in each precision.
 
     Raises:
-        ValueError: if the two ways differ in the loss of a pair.
+        ValueError: if the ways differ in the loss of a pair.
     """
     return pd.DataFrame([row for size in sizes for row in _measure(size)])
 
@@ -125,60 +129,74 @@ def task_of(size: Size) -> ShortcutTask:
     return task
 
 
+class _Way(NamedTuple):
+    """A way to train: the precision, and the batches that a round goes through."""
+
+    name: str
+    precision: str
+    batches: list[Transition]
+
+
 def _measure(size: Size) -> list[dict[str, Any]]:
     task, batch = task_of(size), random_pairs(size)
-    batches = {_LOOP: [_single(batch, row) for row in range(size.batch_size)], _BATCHES: [batch]}
-    losses = {way: _loss_of_a_pair(task, size, several) for way, several in batches.items()}
-    if abs(losses[_LOOP] - losses[_BATCHES]) > _TOLERANCE[size.precision] * losses[_LOOP]:
-        raise ValueError(f"{size.name}: the loss of a pair differs: {losses}")
-    runs = {way: partial(_train, _Trained(task), size, several) for way, several in batches.items()}
+    ways = [_Way(_LOOP, size.precisions[0], [_single(batch, row) for row in range(size.batch_size)])]
+    ways += [_Way(f"batches, {precision}", precision, [batch]) for precision in size.precisions]
+    losses = [_loss_of_a_pair(task, way) for way in ways]
+    for way, loss in zip(ways, losses, strict=True):
+        if abs(loss - losses[0]) > _TOLERANCE[way.precision] * losses[0]:
+            raise ValueError(f"{size.name}, {way.name}: the loss of a pair is {loss}, not {losses[0]}")
+    runs = {way.name: partial(_train, _Trained(task), size, way) for way in ways}
     latencies = measure_latency(runs, torch.device("cpu"), size.batch_size, size.rounds)
     ratios = speedups(latencies, _LOOP)
     return [
         {
             "training": size.name,
             "rows × width": f"{size.num_tokens + 1} × {size.network['width']}",
-            "precision": size.precision,
-            "way": way,
-            "batch": len(several[0].step),
-            "pairs/s": round(1000 / latencies[way].median_ms, 1),
-            "ratio": round(ratios[way], 2),
-            "loss a pair": round(losses[way], 5),
+            "way": way.name,
+            "precision": way.precision,
+            "batch": len(way.batches[0].step),
+            "pairs/s": round(1000 / latencies[way.name].median_ms, 1),
+            "ratio": round(ratios[way.name], 2),
+            "loss a pair": round(loss, 5),
             "rounds": size.rounds,
-            "device": latencies[way].device,
+            "device": latencies[way.name].device,
             "torch": torch.__version__,
         }
-        for way, several in batches.items()
+        for way, loss in zip(ways, losses, strict=True)
     ]
 
 
 class _Trained:
-    """A copy of a task with its own optimiser."""
+    """A copy of a task with its own optimiser and average."""
 
     def __init__(self, task: ShortcutTask) -> None:
         self.task = copy.deepcopy(task)
-        self.optimizer = torch.optim.AdamW(self.task.network.parameters(), lr=1e-4)
+        self.parameters = list(self.task.network.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        self.average = AveragedModel(self.task.network, multi_avg_fn=get_ema_multi_avg_fn(0.999))
 
 
-def _train(trained: _Trained, size: Size, batches: Sequence[Transition]) -> None:
-    """A step of the optimiser for each of ``batches``."""
-    for batch in batches:
+def _train(trained: _Trained, size: Size, way: _Way) -> None:
+    """A step of the optimiser for each batch."""
+    for batch in way.batches:
         trained.optimizer.zero_grad()
-        with _precision(size):
+        with _autocast(way):
             terms, _ = trained.task.terms(batch, last=0)
         (terms[0] + size.kl_weight * terms[2]).backward()
+        if size.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(trained.parameters, size.gradient_clip)
         trained.optimizer.step()
+        trained.average.update_parameters(trained.task.network)
 
 
 @torch.no_grad()
-def _loss_of_a_pair(task: ShortcutTask, size: Size, batches: Sequence[Transition]) -> float:
-    """Mean loss at a masked place over all ``batches``."""
-    with _precision(size):
-        terms, counts = (
-            torch.stack(parts) for parts in zip(*(task.terms(one, last=0) for one in batches), strict=True)
-        )
+def _loss_of_a_pair(task: ShortcutTask, way: _Way) -> float:
+    """Mean loss at a masked place over all batches."""
+    with _autocast(way):
+        measured = [task.terms(batch, last=0) for batch in way.batches]
+    terms, counts = (torch.stack(parts) for parts in zip(*measured, strict=True))
     error, _, kl = (terms * counts).sum(0) / counts.sum(0)
-    return float(error + size.kl_weight * kl)
+    return float(error + task.kl_weight * kl)
 
 
 def _single(batch: Transition, row: int) -> Transition:
@@ -196,8 +214,8 @@ def _single(batch: Transition, row: int) -> Transition:
     )
 
 
-def _precision(size: Size) -> Any:
-    return torch.autocast("cpu", torch.bfloat16) if size.precision == "bfloat16" else nullcontext()
+def _autocast(way: _Way) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=way.precision == "bfloat16")
 
 
 def main(path: Path = Path("runs/bench_data/training.json")) -> None:

@@ -31,13 +31,14 @@ def test_measured_network_is_that_of_the_configuration(size: Size, base: str) ->
     assert size.kl_weight == model.get("kl_weight", 0)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_both_ways_are_measured_on_the_same_loss(precision: str) -> None:
-    loop, batches = bench_training([replace(TINY, precision=precision)]).to_dict("records")
-    assert (loop["batch"], batches["batch"]) == (1, 6)
+def test_all_ways_are_measured_on_the_same_loss() -> None:
+    loop, single, half = bench_training([replace(TINY, precisions=("float32", "bfloat16"))]).to_dict("records")
+    assert [way["batch"] for way in (loop, single, half)] == [1, 6, 6]
+    assert [way["precision"] for way in (loop, single, half)] == ["float32", "float32", "bfloat16"]
     assert loop["ratio"] == 1
-    assert batches["ratio"] == pytest.approx(batches["pairs/s"] / loop["pairs/s"], rel=0.1)
-    assert batches["loss a pair"] == pytest.approx(loop["loss a pair"], rel=0.02) != 0
+    for way in (single, half):
+        assert way["ratio"] == pytest.approx(way["pairs/s"] / loop["pairs/s"], rel=0.1)
+        assert way["loss a pair"] == pytest.approx(loop["loss a pair"], rel=0.02) != 0
 
 
 def test_pairs_are_of_all_steps() -> None:
@@ -47,7 +48,7 @@ def test_pairs_are_of_all_steps() -> None:
 def test_other_loss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     single = training._single
     monkeypatch.setattr(training, "_single", lambda batch, row: single(batch, 0))
-    with pytest.raises(ValueError, match="tiny: the loss of a pair differs"):
+    with pytest.raises(ValueError, match="tiny, batches, float32: the loss of a pair is"):
         bench_training([TINY])
 
 
@@ -64,5 +65,5 @@ def test_table_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(training, "bench_training", lambda: bench_training([TINY]))
     training.main(tmp_path / "new" / "training.json")
     rows = json.loads((tmp_path / "new" / "training.json").read_text())
-    assert [row["way"] for row in rows] == ["single pairs", "batches"]
+    assert [row["way"] for row in rows] == ["single pairs", "batches, float32"]
     assert "| tiny" in said[0]
