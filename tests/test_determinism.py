@@ -63,7 +63,12 @@ def test_image_depends_neither_on_its_batch_nor_on_its_rank(
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 def test_same_seed_trains_the_same_weights_and_another_seed_others(recorded: Path) -> None:
     folder = recorded.parents[2]
-    short = ("--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.callbacks=null")
+    short = (
+        "--trainer.max_steps=3",
+        "--trainer.val_check_interval=3",
+        "--trainer.callbacks=null",
+        "--trainer.enable_checkpointing=false",
+    )
     export = {"path": WEIGHTS, "licence": "Apache-2.0", "trained_on": "three images"}
     words = [f"--trainer.callbacks.{name}={value}" for name, value in export.items()]
     found = []
