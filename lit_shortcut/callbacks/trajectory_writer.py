@@ -1,9 +1,12 @@
-"""Record what predict generates: a shard per batch, gone on with after an interruption."""
+"""Record what predict generates: a shard per batch, written in the background, gone on with after an interruption."""
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,12 +26,14 @@ from lit_shortcut.trajectory import (
     interface_fingerprint,
     is_complete,
     recorded_bytes,
+    remove_leftovers,
     remove_shards,
     save_interface,
     write_shard,
 )
 
 _GB = 1e9
+_log = logging.getLogger(__name__)
 
 
 class Recording(Protocol):
@@ -49,21 +54,46 @@ class Recorded(Protocol):
     finished: set[int]
 
 
+class Background:
+    """Runs jobs one after the other in a thread of its own, of which at most ``limit`` wait or run at a time."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._jobs, self._thread = limit, deque[Future[None]](), ThreadPoolExecutor(1)
+
+    def submit(self, job: Callable[..., None], *arguments: Any) -> None:
+        """Have ``job`` run; wait where as many as allowed are before it. Raises what an earlier job raised."""
+        while self._jobs and (self._jobs[0].done() or len(self._jobs) >= self._limit):
+            self._jobs.popleft().result()
+        self._jobs.append(self._thread.submit(job, *arguments))
+
+    def finish(self) -> None:
+        """Wait for all jobs. Raises what the first that failed raised."""
+        self._thread.shutdown()
+        while self._jobs:
+            self._jobs.popleft().result()
+
+
 class TrajectoryWriter(BasePredictionWriter):
     """Write each predicted batch as one shard of a set of trajectories.
+
+    Shards are encoded and written while the next batch is generated. An error in it ends the run at the next batch, or
+    at the end; what was generated before is written all the same.
 
     Interrupted and started again, predict generates the missing shards alone; their bytes are the same as without the
     interruption.
 
     Args:
         folder: of the set.
-        dtype: of the recorded features.
+        dtype: of the recorded features: ``bfloat16``, ``float16``, ``float32``, or ``int8`` with a scale for each row.
         overwrite: record anew where ``folder`` holds a complete set, or another one; its shards are deleted first.
+        waiting: batches that are kept in memory until they are written; more make generation wait.
     """
 
-    def __init__(self, folder: Path, dtype: Dtype = "bfloat16", overwrite: bool = False) -> None:
+    def __init__(self, folder: Path, dtype: Dtype = "bfloat16", overwrite: bool = False, waiting: int = 2) -> None:
         super().__init__("batch")
-        self.folder, self.dtype, self.overwrite = Path(folder), dtype, overwrite
+        if waiting < 1:
+            raise ValueError(f"waiting must be at least 1, got {waiting}")
+        self.folder, self.dtype, self.overwrite, self.waiting = Path(folder), dtype, overwrite, waiting
         self.is_recording = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -90,6 +120,8 @@ class TrajectoryWriter(BasePredictionWriter):
         self.is_recording = len(data.finished) < self.card.num_shards
         if not self.is_recording:  # Lightning warns of an empty loader, but not of none
             self.limit, trainer.limit_predict_batches = trainer.limit_predict_batches, 0
+            return
+        self.background = Background(self.waiting)
 
     def write_on_batch_end(
         self,
@@ -101,9 +133,18 @@ class TrajectoryWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write the batch as the shard that its first id belongs to."""
+        """Have the batch written as the shard that its first id belongs to."""
         index = int(prediction.conditions.ids[0]) // self.card.samples_per_shard
-        write_shard(self.folder, index, prediction, self.card)
+        self.background.submit(write_shard, self.folder, index, prediction, self.card)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Write what was generated before the run failed."""
+        if self.is_recording:
+            try:
+                self.background.finish()
+            except TrajectoryError as error:
+                if error is not exception:
+                    _log.warning("%s", error)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Say what is recorded. Not at ``on_predict_end``, which a rank without batches never reaches."""
@@ -112,6 +153,7 @@ class TrajectoryWriter(BasePredictionWriter):
         if not self.is_recording:
             trainer.limit_predict_batches = self.limit
             return
+        self.background.finish()
         trainer.strategy.barrier("shards written")
         if trainer.is_global_zero:
             finished = finished_shards(self.folder, self.card)
@@ -160,6 +202,7 @@ class TrajectoryWriter(BasePredictionWriter):
         return False
 
     def _prepare(self, base: MaskedImageModel, anew: bool) -> None:
+        remove_leftovers(self.folder)
         if anew:
             remove_shards(self.folder)
         finished = finished_shards(self.folder, self.card)

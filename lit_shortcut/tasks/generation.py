@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from lit_shortcut.acceleration.compilation import compile_networks
 from lit_shortcut.acceleration.planned import Vanilla
@@ -163,15 +163,18 @@ class GenerationTask(L.LightningModule):
 
 
 def record(base: MaskedImageModel, conditions: Conditions, decoding: Decoding) -> Trajectories:
-    """Run the vanilla loop and keep the features of every step."""
-    features, tokens = [], conditions.ids
+    """Run the vanilla loop and keep the features of every step, in memory that is taken once for all of them."""
+    features, tokens = None, conditions.ids
     committed_at = torch.empty(len(conditions.ids), base.spec.num_tokens, dtype=torch.long, device=tokens.device)
     for step in sample(base, conditions, decoding, Vanilla()):
-        features.append(step.features)
+        if features is None:
+            branches, batch, *rows = step.features.shape
+            features = step.features.new_empty(batch, branches, decoding.num_steps, *rows)
+        features[:, :, step.state.step] = step.features.transpose(0, 1)
         tokens = step.tokens
         committed_at.scatter_(1, step.committed.positions, step.state.step)
-    stacked: Tensor = torch.stack(features, dim=2).transpose(0, 1)  # (G, B, N, S, C) to (B, G, N, S, C)
+    assert features is not None
     text = base.context(conditions, guided=decoding.guidance != 0).text
     if text is not None:
         text = Text(*(part.transpose(0, 1) for part in text))  # (G, B, …) to (B, G, …)
-    return Trajectories(conditions, stacked, tokens, committed_at, text)
+    return Trajectories(conditions, features, tokens, committed_at, text)

@@ -18,6 +18,7 @@ from lit_shortcut.trajectory.files import TrajectoryError, is_remote, locate, sh
 from lit_shortcut.trajectory.interface_file import interface_fingerprint, load_interface, save_interface
 from lit_shortcut.trajectory.sample import Trajectory, stack
 from lit_shortcut.trajectory.source import Source, read_shard
+from lit_shortcut.trajectory.verification import problems
 from lit_shortcut.trajectory.windows import EncodedTransition, Order, Window, course, select, transitions
 from lit_shortcut.trajectory.writing import (
     check_shards,
@@ -52,6 +53,7 @@ __all__ = [
     "is_remote",
     "load_interface",
     "locate",
+    "problems",
     "read_shard",
     "recorded_bytes",
     "remove_leftovers",

@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
 
     def decode(self) -> Tensor:
         """Features (…, S, C): floating-point numbers as stored, integers as float32."""
-        return self.values if self.scales is None else self.values * self.scales[..., None]
+        return self.values if self.scales is None else self.values.to(SCALES).mul_(self.scales[..., None])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Encoded:
         """``function`` of both tensors; it treats leading dimensions alone."""

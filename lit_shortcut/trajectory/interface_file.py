@@ -6,12 +6,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.trajectory.card import Card
-from lit_shortcut.trajectory.files import TrajectoryError, is_remote, locate, opened
-from lit_shortcut.weights import fingerprint, load_tensors, save_tensors
+from lit_shortcut.trajectory.files import TrajectoryError, is_remote, locate, opened, whole
+from lit_shortcut.weights import fingerprint, load_tensors
 
 _INTERFACE = "interface.safetensors"
 
@@ -22,8 +23,9 @@ def interface_fingerprint(interface: TokenInterface) -> str:
 
 
 def save_interface(folder: Path, interface: TokenInterface) -> None:
-    """Write ``interface`` beside the shards in ``folder``."""
-    save_tensors(folder / _INTERFACE, _tensors(interface), {})
+    """Write ``interface`` beside the shards in ``folder``, whole or not at all."""
+    with whole(folder / _INTERFACE) as file:
+        file.write(save(_tensors(interface)))
 
 
 def load_interface(source: str | Path, card: Card) -> TokenInterface:

@@ -90,13 +90,13 @@ def check_shards(folder: Path, card: Card) -> None:
 
 
 def remove_shards(folder: Path) -> None:
-    """Delete all shards in ``folder``, and what an interrupted run left aside."""
-    for path in sorted(folder.glob("shard-*")) + sorted(folder.glob(".shard-*.tmp*")):
+    """Delete all shards in ``folder``."""
+    for path in sorted(folder.glob("shard-*")):
         path.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a run that was killed left aside; no other run may be writing."""
+    """Delete what runs that were killed left aside in ``folder``; no other may be writing there."""
     for path in folder.glob(".*.tmp*"):
         path.unlink()
 
