@@ -55,17 +55,17 @@ class Sidecar:
             values = json.loads(read_small(where, _LIMIT))
             sidecar = cls(**values | {"checksums": [Checksums(*one) for one in values["checksums"]]})
             whole_numbers = type(sidecar.bytes) is int and type(sidecar.sha256) is str
-            counts = [len(one.steps) for one in sidecar.checksums]
+            counts = {len(one.steps) for one in sidecar.checksums}
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             if isinstance(error, TrajectoryError):
                 raise
             raise TrajectoryError(f"{where}: expected size and checksums of {shard_name(index)} ({error})") from error
         if sidecar.card != card.digest:
             raise TrajectoryError(f"{where}: expected a shard of set {card.digest}, found one of {sidecar.card}")
-        expected = [card.branches * card.num_steps] * len(card.ids(index))
-        if counts != expected or not whole_numbers:
+        samples, steps = len(card.ids(index)), card.branches * card.num_steps
+        if len(sidecar.checksums) != samples or counts != {steps} or not whole_numbers:
             raise TrajectoryError(
-                f"{where}: expected the size of {shard_name(index)} and checksums of {len(expected)} samples of "
+                f"{where}: expected the size of {shard_name(index)} and checksums of {samples} samples of "
                 f"{card.branches} × {card.num_steps} steps, found others"
             )
         return sidecar

@@ -13,6 +13,8 @@ from lit_shortcut.trajectory.sidecar import Sidecar
 from lit_shortcut.trajectory.source import Source
 from lit_shortcut.weights import WeightsError
 
+_ABSENT = 1000
+
 
 def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
     """What is wrong with the set at folder or URL prefix ``source``, each with its file; nothing of a sound set.
@@ -32,12 +34,17 @@ def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
     if not is_remote(source):
         yield from _strangers(Path(source), card)
     opened = Source(source, card, kept=1, cache=cache)
+    absent = 0  # a card may claim more shards than anyone wants to see listed
     for index in range(card.num_shards):
         path = opened.folder / shard_name(index)
         if is_remote(source) or path.exists():
             yield from _problems_of(opened, index, path)
-        else:
-            yield f"{path}: no such shard"
+            continue
+        absent += 1
+        yield f"{path}: no such shard"
+        if absent == _ABSENT:
+            yield f"{source}: {absent} of {card.num_shards} shards were missing when this check gave up"
+            return
 
 
 def _problems_of(source: Source, index: int, path: Path) -> Iterator[str]:
