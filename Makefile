@@ -14,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 .NOTPARALLEL:
-.PHONY: help install demo extract-trajectories fit report table report-full bench base test lint format types unit toy clean
+.PHONY: help install demo extract-trajectories fit report table report-full bench bench-data base test lint format types unit toy clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ report-full: install ## The same at full length: 5,000 images a row, 3 seeds; go
 bench: BASE := maskgit
 bench: install ## Where the time of one run goes, part by part (default: MaskGIT at published size, random weights)
 	$(RUN) test --config configs/$(BASE)/bench.yaml
+
+bench-data: install ## The path of the data against what it replaces: loader, recording, price of the encoding
+	$(VENV)/bin/python -m lit_shortcut.bench_data
 
 base: install ## Retrain the embedded default from images: tokenizer, classifier, reference statistics, base (hours)
 	$(RUN) fit --config configs/fashion/tokenizer.yaml

@@ -47,7 +47,7 @@ class Head(NamedTuple):
 
 
 class Shard:
-    """An open shard of a set in a local folder.
+    """An open shard of a set in a local folder; its file is closed with the last use of the object.
 
     Args:
         path: of the tar; its sidecar lies beside it.
@@ -68,7 +68,7 @@ class Shard:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise TrajectoryError(f"{self.where}: no readable shard ({error.strerror})") from error
-        self.close = finalize(self, os.close, self._file)
+        finalize(self, os.close, self._file)
         size = os.fstat(self._file).st_size
         if size != self._sidecar.bytes:
             raise TrajectoryError(
@@ -94,17 +94,18 @@ class Shard:
             TrajectoryError: naming the sample, if its bytes are not those that were written, or are NaN.
         """
         head, (start, _) = self.head(row), self._members[row][0]
-        targets = [out.values] if out.scales is None else [out.values, out.scales]
+        stored = out.map(lambda part: part[:, : head.num_rows])
+        parts = [stored.values] if stored.scales is None else [stored.values, stored.scales]
         sums, where = self._sidecar.checksums[row].steps, self._named(row)
         for step in range(len(out.values)):
-            views = [_bytes_of(target[step, : head.num_rows]) for target in targets]
+            views = [_bytes_of(part[step]) for part in parts]
             for view, (begin, _) in zip(views, head.steps[first + step], strict=True):
                 self._read_into(view, start + begin)
             if checksum(*views) != sums[first + step]:
                 raise TrajectoryError(
                     f"{where}: features at step {first + step}: checksum differs; the file is damaged"
                 )
-        require_finite_features(out.map(lambda part: part[:, : head.num_rows]), where)
+        require_finite_features(stored, where)
 
     def trajectory(self, row: int) -> Trajectory:
         """The whole sample at ``row``, decoded.

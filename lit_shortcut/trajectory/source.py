@@ -5,11 +5,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lit_shortcut.trajectory.card import Card
 from lit_shortcut.trajectory.files import TrajectoryError, is_remote, locate, opened, shard_name, whole
@@ -18,7 +18,7 @@ from lit_shortcut.trajectory.sample import Trajectory
 from lit_shortcut.trajectory.sidecar import Sidecar
 
 CACHE = Path("~/.cache/lit-shortcut")
-_OPEN = 64  # shards whose files and sample heads are kept; some MB
+_OPEN = 64  # shards whose files and sample heads a thread keeps; some MB
 _CHUNK = 2**20
 
 
@@ -36,10 +36,7 @@ class Source:
         self.source, self.card, self.kept = source, card, kept
         name = hashlib.sha256(f"{source} {card.digest}".encode()).hexdigest()[:16]
         self.folder = (cache or CACHE).expanduser() / name if is_remote(source) else Path(source)
-        self._open: OrderedDict[int, Shard] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}  # a spawned worker opens its own
+        self._of_thread = threading.local()  # so that no thread waits for another, nor closes what it reads
 
     def shard(self, index: int) -> Shard:
         """Shard ``index``, open, fetched before where that is needed.
@@ -47,18 +44,19 @@ class Source:
         Raises:
             TrajectoryError: if it is missing or damaged.
         """
-        if index in self._open:
-            self._open.move_to_end(index)
-            return self._open[index]
+        kept: OrderedDict[int, Shard] = self._of_thread.__dict__.setdefault("open", OrderedDict())
+        if index in kept:
+            kept.move_to_end(index)
+            return kept[index]
         if is_remote(self.source):
             with self._locked(index):
                 self._fetch(index)
                 shard = Shard(self._path(index), index, self.card, locate(self.source, shard_name(index)))
         else:
             shard = Shard(self._path(index), index, self.card)
-        self._open[index] = shard
-        if len(self._open) > _OPEN:
-            self._open.popitem(last=False)[1].close()
+        kept[index] = shard
+        if len(kept) > _OPEN:
+            kept.popitem(last=False)
         return shard
 
     def trajectories(self, index: int) -> Iterator[Trajectory]:

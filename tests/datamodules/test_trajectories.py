@@ -7,15 +7,16 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
-from threading import Thread
+from threading import Thread, active_count
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import Dataset
 
-from datamodules.trajectories import TrajectoryDataModule
+from datamodules.trajectories import EpochLoader, TrajectoryDataModule
 from lit_shortcut.contracts import Trajectories, Transition
 from lit_shortcut.trajectory import TrajectoryError
 from tests.tiny_trajectories import SPEC, adopt, interface, trajectories, write_set
@@ -120,6 +121,30 @@ def test_resumed_epoch_goes_on_with_the_same_batches_and_reads_none_of_those_bef
     resumed = module.train_dataloader()
     resumed.load_state_dict(state)
     assert begun + [names(batch.decode()) for batch in resumed] == expected
+
+
+def test_loader_left_in_the_middle_leaves_no_thread(folder: Path) -> None:
+    before = active_count()
+    batches = iter(make(folder, num_workers=3).train_dataloader())
+    next(batches)
+    assert active_count() > before
+    del batches
+    assert active_count() == before
+
+
+def test_batches_are_made_no_more_than_two_a_thread_ahead() -> None:
+    asked: list[int] = []
+
+    class Numbers(Dataset[int | None]):
+        def __getitem__(self, place: tuple[int, int]) -> int | None:
+            asked.append(place[1])
+            return None if place[1] == 3 else place[1]
+
+    seen = []
+    for number in EpochLoader(Numbers(), 12, num_workers=2):
+        seen.append(number)
+        assert len(asked) <= number + 4
+    assert seen == [number for number in range(12) if number != 3]
 
 
 def test_epoch_after_a_resumed_one_is_whole(folder: Path) -> None:
