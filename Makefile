@@ -14,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 .NOTPARALLEL:
-.PHONY: help install demo extract-trajectories fit report table report-full bench plan base base-fashion base-fashion_text test lint format types unit toy clean
+.PHONY: help install demo extract-trajectories fit report table report-full bench bench-data plan base base-fashion base-fashion_text test lint format types unit toy clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ report-full: install ## The same at full length: thousands of images a row, 3 se
 bench: BASE := maskgit
 bench: install ## Where the time of one run goes, part by part (default: MaskGIT at published size, random weights)
 	$(RUN) test --config configs/$(BASE)/bench.yaml
+
+bench-data: install ## The path of the data against what it replaces: loader, recording, encoding, training
+	$(VENV)/bin/python -m lit_shortcut.bench_data
 
 plan: BASE := dimoo
 plan: install ## What runs at published size will take on this device, told from one layer (default: Lumina-DiMOO)

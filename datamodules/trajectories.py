@@ -1,147 +1,127 @@
-"""Recorded trajectories, streamed: shuffled transitions to train on, whole trajectories to validate on."""
+"""Recorded trajectories: shuffled transitions to train on, whole trajectories to validate on."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import lightning as L
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
-from lit_shortcut.contracts import Trajectories, Transition
+from lit_shortcut.contracts import Trajectories
 from lit_shortcut.interface import TokenInterface
+from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.trajectory import (
     Card,
+    EncodedTransition,
+    OnCorrupt,
+    Order,
+    Source,
+    Trajectory,
     TrajectoryError,
+    WindowReader,
     check_shards,
-    collate,
     is_remote,
     load_interface,
     locate,
     read_shard,
-    read_trajectory,
     stack,
-    transitions,
 )
 
-
-def _rng(*parts: int) -> random.Random:
-    return random.Random(repr(parts))  # noqa: S311 - an order to read in, no secret
-
-
-def _place(rank: int, world_size: int) -> tuple[int, int]:
-    """This reader's number among all readers, rank × worker, and how many there are."""
-    worker = get_worker_info()
-    number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-    return rank * workers + number, world_size * workers
+Batch = TypeVar("Batch")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Training(IterableDataset[Transition]):
-    """Endless batches of one epoch. Rank and world are given, since a spawned worker knows no process group."""
+class _Training(Dataset[EncodedTransition]):
+    """Item (epoch, number): the batch of that number of one rank."""
 
-    source: str
-    card: Card
-    shards: range
+    reader: WindowReader
+    batch_size: int
     rank: int
     world_size: int
-    batch_size: int
-    shuffle_buffer: int
-    window: int
-    seed: int
-    epoch: int
 
-    def __iter__(self) -> Iterator[Transition]:
-        reader, readers = _place(self.rank, self.world_size)
-        rng, items = _rng(self.seed, self.epoch, reader), self._transitions(reader, readers)
-        buffer = list(islice(items, self.shuffle_buffer))
-        batch = []
-        for item in items:
-            place = rng.randrange(len(buffer))
-            batch.append(buffer[place])
-            buffer[place] = item
-            if len(batch) == self.batch_size:
-                yield collate(batch)
-                batch = []
-
-    def _transitions(self, reader: int, readers: int) -> Iterator[Transition]:
-        """This reader's share of endless passes over the shards, each pass in an order of its own.
-
-        Where shards are fewer than readers, each is read by several, which take its samples in turn.
-        """
-        parts = -(-readers // len(self.shards))
-        turn = 0
-        for number in count():
-            units = [(shard, part) for shard in self.shards for part in range(parts)]
-            _rng(self.seed, self.epoch, -1, number).shuffle(units)
-            for shard, part in units:
-                if turn % readers == reader:
-                    for sample in islice(read_shard(self.source, shard, self.card), part, None, parts):
-                        yield from transitions(read_trajectory(sample, self.card), self.window)
-                turn += 1
+    def __getitem__(self, index: tuple[int, int]) -> EncodedTransition:
+        epoch, number = index
+        first = (number * self.world_size + self.rank) * self.batch_size
+        return self.reader.read(epoch, range(first, first + self.batch_size))
 
 
 @dataclass(eq=False)
-class _Validation(IterableDataset[Trajectories]):
-    """Every sample of the shards once: readers take samples, not shards, in turn."""
+class _Validation(Dataset[Trajectories | None]):
+    """Item (epoch, number): the batch of that number; None where it has no samples, or skips all as damaged."""
 
-    source: str
-    card: Card
-    shards: range
-    rank: int
-    world_size: int
+    source: Source
+    ids: Sequence[int]
     batch_size: int
+    on_corrupt: OnCorrupt
 
-    def __iter__(self) -> Iterator[Trajectories]:
-        samples = chain.from_iterable(read_shard(self.source, shard, self.card) for shard in self.shards)
-        reader, readers = _place(self.rank, self.world_size)
-        mine = islice(samples, reader, None, readers)
-        while batch := [read_trajectory(sample, self.card) for sample in islice(mine, self.batch_size)]:
-            yield stack(batch)
+    def __getitem__(self, index: tuple[int, int]) -> Trajectories | None:
+        first = index[1] * self.batch_size
+        found = [self._read(number) for number in self.ids[first : first + self.batch_size]]
+        readable = [one for one in found if one is not None]
+        return stack(readable) if readable else None
+
+    def _read(self, number: int) -> Trajectory | None:
+        shard, row = divmod(number, self.source.card.samples_per_shard)
+        try:
+            return self.source.shard(shard).trajectory(row)
+        except TrajectoryError as error:
+            if self.on_corrupt == "raise":
+                raise
+            _log.warning("skipped: %s", error)
+            return None
 
 
-class EpochLoader:
-    """``length`` batches an epoch, the same on every rank; taken up again where a checkpoint was saved.
+class EpochLoader(Generic[Batch]):
+    """``length`` batches an epoch; taken up again where a checkpoint was saved, without reading what was seen.
 
     Lightning saves and restores its state. It has a length also because without one Lightning fetches a batch ahead,
-    and the saved state would be off by one. Batches already seen are read again and thrown away.
+    and the saved state would be off by one.
+
+    Batches are made ahead by threads. Reading, checksums and tensors' arithmetic hold no lock of Python, and what a
+    thread makes is where it is used: a process would copy each batch into shared memory first, which took 2 to 3 times
+    as long as reading it.
 
     Args:
-        batches: the batches of an epoch, given its number; at least ``length`` of them.
-        epoch: tells the epoch's number; asked when it begins.
+        batches: item (epoch, number) is a batch, or None where it is left out; threads ask for several at a time.
         length: batches in an epoch.
+        epoch: tells the epoch's number; asked when it begins.
         layout: all that the order depends on, compared when a checkpoint is taken up.
+        num_workers: threads, each of which is two batches ahead at most; 0 makes a batch when it is asked for.
     """
 
     def __init__(
         self,
-        batches: Callable[[int], Iterable[Transition]],
-        epoch: Callable[[], int],
+        batches: Dataset[Batch | None],
         length: int,
-        layout: dict[str, int],
+        epoch: Callable[[], int] = lambda: 0,
+        layout: dict[str, int | str] | None = None,
+        num_workers: int = 0,
     ) -> None:
-        self._batches, self._epoch, self._length, self._layout = batches, epoch, length, layout
+        self._batches, self._length, self._epoch, self._layout = batches, length, epoch, layout or {}
+        self._num_workers = num_workers
         self._position, self._resume = (0, 0), (0, 0)
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[Transition]:
+    def __iter__(self) -> Iterator[Batch]:
         epoch = self._epoch()
-        seen = self._resume[1] if self._resume[0] == epoch else 0
+        done = self._resume[1] if self._resume[0] == epoch else 0
         self._resume = (0, 0)
-        if seen >= self._length:
-            return
-        for number, batch in enumerate(islice(self._batches(epoch), self._length), start=1):
-            if number > seen:
-                self._position = (epoch, number)
+        places = [(epoch, number) for number in range(done, self._length)]
+        made = self._made_ahead(places) if self._num_workers else map(self._batches.__getitem__, places)
+        for number, batch in enumerate(made, start=done + 1):
+            self._position = (epoch, number)
+            if batch is not None:
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,24 +144,44 @@ class EpochLoader:
             raise TrajectoryError(f"the checkpoint's place among the batches is lost: {', '.join(changes)}")
         self._position = self._resume = (state["epoch"], state["done"])
 
+    def _made_ahead(self, places: Sequence[tuple[int, int]]) -> Iterator[Batch | None]:
+        threads = ThreadPoolExecutor(self._num_workers)
+        waiting: deque[Future[Batch | None]] = deque()
+        try:
+            for place in places:
+                waiting.append(threads.submit(self._batches.__getitem__, place))
+                if len(waiting) == 2 * self._num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
 
 class TrajectoryDataModule(L.LightningDataModule):
-    """Trains on shuffled transitions, validates on whole trajectories, both streamed from shards.
+    """Trains on shuffled transitions, validates on whole trajectories, both read from shards at any place.
 
-    An epoch has as many batches as fill up with the training transitions, whatever rank reads which: about once each.
-    Not exactly: what is in the buffers when an epoch ends is left, and as many transitions of a second pass seen.
+    An epoch sees each training transition once, but for those that do not fill a batch of all ranks. The order depends
+    on ``seed``, the epoch and ``shuffle_shards`` alone: D ranks of batch B see together what one of batch D · B sees,
+    and the number of workers changes nothing.
+
+    A reading thread holds up to two batches as stored, batch_size × (R + 1) × S × C × bytes per value each (0.1 GB for
+    64 pairs of MaskGIT at 512×512 in int8), and some MB. Batches are decoded on the device they are trained on.
 
     Args:
-        source: folder, or URL prefix that WebDataset opens (``https://…``).
+        source: folder, or URL prefix that WebDataset opens (``https://…``, ``gs://…``, ``hf://…``).
         batch_size: transitions per batch and rank.
-        num_workers: reading processes per rank.
-        shuffle_buffer: transitions that each reading process holds to draw batches from. They take shuffle_buffer ×
-            (R + 1) × S × C × bytes per value of memory: 3.2 GB for 1024 pairs of MaskGIT at 512×512 in bfloat16.
+        num_workers: reading threads per rank; 0 reads when a batch is asked for.
+        shuffle_shards: shards whose transitions are mixed at a time. Of a set behind a URL twice as many lie in
+            ``cache``.
         validation_shards: the last shards of the set, kept aside for validation.
         window: R, steps in a transition.
         seed: of the order.
         base_fingerprint: refuse a set that another base recorded; None takes any.
         validation_batch_size: whole trajectories per validation batch.
+        on_corrupt: what a damaged sample does: ``raise`` stops; with ``skip`` validation goes on without it, in
+            training the next transition of the order stands in for each of its own, and the log names and counts them.
+        cache: folder for fetched shards, ``~/.cache/lit-shortcut`` by default.
     """
 
     def __init__(
@@ -189,18 +189,20 @@ class TrajectoryDataModule(L.LightningDataModule):
         source: str,
         batch_size: int = 64,
         *,
-        num_workers: int = 0,
-        shuffle_buffer: int = 1024,
+        num_workers: int = 1,
+        shuffle_shards: int = 16,
         validation_shards: int = 1,
         window: int = 1,
         seed: int = 0,
         base_fingerprint: str | None = None,
         validation_batch_size: int = 8,
+        on_corrupt: OnCorrupt = "raise",
+        cache: Path | None = None,
     ) -> None:
         super().__init__()
         sizes = {
             "batch_size": batch_size,
-            "shuffle_buffer": shuffle_buffer,
+            "shuffle_shards": shuffle_shards,
             "validation_shards": validation_shards,
             "window": window,
             "validation_batch_size": validation_batch_size,
@@ -210,8 +212,10 @@ class TrajectoryDataModule(L.LightningDataModule):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         locate(source, "")
         self.source, self.batch_size, self.num_workers = source, batch_size, num_workers
-        self.shuffle_buffer, self.validation_shards, self.window = shuffle_buffer, validation_shards, window
+        self.shuffle_shards, self.validation_shards, self.window = shuffle_shards, validation_shards, window
         self.seed, self.base_fingerprint, self.validation_batch_size = seed, base_fingerprint, validation_batch_size
+        self.on_corrupt, self.cache = on_corrupt, cache
+        self.num_replaced = 0
 
     @cached_property
     def card(self) -> Card:
@@ -237,73 +241,81 @@ class TrajectoryDataModule(L.LightningDataModule):
     @cached_property
     def interface(self) -> TokenInterface:
         """The cheap ends of the base that recorded the set."""
-        return load_interface(self.source)
+        return load_interface(self.source, self.card)
 
     def velocity_scale(self) -> Tensor:
         """Standard deviation (C,) of the features' change in a step, at places still masked, over the first shard."""
-        total = squares = torch.zeros(self.card.spec["width"], dtype=torch.float64)
-        rows = 0
-        for sample in read_shard(self.source, 0, self.card):
-            one = read_trajectory(sample, self.card)
-            velocity = one.features.float().diff(dim=1)[:, :, : len(one.tokens)]
-            is_masked = one.committed_at > torch.arange(velocity.shape[1])[:, None]
-            counted = velocity[:, is_masked].flatten(0, -2).double()
-            total, squares, rows = total + counted.sum(0), squares + counted.square().sum(0), rows + len(counted)
-        scale = (squares / rows - (total / rows).square()).clamp(min=0).sqrt().float()
-        return scale.where(scale > 0, 1)  # a channel that never changes has no error to scale
+        first = read_shard(self.source, 0, self.card)
+        return velocity_scale((one.features, one.committed_at) for one in first)
 
     def setup(self, stage: str) -> None:
-        """Look at all shards of a folder; those behind a URL are checked as they are read."""
-        card = self.card
-        if not is_remote(self.source):
-            check_shards(Path(self.source), card)
+        """Look at all shards of a folder; those behind a URL are checked as they are fetched.
 
-    def train_dataloader(self) -> EpochLoader:
-        """Batches of :class:`Transition`, samples and steps mixed, in a new order each epoch."""
+        Raises:
+            TrajectoryError: if one is missing or cut short; with ``on_corrupt: skip`` the log says so.
+        """
+        card = self.card
+        if is_remote(self.source):
+            return
+        try:
+            check_shards(Path(self.source), card)
+        except TrajectoryError as error:
+            if self.on_corrupt == "raise":
+                raise
+            _log.warning("skipped: %s", error)
+
+    def train_dataloader(self) -> EpochLoader[EncodedTransition]:
+        """Batches of transitions, samples and steps mixed, in a new order each epoch."""
         card, (rank, world_size) = self.card, self._ranks()
-        shards = range(card.num_shards - self.validation_shards)
-        windows = len(shards) * card.samples_per_shard * card.branches * (card.num_steps - self.window)
-        length = windows // (self.batch_size * world_size)
+        starts, shards = card.num_steps - self.window, card.num_shards - self.validation_shards
+        order = Order(shards, card.samples_per_shard, card.branches, starts, self.shuffle_shards, self.seed)
+        length = len(order) // (self.batch_size * world_size)
         if not length:
             raise TrajectoryError(
-                f"{self.source}: {windows} training windows do not fill {world_size} batches of {self.batch_size}"
+                f"{self.source}: {len(order)} training windows do not fill {world_size} batches of {self.batch_size}"
             )
-
-        def batches(epoch: int) -> DataLoader[Transition]:
-            # made anew each epoch, so that workers know its number
-            return DataLoader(
-                _Training(
-                    self.source,
-                    card,
-                    shards,
-                    rank,
-                    world_size,
-                    self.batch_size,
-                    self.shuffle_buffer,
-                    self.window,
-                    self.seed,
-                    epoch,
-                ),
-                batch_size=None,
-                num_workers=self.num_workers,
-            )
-
-        layout = {
-            "world_size": world_size,
-            "num_workers": self.num_workers,
-            "batch_size": self.batch_size,
-            "shuffle_buffer": self.shuffle_buffer,
+        reader = WindowReader(self._source(), order, self.window, self.on_corrupt)
+        layout: dict[str, int | str] = {
+            "set": card.digest,
+            "batch_size over all ranks": self.batch_size * world_size,
+            "shuffle_shards": self.shuffle_shards,
             "window": self.window,
             "seed": self.seed,
         }
-        return EpochLoader(batches, lambda: self.trainer.current_epoch if self.trainer else 0, length, layout)
+        return EpochLoader(
+            _Training(reader, self.batch_size, rank, world_size),
+            length,
+            lambda: self.trainer.current_epoch if self.trainer else 0,
+            layout,
+            self.num_workers,
+        )
 
-    def val_dataloader(self) -> DataLoader[Trajectories]:
+    def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on one rank exactly; the last may be smaller."""
         card, (rank, world_size) = self.card, self._ranks()
-        shards = range(card.num_shards - self.validation_shards, card.num_shards)
-        dataset = _Validation(self.source, card, shards, rank, world_size, self.validation_batch_size)
-        return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
+        first = (card.num_shards - self.validation_shards) * card.samples_per_shard
+        ids = range(first + rank, card.num_samples, world_size)
+        batches = _Validation(self._source(), ids, self.validation_batch_size, self.on_corrupt)
+        most = len(range(first, card.num_samples, world_size))  # Lightning leaves a rank out whose length is 0
+        return EpochLoader(batches, -(-most // self.validation_batch_size), num_workers=self.num_workers)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count the transitions that stand in for damaged ones."""
+        if isinstance(batch, EncodedTransition):
+            self.num_replaced += int(batch.replaced.sum())
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Decode features on the device, after a quarter of their size has travelled there."""
+        return batch.decode() if isinstance(batch, EncodedTransition) else batch
+
+    def teardown(self, stage: str) -> None:
+        """Say how many transitions stood in for damaged ones."""
+        if self.num_replaced:
+            _log.warning("%s: %d damaged training transitions were replaced by others", self.source, self.num_replaced)
+
+    def _source(self) -> Source:
+        return Source(self.source, self.card, kept=2 * self.shuffle_shards, cache=self.cache)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,8 +1,9 @@
-"""The ``lightning`` command, also installed as ``lit-shortcut``: fit, validate, test, predict."""
+"""The ``lightning`` command, also installed as ``lit-shortcut``: fit, validate, test, predict; verify."""
 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import auto_cli, set_parsing_settings
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
+from lit_shortcut.checkpoints import WholeCheckpointIO
+from lit_shortcut.trajectory import problems
 from lit_shortcut.weights import read_pickle
 
 _UNION_REPORT = "Does not validate against any of the Union subtypes"  # of jsonargparse; the cause is the class's error
+_VERIFY = "verify"
 
 
 class SaveConfig(SaveConfigCallback):
@@ -41,6 +46,11 @@ class SaveConfig(SaveConfigCallback):
 class ShortcutCLI(LightningCLI):
     """LightningCLI whose checkpoints are read without pickled code and never overrule the YAML."""
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning does; the help tells of what is no verb of a trainer, too."""
+        super().setup_parser(*args, **kwargs)
+        self.parser.epilog = f"lit-shortcut {_VERIFY} SET checks every byte of a recorded set of trajectories."
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults(weights_only=True)
@@ -58,6 +68,13 @@ class ShortcutCLI(LightningCLI):
                 own = own.__cause__
             raise own from own.__cause__
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """As Lightning does, with checkpoints that a kill cannot halve, unless the YAML has a ``CheckpointIO``."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would replace the model's YAML by hyperparameters from the checkpoint; the YAML holds here.
 
@@ -68,8 +85,29 @@ class ShortcutCLI(LightningCLI):
             read_pickle(Path(path))
 
 
+def verify(source: str, cache: Path | None = None) -> None:
+    """Check every byte of a set of trajectories and name each file and sample that is damaged.
+
+    Ends with exit code 1 if anything is wrong.
+
+    Args:
+        source: folder of the set, or URL prefix.
+        cache: folder for fetched shards, ~/.cache/lit-shortcut by default.
+    """
+    count = 0
+    for count, problem in enumerate(problems(source, cache), start=1):  # noqa: B007 - counts
+        print(problem)  # noqa: T201 - what the command is for
+    print(f"{source}: problems: {count}" if count else f"{source}: sound")  # noqa: T201
+    if count:
+        raise SystemExit(1)
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line ``args``, or the process's own."""
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words[:1] == [_VERIFY]:
+        auto_cli(verify, args=words[1:], prog=f"lit-shortcut {_VERIFY}")
+        return
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.…} works under every verb
     os.environ.setdefault("WANDB_MODE", "offline")  # online is asked for by WANDB_MODE=online
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 against torch 2.14 and later

@@ -78,7 +78,7 @@ class TokenSpec(NamedTuple):
     """A base's sizes and special ids; they live here once.
 
     ``sequence_length`` is S, with the longest prompt where prompts differ; ``num_classes`` is 0 for a base that takes
-    prompts.
+    prompts; ``grid_height`` is 0 where the token grid is a square.
     """
 
     num_tokens: int
@@ -87,18 +87,21 @@ class TokenSpec(NamedTuple):
     codebook_size: int
     mask_id: int
     num_classes: int
+    grid_height: int = 0
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of the token grid, a square; the one place to tell a base's other shape.
+        """Height and width of the token grid.
 
         Raises:
-            ValueError: if L is no square number.
+            ValueError: if ``num_tokens`` fill no such grid.
         """
-        side = isqrt(self.num_tokens)
-        if side * side != self.num_tokens:
-            raise ValueError(f"a square token grid is needed, and num_tokens is {self.num_tokens}")
-        return side, side
+        height = self.grid_height or isqrt(self.num_tokens)
+        width, left = divmod(self.num_tokens, height)
+        if left or (not self.grid_height and width != height):
+            shape = f"a token grid of {height} rows" if self.grid_height else "a square token grid"
+            raise ValueError(f"{shape} is needed, and num_tokens is {self.num_tokens}")
+        return height, width
 
 
 class Control(NamedTuple):

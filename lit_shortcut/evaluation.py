@@ -74,7 +74,7 @@ def require_feasible(
             row's steps, a budget lies outside 1..N, a Halton order has no grid to lie on, or a shortcut was trained for
             another base.
     """
-    contexts = [base.context(batch, guided=decoding.guidance != 0) for batch in conditions.loader()]
+    contexts = [base.context(batch, guided=decoding.is_guided) for batch in conditions.loader()]
     if not contexts:
         raise ValueError("conditions hold fewer batches than there are ranks: take smaller batches")
     for row in rows:

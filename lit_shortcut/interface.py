@@ -89,10 +89,15 @@ class TokenInterface(nn.Module):
         ``positions`` (B, M) chooses image places; None takes all L of them. The head runs on those alone.
         """
         if positions is None:
-            rows, bias = features[..., : self.num_tokens, :], self.head_bias
-        else:
-            index = positions[..., None].expand(*features.shape[:-2], -1, features.shape[-1])
-            rows = torch.gather(features, -2, index)
-            bias = None if self.head_bias is None else self.head_bias[positions]
-        logits = rows @ self.head_weight.T.to(rows.dtype)
-        return logits if bias is None else logits + bias
+            logits = self._without_bias(features[..., : self.num_tokens, :])
+            return logits if self.head_bias is None else logits + self.head_bias
+        index = positions[..., None].expand(*features.shape[:-2], -1, features.shape[-1])
+        return self.row_logits(torch.gather(features, -2, index), positions)
+
+    def row_logits(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Logits (..., V) of ``rows`` (..., C) of the features, which stand at image ``positions`` (...)."""
+        logits = self._without_bias(rows)
+        return logits if self.head_bias is None else logits + self.head_bias[positions]
+
+    def _without_bias(self, rows: Tensor) -> Tensor:
+        return rows @ self.head_weight.T.to(rows.dtype)

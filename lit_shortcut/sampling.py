@@ -54,6 +54,16 @@ class Decoding:
             if getattr(self, name) not in get_args(Course):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(Course))}; got {getattr(self, name)!r}")
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is guidance at all."""
+        return self.guidance != 0
+
+    @property
+    def branches(self) -> int:
+        """G, branches of a pass: conditional and unconditional, or the conditional alone."""
+        return 2 if self.is_guided else 1
+
     def at(self, num_steps: int) -> Decoding:
         """The same in ``num_steps`` steps."""
         return replace(self, num_steps=num_steps)
@@ -86,7 +96,7 @@ def sample(
             Halton order is asked for where there is no grid.
     """
     counts = tokens_per_step(decoding.schedule, decoding.num_steps, base.spec.num_tokens)
-    context = base.context(conditions, guided=decoding.guidance != 0)
+    context = base.context(conditions, guided=decoding.is_guided)
     feature_fn = acceleration.start(base, context, decoding.num_steps)
     seeds = conditions.seeds
     tokens = torch.full((len(seeds), base.spec.num_tokens), base.spec.mask_id, device=seeds.device)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,12 +165,13 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 def update_manifest(weights: Path, facts: dict[str, Any], manifest: Path | None = None) -> None:
-    """Enter ``weights`` with its size, sha256 and ``facts`` into ``manifest``, by default the one of its folder."""
+    """Enter ``weights`` into ``manifest``, by default the one of its folder: size, sha256, this command, ``facts``."""
     manifest = manifest or weights.with_name("manifest.yaml")
     entries: dict[str, Any] = yaml.safe_load(manifest.read_text()) if manifest.exists() else {}
     content = weights.read_bytes()
     entries[weights.relative_to(manifest.parent).as_posix()] = {
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
+        "made_by": " ".join(["lightning", *sys.argv[1:]]),
     } | facts
     manifest.write_text(yaml.safe_dump(entries, sort_keys=True, allow_unicode=True, width=120))

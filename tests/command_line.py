@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,10 @@ def record_toy(folder: Path) -> Path:
     """Trajectories of the toy base, recorded below ``folder``."""
     lightning(folder, "predict", "--config", TOY / "extract.yaml")
     return folder / "runs" / "toy" / "trajectories"
+
+
+def fresh_process(target: Callable[..., object], *arguments: object) -> ForkServerProcess:
+    """A process that has imported the command line and trained nothing: autograd's threads do not survive a fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.command_line"])
+    return context.Process(target=target, args=arguments)

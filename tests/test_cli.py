@@ -78,12 +78,21 @@ def test_main_returns_nothing_so_that_the_command_ends_with_success(
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # it is gone on with
-@pytest.mark.parametrize("batch_size", [8, 16], ids=["within an epoch", "into the next epoch"])
-@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize(
+    "data",
+    [
+        ("--data.batch_size=8", "--data.window=1"),
+        ("--data.batch_size=8", "--data.window=3"),
+        ("--data.batch_size=16", "--data.window=1"),
+        ("--data.batch_size=16", "--data.window=3"),
+        ("--config", TOY / "fit_online.yaml"),
+    ],
+    ids=["within an epoch", "windows", "into the next epoch", "windows, next epoch", "online"],
+)
 def test_resumed_fit_ends_with_the_weights_of_the_uninterrupted_one(
-    folder: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory, batch_size: int, window: int
+    folder: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory, data: tuple[object, ...]
 ) -> None:
-    options = (NO_LOGGER, f"--data.batch_size={batch_size}", f"--data.window={window}")
+    options = (*data, NO_LOGGER)
     lightning(folder, *FIT, *options)
     halves = tmp_path_factory.mktemp("halves")
     shutil.copytree(recorded, halves / "runs/toy/trajectories")
@@ -158,7 +167,7 @@ def test_csv_logger_gets_the_report_as_files(folder: Path) -> None:
         ("num_images: 12", "num_images: twelve", "num_images"),
         ("datamodules.conditions.ClassLabels", "datamodules.conditions.Labels", "datamodules.conditions.Labels"),
         ("enable_progress_bar", "enable_progres_bar", "enable_progres_bar"),
-        ("dtype: bfloat16", "dtype: int8", "dtype"),
+        ("dtype: bfloat16", "dtype: int4", "dtype"),
     ],
 )
 def test_wrong_key_or_class_in_yaml_is_named(
@@ -210,7 +219,7 @@ def test_fit_on_a_truncated_set_names_the_shard(folder: Path) -> None:
 def test_fit_on_another_format_version_names_both(folder: Path) -> None:
     card = folder / "runs/toy/trajectories/card.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"format_version": 99}))
-    with pytest.raises(TrajectoryError, match="format_version: expected 1, found 99"):
+    with pytest.raises(TrajectoryError, match="format_version: expected 2, found 99"):
         lightning(folder, *FIT, NO_LOGGER)
 
 

@@ -19,7 +19,7 @@ from lit_shortcut.metrics.images import ClassAgreement, FashionFeatures, Frechet
 from lit_shortcut.networks.classifier import FashionCNN
 from lit_shortcut.networks.tokenizer import FSQTokenizer
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, is_complete, load_interface, read_shard, read_trajectory
+from lit_shortcut.trajectory import Card, is_complete, load_interface, read_shard
 from tests.command_line import CONFIGS, lightning
 from tests.metrics.asked import asked
 
@@ -100,10 +100,10 @@ def test_command_records_the_default_base(default: MaskGIT, tmp_path: Path) -> N
     assert card.base_fingerprint == default.fingerprint
     assert card.spec == default.spec._asdict()
     assert (card.num_samples, card.num_steps, card.branches) == (4, 4, 2)
-    recorded: dict[str, Any] = load_interface(folder).state_dict()
+    recorded: dict[str, Any] = load_interface(folder, card).state_dict()
     for name, tensor in default.interface.state_dict().items():
         assert torch.equal(recorded[name], tensor)
-    samples = [read_trajectory(sample, card) for shard in (0, 1) for sample in read_shard(folder, shard, card)]
+    samples = [one for shard in (0, 1) for one in read_shard(folder, shard, card)]
     assert [one.label for one in samples] == [0, 1, 2, 3]
     (conditions,) = ClassLabels(4, batch_size=4, seed=card.seed).loader()
     drawn = images_of(default, conditions, DECODING, Row(4))

@@ -329,6 +329,13 @@ def test_halton_without_a_square_grid_is_refused(conditions: MakeConditions) -> 
         steps_of(FixedLogits(torch.zeros(1, 15, 2)), conditions(1), num_steps=2, guidance=0.0, order="halton")
 
 
+def test_grid_height_that_does_not_divide_the_tokens_is_refused() -> None:
+    spec = TokenSpec(15, 15, 2, 2, 2, num_classes=5)
+    assert spec._replace(grid_height=5).grid == (5, 3)
+    with pytest.raises(ValueError, match="a token grid of 4 rows is needed, and num_tokens is 15"):
+        spec._replace(grid_height=4).grid  # noqa: B018
+
+
 def test_unknown_order_is_refused() -> None:
     with pytest.raises(ValueError, match="order must be one of confidence, halton, halton_rolled; got 'raster'"):
         Decoding(order="raster")  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from safetensors.torch import load, save
+from torch import Tensor
 
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.acceleration.planned import Planned
@@ -20,23 +19,26 @@ from lit_shortcut.contracts import Conditions, Control, Trajectories
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
 from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.tasks.generation import record
+from lit_shortcut.tasks.recording import record
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     FORMAT_VERSION,
     Card,
+    Order,
+    Source,
     Trajectory,
     TrajectoryError,
-    collate,
+    WindowReader,
+    interface_fingerprint,
     load_interface,
     read_shard,
-    read_trajectory,
     save_interface,
+    select,
     stack,
-    transitions,
     write_shard,
 )
 from lit_shortcut.weights import WeightsError
+from tests.forged_shards import forge, with_tensors
 
 MakeConditions = Callable[..., Conditions]
 DECODING = Decoding(5, "cosine_left", guidance=2.0, guidance_course="constant", temperature=0, confidence_noise=0)
@@ -61,6 +63,7 @@ def card(dimoo: DiMOO) -> Card:
     return Card(
         format_version=FORMAT_VERSION,
         base_fingerprint=dimoo.fingerprint,
+        interface=interface_fingerprint(dimoo.interface),
         spec=dimoo.spec._asdict(),
         decoding=asdict(DECODING),
         branches=2,
@@ -84,7 +87,7 @@ def folder(tmp_path: Path, dimoo: DiMOO, recorded: Trajectories, card: Card) -> 
 
 
 def read_set(folder: Path, card: Card) -> list[Trajectory]:
-    return [read_trajectory(raw, card) for shard in range(card.num_shards) for raw in read_shard(folder, shard, card)]
+    return [one for shard in range(card.num_shards) for one in read_shard(folder, shard, card)]
 
 
 def trained() -> LLaDAShortcutNet:
@@ -125,11 +128,11 @@ def test_sample_takes_the_rows_of_its_own_prompt_whatever_its_batch(
         folder / "apart", 1, record(dimoo, conditions, DECODING), card
     )  # the longest has 10 tokens here, not 17
     for one, other in zip(read_set(folder, card)[3:], read_shard(folder / "apart", 1, card), strict=True):
-        torch.testing.assert_close(one.features, read_trajectory(other, card).features, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-5)
 
 
-def test_interface_beside_the_shards_knows_the_rows_places(folder: Path, dimoo: DiMOO) -> None:
-    found, lengths = load_interface(folder), torch.tensor([4, 9])
+def test_interface_beside_the_shards_knows_the_rows_places(folder: Path, card: Card, dimoo: DiMOO) -> None:
+    found, lengths = load_interface(folder, card), torch.tensor([4, 9])
     for mine, theirs in zip(found.row_places(lengths, 40), dimoo.interface.row_places(lengths, 40), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -138,8 +141,7 @@ def test_training_predicts_what_sampling_does(folder: Path, card: Card, dimoo: D
     """Samples and branches mixed and padded in one training batch, against the predictor in the decoding loop."""
     network = trained()
     steps = list(sample(dimoo, prompted(5), DECODING, Planned(1, Shortcut(network))))
-    items = [item for one in read_set(folder, card) for item in transitions(one) if item.step == 0]
-    batch = collate(items)
+    batch = select(stack(read_set(folder, card)), [(row, branch, 0) for row in range(5) for branch in range(2)])
     assert batch.text is not None
     control = Control(*(part[:, 0] for part in batch.control if part is not None))
     following = task(network, dimoo)(batch.features, control, batch.masked_share[:, 0], batch.text)
@@ -151,8 +153,7 @@ def test_training_predicts_what_sampling_does(folder: Path, card: Card, dimoo: D
 
 
 def test_loss_over_all_rows_leaves_out_padding(folder: Path, card: Card, dimoo: DiMOO) -> None:
-    items = [item for one in read_set(folder, card) for item in transitions(one) if item.step == 1]
-    batch = collate(items)
+    batch = select(stack(read_set(folder, card)), [(row, branch, 1) for row in range(5) for branch in range(2)])
     made = task(trained(), dimoo, rows="all")
     real = made._real_rows(batch)
     assert real.sum(1).tolist() == [FRAME + n for length in LENGTHS for n in (length, 3)]
@@ -169,7 +170,7 @@ def test_loss_over_all_rows_leaves_out_padding(folder: Path, card: Card, dimoo: 
 
 def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path) -> None:
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    data = TrajectoryDataModule(str(folder), batch_size=4, shuffle_buffer=8)
+    data = TrajectoryDataModule(str(folder), batch_size=4)
     trainer = L.Trainer(max_steps=2, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)  # type: ignore[arg-type]
     made = ShortcutTask(LLaDAShortcutNet(16, num_heads=2, mlp_width=32), rows="all", rollout_depth=2)
     trainer.fit(made, datamodule=data)
@@ -179,34 +180,37 @@ def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path)
         trainer.fit(ShortcutTask(ShortcutNet(16, num_heads=2)), datamodule=data)
 
 
-def test_card_from_before_there_were_prompts_is_read(tmp_path: Path, card: Card) -> None:
-    card.write(tmp_path)
-    values = json.loads((tmp_path / "card.json").read_text())
-    del values["prompts"]
-    (tmp_path / "card.json").write_text(json.dumps(values))
-    assert Card.read(tmp_path).prompts == ""
+def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(folder: Path, card: Card) -> None:
+    order = Order(1, rows=3, branches=2, starts=3, group=1, seed=0)
+    found = WindowReader(Source(folder, card), order, 2).read(0, range(7)).decode()
+    places = [order.at(0, position)[1:] for position in range(7)]
+    expected = select(stack(list(read_shard(folder, 0, card))), places, 2)
+    assert found.text is not None
+    assert expected.text is not None
+    assert torch.equal(found.features, expected.features)
+    mine, theirs = ((*batch.control, *batch[2:6], *(batch.text or ())) for batch in (found, expected))
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one, other)
 
 
-def broken(raw: dict[str, bytes], name: str) -> dict[str, bytes]:
-    tensors = load(raw["safetensors"])
+def damage(tensors: dict[str, Tensor], name: str) -> None:
     if name == "missing":
         del tensors["text_lengths"]
     elif name == "nan":
         tensors["text_control"][0, 0] = torch.nan
     else:
         tensors["text_control"] = tensors["text_control"][1:].contiguous()
-    return raw | {"safetensors": save(tensors)}
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "message"),
     [
         ("missing", "'text_lengths' is missing"),
         ("nan", "text_control: expected finite float32"),
         ("short", r"text_control: expected torch.float32 \(11, 16\), found torch.float32 \(10, 16\)"),
     ],
 )
-def test_damaged_text_is_refused(folder: Path, card: Card, damage: str, message: str) -> None:
-    raw = next(read_shard(folder, 0, card))
+def test_damaged_text_is_refused(folder: Path, card: Card, name: str, message: str) -> None:
+    forge(folder, 0, card, with_tensors("00000000", lambda tensors: damage(tensors, name)))
     with pytest.raises(TrajectoryError, match=rf"sample 00000000: {message}"):
-        read_trajectory(broken(raw, damage), card)
+        next(read_shard(folder, 0, card))

@@ -12,7 +12,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.toy import toy_dimoo
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.trajectory import Card, TrajectoryError, is_complete, read_shard, read_trajectory
+from lit_shortcut.trajectory import Card, TrajectoryError, is_complete, read_shard
 from lit_shortcut.weights import WeightsError, save_module
 from tests.command_line import CONFIGS, lightning
 
@@ -39,9 +39,7 @@ def test_predict_records_a_trajectory_for_each_prompt_in_turn(folder: Path) -> N
     card = Card.read(source)
     assert is_complete(source, card)
     assert (card.num_samples, card.num_classes, len(card.prompts)) == (10, len(PROMPTS), 64)
-    recorded = [
-        read_trajectory(raw, card) for shard in range(card.num_shards) for raw in read_shard(source, shard, card)
-    ]
+    recorded = [one for shard in range(card.num_shards) for one in read_shard(source, shard, card)]
     assert [one.prompt for one in recorded] == (PROMPTS * 2)[:10]
     assert all(one.text_lengths is not None and int(one.text_lengths[1]) == 3 for one in recorded)
 

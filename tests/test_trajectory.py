@@ -2,35 +2,44 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
+from torch import Tensor
+from webdataset.tariterators import group_by_keys, tar_file_expander
+from xxhash import xxh3_64
 
+from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.trajectory import (
     Card,
+    Order,
+    Source,
     Trajectory,
     TrajectoryError,
-    collate,
+    WindowReader,
+    encode,
     finished_shards,
+    interface_fingerprint,
     is_complete,
     load_interface,
     read_shard,
-    read_trajectory,
     save_interface,
+    select,
     shard_name,
     stack,
     transitions,
     write_shard,
 )
-from tests.tiny_trajectories import card, interface, trajectories, write_set
+from tests.forged_shards import edit_sidecar
+from tests.tiny_trajectories import SPEC, adopt, card, interface, trajectories, write_set
 
 
 def read_set(folder: Path, made: Card) -> list[Trajectory]:
-    samples = (sample for index in range(made.num_shards) for sample in read_shard(folder, index, made))
-    return [read_trajectory(sample, made) for sample in samples]
+    return [one for index in range(made.num_shards) for one in read_shard(folder, index, made)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -49,7 +58,7 @@ def test_interface_comes_back_whole_even_with_tied_tensors(tmp_path: Path) -> No
     made = interface()
     made.head_weight, made.head_bias = made.code_embedding, None
     save_interface(tmp_path, made)
-    found = load_interface(tmp_path)
+    found = load_interface(tmp_path, card(interface=interface_fingerprint(made)))
     assert found.num_tokens == 9
     assert found.head_bias is None
     assert torch.equal(found.head_weight, made.code_embedding)
@@ -63,11 +72,55 @@ def test_shards_written_twice_are_bit_identical(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_sidecar_tells_samples_size_and_digest(tmp_path: Path) -> None:
-    write_set(tmp_path)
+def test_sidecar_tells_size_digest_and_a_checksum_of_every_step(tmp_path: Path) -> None:
+    made = write_set(tmp_path, dtype="int8")
     content = (tmp_path / "shard-000003.tar").read_bytes()
-    expected = {"samples": 2, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert json.loads((tmp_path / "shard-000003.json").read_text()) == expected
+    found = json.loads((tmp_path / "shard-000003.json").read_text())
+    assert found["bytes"] == len(content)
+    assert found["sha256"] == hashlib.sha256(content).hexdigest()
+    assert found["card"] == made.digest
+    with tarfile.open(tmp_path / "shard-000003.tar") as tar:
+        tensors = load(tar.extractfile("00000010.safetensors").read())  # type: ignore[union-attr]
+        facts = tar.extractfile("00000010.json").read()  # type: ignore[union-attr]
+    expected = [
+        xxh3_64(tensors["features"][g, n].numpy().tobytes() + tensors["scales"][g, n].numpy().tobytes()).hexdigest()
+        for g in range(2)
+        for n in range(4)
+    ]
+    (_, (facts_sum, _, steps)) = found["checksums"]
+    assert steps == expected
+    assert facts_sum == xxh3_64(facts).hexdigest()
+
+
+def test_plain_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    write_set(tmp_path, dtype="int8")
+    path = tmp_path / "shard-000001.tar"
+    with path.open("rb") as stream:
+        samples = list(group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])))
+    assert [sample["__key__"] for sample in samples] == ["00000003", "00000004", "00000005"]
+    tensors = load(samples[1]["safetensors"])
+    decoded = tensors["features"] * tensors["scales"][..., None]
+    assert (decoded - trajectories([4]).features[0]).abs().max() < 4 / 254
+    assert json.loads(samples[1]["json"]) == {"id": 4, "seed": 104, "label": 4}
+
+
+def test_int8_is_off_by_half_a_scale_at_most_and_keeps_zeros_and_extremes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 3, 50, 64, generator=generator) * torch.logspace(-30, 30, 50)[:, None]
+    features[0, 0, 7] = 0
+    encoded = encode(features, "int8")
+    assert encoded.values.dtype == torch.int8
+    assert encoded.scales is not None
+    error = (encoded.decode() - features).abs()
+    assert (error <= encoded.scales[..., None] * 0.5001).all()
+    assert (encoded.decode()[0, 0, 7] == 0).all()
+    largest = features.abs().amax(-1)
+    torch.testing.assert_close(encoded.decode().abs().amax(-1), largest)
+
+
+def test_trajectory_branch_of_published_size_takes_12_megabytes_at_most() -> None:
+    spec = SPEC._asdict() | {"num_tokens": 1024, "sequence_length": 1025, "width": 768}
+    assert card(spec=spec, branches=1, num_steps=15, dtype="int8").sample_bytes <= 12e6
 
 
 def test_members_are_plain_and_nobodys(tmp_path: Path) -> None:
@@ -85,27 +138,26 @@ def test_size_estimate_is_above_the_size_and_close_for_real_sizes(tmp_path: Path
     assert size - padding <= made.sample_bytes * made.num_samples < 2 * size
 
 
+def one_trajectory(features: Tensor, tokens: list[int], committed_at: list[int]) -> Trajectories:
+    column = torch.zeros(1, dtype=torch.long)
+    conditions = Conditions(column, column, column)
+    return Trajectories(conditions, features[None], torch.tensor([tokens]), torch.tensor([committed_at]))
+
+
 def test_transitions_of_a_trajectory_made_by_hand() -> None:
     features = torch.arange(2 * 3 * 3 * 1).view(2, 3, 3, 1).float()  # G=2, N=3, S=3, C=1
-    one = Trajectory(0, 0, 0, features, torch.tensor([4, 5, 6]).int(), torch.tensor([1, 0, 2]).short())
-    items = list(transitions(one))
-    assert len(items) == 4
-    first, second, third = items[:3]
-    assert first.features.flatten().tolist() == [0, 1, 2]
-    assert first.targets.flatten().tolist() == [3, 4, 5]
-    assert (first.control.tokens.tolist(), first.control.positions.tolist()) == ([[[5]]], [[[1]]])
-    assert first.is_masked.tolist() == [[[True, False, True]]]
-    assert first.masked_share.tolist() == [[pytest.approx(2 / 3)]]
-    assert second.control.tokens.tolist() == [[[4]]]
-    assert second.is_masked.tolist() == [[[False, False, True]]]
-    assert [item.step.item() for item in items] == [0, 1, 0, 1]
-    assert third.features.flatten().tolist() == [9, 10, 11]  # the second branch
+    found = transitions(one_trajectory(features, [4, 5, 6], [1, 0, 2]))
+    assert found.step.tolist() == [0, 1, 0, 1]
+    assert found.features.flatten(1).tolist() == [[0, 1, 2], [3, 4, 5], [9, 10, 11], [12, 13, 14]]
+    assert found.targets.flatten(1).tolist() == [[3, 4, 5], [6, 7, 8], [12, 13, 14], [15, 16, 17]]
+    assert found.control.tokens[:2].tolist() == [[[5]], [[4]]]
+    assert found.control.positions[:2].tolist() == [[[1]], [[0]]]
+    assert found.is_masked[:2].tolist() == [[[True, False, True]], [[False, False, True]]]
+    assert found.masked_share[:2].tolist() == [[pytest.approx(2 / 3)], [pytest.approx(1 / 3)]]
 
 
 def test_window_of_two_steps_has_a_control_and_a_target_for_each() -> None:
-    features = torch.arange(3.0).view(1, 3, 1, 1)
-    one = Trajectory(0, 0, 0, features, torch.tensor([4, 5, 6, 7]).int(), torch.tensor([1, 0, 2, 1]).short())
-    (item,) = transitions(one, window=2)
+    item = transitions(one_trajectory(torch.arange(3.0).view(1, 3, 1, 1), [4, 5, 6, 7], [1, 0, 2, 1]), window=2)
     assert item.targets.flatten().tolist() == [1, 2]
     assert item.control.is_real is not None
     assert item.control.is_real.tolist() == [[[True, False], [True, True]]]
@@ -114,36 +166,51 @@ def test_window_of_two_steps_has_a_control_and_a_target_for_each() -> None:
     assert item.masked_share.tolist() == [[0.75, 0.25]]
 
 
-def test_collate_pads_control_to_the_longest() -> None:
-    made, recorded = card(), trajectories([0])
-    one = Trajectory(0, 0, 0, recorded.features[0], recorded.tokens[0], recorded.committed_at[0])
-    batch = collate(list(transitions(one, window=2)))
+def test_control_is_padded_to_the_longest() -> None:
+    batch = transitions(trajectories([0]), window=2)
     assert batch.features.shape == (4, 10, 6)
     assert batch.targets.shape == (4, 2, 10, 6)
     assert batch.is_masked.shape == (4, 2, 9)
     assert batch.control.tokens.shape == (4, 2, 3)
     assert batch.control.is_real is not None
     assert batch.control.is_real.sum(2).tolist() == [[1, 2], [2, 3], [1, 2], [2, 3]]
-    assert made.branches * (made.num_steps - 2) == len(batch.step)
 
 
-def test_transition_does_not_keep_its_trajectory_alive() -> None:
-    recorded = trajectories([0])
-    one = Trajectory(0, 0, 0, recorded.features[0], recorded.tokens[0], recorded.committed_at[0])
-    item = next(transitions(one))
-    assert item.features.untyped_storage().nbytes() == item.features.nbytes
-    assert item.targets.untyped_storage().nbytes() == item.targets.nbytes
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
+def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(tmp_path: Path, dtype: str) -> None:
+    made = write_set(tmp_path, dtype=dtype)
+    order = Order(3, rows=3, branches=2, starts=2, group=2, seed=0)
+    batch = WindowReader(Source(tmp_path, made), order, 2).read(5, range(10, 26))
+    assert batch.features.values.dtype == getattr(torch, dtype)
+    found, windows = batch.decode(), [order.at(5, position) for position in range(10, 26)]
+    places = [(window.shard * 3 + window.row, window.branch, window.start) for window in windows]
+    expected = select(stack(read_set(tmp_path, made)), places, 2)
+    for mine, theirs in zip(
+        (*found[:1], *found[1], *found[2:6]), (*expected[:1], *expected[1], *expected[2:6]), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_order_visits_every_window_once_and_mixes_a_group() -> None:
+    order = Order(5, rows=3, branches=2, starts=4, group=2, seed=1)
+    seen = [order.at(0, position) for position in range(len(order))]
+    assert len(order) == len(set(seen)) == 5 * 3 * 2 * 4
+    assert [len({window.shard for window in seen[start : start + 48]}) for start in (0, 48, 96)] == [2, 2, 1]
+    assert len({window.shard for window in seen[:12]}) == 2
+    assert [order.group_at(position) for position in (0, 47, 48, 119)] == [0, 0, 1, 2]
+    assert seen != [order.at(1, position) for position in range(len(order))]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version: expected 1, found 2"),
+        ({"format_version": 1}, "format_version: expected 2, found 1; record the set anew"),
         ({"seed": None}, "seed: missing"),
         ({"num_samples": "many"}, "num_samples: expected int, found 'many'"),
-        ({"dtype": "float8"}, "dtype: expected one of bfloat16, float16, float32"),
+        ({"dtype": "float8"}, "dtype: expected one of int8, bfloat16, float16, float32"),
         ({"spec": {"width": 6}}, "spec: expected integers num_tokens"),
         ({"branches": 0}, "branches: expected at least 1"),
+        ({"seed": 8}, "changed since it was written: expected digest"),
     ],
 )
 def test_damaged_card_is_named_with_its_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -224,46 +291,39 @@ def test_shard_cut_short_is_never_taken_for_a_whole_one(tmp_path: Path, kept: in
     made = write_set(tmp_path)
     path = tmp_path / shard_name(0)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(TrajectoryError, match=r"shard-000000\.tar"):
-        [read_trajectory(sample, made) for sample in read_shard(tmp_path, 0, made)]
-
-
-def test_shard_cut_between_two_samples_is_noticed(tmp_path: Path) -> None:
-    made = write_set(tmp_path)
-    path = tmp_path / shard_name(0)
-    with tarfile.open(path) as tar:
-        cut = tar.getmembers()[4].offset  # of six: both of the third sample are lost, and the end mark
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(TrajectoryError, match="expected 3 samples, found 2; the shard is cut short"):
+    with pytest.raises(TrajectoryError, match=r"shard-000000\.tar: its size differs from shard-000000\.json"):
         list(read_shard(tmp_path, 0, made))
+    edit_sidecar(tmp_path, 0, bytes=kept)
+    with pytest.raises(TrajectoryError, match=r"shard-000000\.tar"):
+        list(read_shard(tmp_path, 0, made))
+
+
+def test_shard_cut_while_it_is_open_is_named(tmp_path: Path) -> None:
+    made = write_set(tmp_path)
+    shard = Source(tmp_path, made).shard(0)
+    path = tmp_path / shard_name(0)
+    os.truncate(path, 700)
+    with pytest.raises(TrajectoryError, match=r"shard-000000\.tar: .* the shard is cut short"):
+        shard.trajectory(0)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"dtype": "bfloat16"}, r"features: expected torch.bfloat16 .* found torch.float32"),
-        ({"spec": card().spec | {"width": 7}}, r"features: expected .*10, 7\), found .*10, 6\)"),
-        ({"spec": card().spec | {"codebook_size": 4}}, "tokens: expected values in 0..3"),
-        ({"num_steps": 5}, r"features: expected .*\(2, 5, 10, 6\)"),
+        ({"dtype": "int8"}, "'scales' is missing"),
+        ({"spec": SPEC._asdict() | {"width": 7}}, r"features: expected .*10, 7\), found .*10, 6\)"),
+        ({"spec": SPEC._asdict() | {"codebook_size": 4}}, "tokens: expected values in 0..3"),
     ],
 )
 def test_sample_that_does_not_fit_its_card_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
     write_set(tmp_path)
-    other = card(**change)
+    other = adopt(tmp_path, card(**change))
     with pytest.raises(TrajectoryError, match=rf"shard-000000\.tar: sample 0000000.: {message}"):
-        [read_trajectory(sample, other) for sample in read_shard(tmp_path, 0, other)]
+        list(read_shard(tmp_path, 0, other))
 
 
-def test_sample_with_nan_or_without_a_member_is_named(tmp_path: Path) -> None:
+def test_shard_of_another_set_is_refused(tmp_path: Path) -> None:
     made = write_set(tmp_path)
-    (sample, *_) = read_shard(tmp_path, 0, made)
-    whole = sample["safetensors"]
-    tensors = load(whole)
-    tensors["features"][0, 0, 0, 0] = float("nan")
-    damaged = save(tensors)
-    with pytest.raises(TrajectoryError, match="sample 00000000: features: expected finite"):
-        read_trajectory(sample | {"safetensors": damaged}, made)
-    with pytest.raises(TrajectoryError, match="sample 00000000: 'json' is missing"):
-        read_trajectory({key: value for key, value in sample.items() if key != "json"}, made)
-    with pytest.raises(TrajectoryError, match="sample 00000000: not readable"):
-        read_trajectory(sample | {"safetensors": whole[:40]}, made)
+    with pytest.raises(TrajectoryError, match=rf"shard-000000\.json: expected a shard of set \w+, .* {made.digest}"):
+        list(read_shard(tmp_path, 0, card(base_fingerprint="feedfeedfeedfeed")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,20 @@ import torch
 
 from lit_shortcut.contracts import Conditions, TokenSpec, Trajectories
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.trajectory import Card, save_interface, write_shard
+from lit_shortcut.trajectory import FORMAT_VERSION, Card, interface_fingerprint, save_interface, write_shard
 
 SPEC = TokenSpec(num_tokens=9, sequence_length=10, width=6, codebook_size=5, mask_id=5, num_classes=10)
+
+
+def interface() -> TokenInterface:
+    generator = torch.Generator().manual_seed(0)
+    return TokenInterface(9, *(torch.randn(*shape, generator=generator) for shape in ((5, 6), (5, 6), (9, 6), (9, 5))))
+
+
 CARD = Card(
-    format_version=1,
+    format_version=FORMAT_VERSION,
     base_fingerprint="0123456789abcdef",
+    interface=interface_fingerprint(interface()),
     spec=SPEC._asdict(),
     decoding={"num_steps": 4, "schedule": "arccos", "guidance": 2.5},
     branches=2,
@@ -30,11 +39,6 @@ CARD = Card(
 
 def card(**changes: Any) -> Card:
     return replace(CARD, **changes)
-
-
-def interface() -> TokenInterface:
-    generator = torch.Generator().manual_seed(0)
-    return TokenInterface(9, *(torch.randn(*shape, generator=generator) for shape in ((5, 6), (5, 6), (9, 6), (9, 5))))
 
 
 def trajectories(ids: list[int]) -> Trajectories:
@@ -61,3 +65,11 @@ def write_set(folder: Path, **changes: Any) -> Card:
     for index in range(made.num_shards):
         write_shard(folder, index, trajectories(list(made.ids(index))), made)
     return made
+
+
+def adopt(folder: Path, other: Card) -> Card:
+    """Have the set in ``folder`` claim to be the one of card ``other``."""
+    other.write(folder)
+    for path in folder.glob("shard-*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"card": other.digest}))
+    return other

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ class ExportWeights(L.Callback):
             return
         assert isinstance(pl_module, OptimizedTask)
         weights = self.write(pl_module)
-        update_manifest(weights, self.facts | made_by(trainer), self.path.with_name("manifest.yaml"))
+        update_manifest(weights, self.facts | _outcome(trainer), self.path.with_name("manifest.yaml"))
 
     def write(self, task: OptimizedTask) -> Path:
         """Write ``task.network``; returns the file of its weights."""
@@ -58,8 +57,7 @@ class ExportFolder(ExportWeights):
         return network.save(self.path)
 
 
-def made_by(trainer: L.Trainer) -> dict[str, Any]:
-    """The command, its length, and the validation metrics it ended with."""
+def _outcome(trainer: L.Trainer) -> dict[str, Any]:
+    """How long the run was, and the validation metrics it ended with."""
     metrics = {name: round(float(v), 6) for name, v in trainer.callback_metrics.items() if not name.startswith("train")}
-    command = " ".join(["lightning", *sys.argv[1:]])
-    return {"made_by": command, "optimizer_steps": trainer.global_step, "metrics": metrics}
+    return {"optimizer_steps": trainer.global_step, "metrics": metrics}

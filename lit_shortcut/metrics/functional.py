@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -48,16 +49,38 @@ def masked_cosine(a: Tensor, b: Tensor, is_masked: Tensor) -> Tensor:
 
 
 def centred_cosine(a: Tensor, b: Tensor, is_masked: Tensor, centre: Tensor) -> Tensor:
-    """:func:`masked_cosine` of ``a`` and ``b`` (..., S, C) after ``centre`` (C,), say their mean, is subtracted.
+    """:func:`masked_cosine` of ``a`` and ``b`` (..., S, C) after ``centre`` (..., 1, C), say a mean, is subtracted.
 
     Features share a large constant part that alone brings the plain cosine close to 1.
 
     >>> a, b = torch.tensor([[[11.0, 0.0]]]), torch.tensor([[[9.0, 0.0]]])
     >>> masked = torch.tensor([[True]])
-    >>> masked_cosine(a, b, masked), centred_cosine(a, b, masked, torch.tensor([10.0, 0.0]))
+    >>> masked_cosine(a, b, masked), centred_cosine(a, b, masked, torch.tensor([[10.0, 0.0]]))
     (tensor(1.), tensor(-1.))
     """
     return masked_cosine(a - centre, b - centre, is_masked)
+
+
+def velocity_scale(recorded: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Standard deviation (C,) of the features' change in a step over places still masked.
+
+    Each of ``recorded`` are features (..., N, S, C) of a trajectory or several, and ``committed_at`` (..., L), the step
+    that revealed each place, broadcast over guidance branches. A channel that never changes has the scale 1: it has no
+    error to scale.
+
+    >>> features = torch.tensor([[0.0, 7.0], [1.0, 7.0], [4.0, 7.0]])[:, None]  # changes by 1, then by 3
+    >>> velocity_scale([(features, torch.tensor([2]))])
+    tensor([1., 1.])
+    """
+    total = squares = torch.zeros((), dtype=torch.float64)
+    rows = 0
+    for features, committed_at in recorded:
+        velocity = features.float().diff(dim=-3)[..., : committed_at.shape[-1], :]
+        is_masked = committed_at[..., None, :] > torch.arange(velocity.shape[-3], device=velocity.device)[:, None]
+        counted = velocity[is_masked.expand(velocity.shape[:-1])].double()
+        total, squares, rows = total + counted.sum(0), squares + counted.square().sum(0), rows + len(counted)
+    scale = (squares / rows - (total / rows).square()).clamp(min=0).sqrt().float()
+    return scale.where(scale > 0, 1)
 
 
 def gain_over_hold(error: Tensor, hold_error: Tensor) -> Tensor:

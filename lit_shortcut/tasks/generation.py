@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from lit_shortcut.acceleration.compilation import compile_networks
-from lit_shortcut.acceleration.planned import Vanilla
-from lit_shortcut.contracts import Conditions, MaskedImageModel, Text, Trajectories
+from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
 from lit_shortcut.evaluation import Results, Row, add_images, images_of, require_feasible, row_facts, take_values
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import measure_latency, speedups
-from lit_shortcut.sampling import Decoding, generate, sample
+from lit_shortcut.sampling import Decoding, generate
+from lit_shortcut.tasks.recording import SCRATCH, record
 from lit_shortcut.weights import require_writable
 
 
@@ -43,6 +42,10 @@ class GenerationTask(L.LightningModule):
         random_weights: the weights are random, at published sizes: ``test`` measures latency alone, draws no images and
             gives no figure of quality.
         compiled: run base and predictors' networks through ``torch.compile``.
+        memory_limit_gb: features of a batch that ``predict`` keeps in the memory of the base's device, in GB (10⁹
+            bytes); batches that wait to be written take as much each. Where a batch's take more, they go to a file step
+            by step, and no trajectory lies in memory whole.
+        scratch: folder of such files, on a disk and not in memory (tmpfs); they leave nothing behind.
     """
 
     def __init__(
@@ -59,8 +62,12 @@ class GenerationTask(L.LightningModule):
         grid_images: int = 20,
         random_weights: bool = False,
         compiled: bool = False,
+        memory_limit_gb: float = 8.0,
+        scratch: Path = SCRATCH,
     ) -> None:
         super().__init__()
+        if not memory_limit_gb >= 0:
+            raise ValueError(f"memory_limit_gb must be at least 0, got {memory_limit_gb}")
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding = decoding or Decoding()
@@ -69,6 +76,7 @@ class GenerationTask(L.LightningModule):
         self.run_seeds = run_seeds or [0]
         self.latency_rounds, self.latency_batch_size = latency_rounds, latency_batch_size
         self.grid_images, self.random_weights, self.compiled = grid_images, random_weights, compiled
+        self.memory_limit_gb, self.scratch = memory_limit_gb, Path(scratch)
         self.reference = Row(self.decoding.num_steps)
         self.jobs: list[tuple[Row, int]] = []
 
@@ -79,7 +87,7 @@ class GenerationTask(L.LightningModule):
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
         """Trajectories of one batch by the base alone, all features kept."""
-        return record(self.base, batch, self.decoding)
+        return record(self.base, batch, self.decoding, memory_limit_gb=self.memory_limit_gb, scratch=self.scratch)
 
     def setup(self, stage: str) -> None:
         """Check the rows before anything is run.
@@ -168,18 +176,3 @@ class GenerationTask(L.LightningModule):
         if self.trainer.is_global_zero:
             measured = {name: latency._asdict() | {"speedup": ratios[name]} for name, latency in latencies.items()}
             self.results.set_latency(facts, measured)
-
-
-def record(base: MaskedImageModel, conditions: Conditions, decoding: Decoding) -> Trajectories:
-    """Run the vanilla loop and keep the features of every step."""
-    features, tokens = [], conditions.ids
-    committed_at = torch.empty(len(conditions.ids), base.spec.num_tokens, dtype=torch.long, device=tokens.device)
-    for step in sample(base, conditions, decoding, Vanilla()):
-        features.append(step.features)
-        tokens = step.tokens
-        committed_at.scatter_(1, step.committed.positions, step.state.step)
-    stacked: Tensor = torch.stack(features, dim=2).transpose(0, 1)  # (G, B, N, S, C) to (B, G, N, S, C)
-    text = base.context(conditions, guided=decoding.guidance != 0).text
-    if text is not None:
-        text = Text(*(part.transpose(0, 1) for part in text))  # (G, B, …) to (B, G, …)
-    return Trajectories(conditions, stacked, tokens, committed_at, text)

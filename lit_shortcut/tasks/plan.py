@@ -125,7 +125,7 @@ class PlanTask(L.LightningModule):
     def facts(self, batch: Conditions) -> dict[str, Any]:
         """What the figures depend on."""
         (published,) = self.in_published_size
-        text = self.base.context(batch, guided=self.decoding.guidance != 0).text
+        text = self.base.context(batch, guided=self.decoding.is_guided).text
         prompt = {} if text is None else {"prompt_tokens": text.lengths.flatten().tolist()}
         return {
             "weights": "random",

@@ -44,7 +44,8 @@ class ShortcutTask(OptimizedTask):
         kl_weight: weight of T²·KL(head(target)/T ‖ head(prediction)/T); 0 leaves it out, as published.
         kl_temperature: T.
         standardised: divide the error of each channel by the standard deviation of its velocity before squaring, so
-            that loud channels do not drown the others; false is the published raw error.
+            that loud channels do not drown the others; false is the published raw error. ``train/mse`` is in the same
+            units, ``val/mse`` always raw.
         rows: which rows of the features the loss counts: places still ``masked`` (MaskGIT), or ``all`` (DiMOO).
         rollout_depth: K, consecutive shortcut steps in validation. In training the depth is drawn from 1 to the
             datamodule's window, and the gradient runs through the last step alone.
@@ -117,31 +118,43 @@ class ShortcutTask(OptimizedTask):
         return following
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
-        """Loss of one batch of windows, after a depth drawn from 1 to their length."""
-        window = batch.targets.shape[1]
+        """Loss of one batch of windows, after a depth drawn from 1 to their length.
+
+        Means run over the places of all ranks' batches together: D ranks of batch B train as one of batch D · B does.
+        """
         depth = random.Random(f"{self.current_epoch}:{batch_idx}")  # noqa: S311 - the same after a resume
-        last = depth.randrange(window)
-        features = batch.features.float()
-        with torch.no_grad():
-            for offset in range(last):
-                features = self._advance(features, batch, offset)
-        prediction, target = self._advance(features, batch, last), batch.targets[:, last].float()
-        is_masked = batch.is_masked[:, last]
-        counted = is_masked if self.rows == "masked" else self._real_rows(batch)
-        loss = self._error(prediction, target, counted)
-        self._require_finite(loss, batch)
-        self.log("train/mse", loss.detach())
-        held = batch.features.float()
-        self.log("train/gain", gain_over_hold(loss.detach(), self._error(held, target, counted)))
-        cosine, held_cosine = (masked_cosine(guess, target, is_masked) for guess in (prediction.detach(), held))
+        last = depth.randrange(batch.targets.shape[1])
+        terms, counts = self.terms(batch, last)
+        terms = terms * (counts / self._mean_over_ranks(counts).clamp(min=1))  # as gradients are means over ranks
+        self._require_finite(terms[0], batch)
+        mse, hold, kl, cosine, held_cosine = self._mean_over_ranks(terms)
+        self.log("train/mse", mse)
+        self.log("train/gain", gain_over_hold(mse, hold))
         self.log_dict({"train/cosine": cosine, "train/cosine_gain": gain_over_hold(1 - cosine, 1 - held_cosine)})
         if self.kl_weight:
-            kl = head_kl(self.interface.logits(target), self.interface.logits(prediction), self.kl_temperature)
-            kl_mean = masked_mean(kl, is_masked)
-            self.log("train/head_kl", kl_mean.detach())
-            loss = loss + self.kl_weight * kl_mean
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        return loss
+            self.log("train/head_kl", kl)
+        self.log("train/loss", mse + self.kl_weight * kl, prog_bar=True)
+        return terms[0] + self.kl_weight * terms[2]
+
+    def terms(self, batch: Transition, last: int) -> tuple[Tensor, Tensor]:
+        """Measures after step ``last`` of the window, and how many places each counts, both (5,).
+
+        They are error, error of hold, the head's KL (0 where it has no weight), and cosine of prediction and of hold.
+        """
+        features = batch.features.float()
+        rolled = features
+        with torch.no_grad():
+            for offset in range(last):
+                rolled = self._advance(rolled, batch, offset)
+        prediction, target = self._advance(rolled, batch, last), batch.targets[:, last].float()
+        is_masked = batch.is_masked[:, last]
+        counted = is_masked if self.rows == "masked" else self._real_rows(batch)
+        error, hold = self._error(prediction, target, counted), self._error(features, target, counted)
+        kl = self._head_kl(prediction, target, is_masked) if self.kl_weight else torch.zeros_like(error)
+        cosines = [masked_cosine(guess.detach(), target, is_masked) for guess in (prediction, features)]
+        places, masked_places = counted.sum(), is_masked.sum()
+        counts = torch.stack([places, places, masked_places, masked_places, masked_places])
+        return torch.stack([error, hold, kl, *cosines]), counts.to(error)
 
     def validation_step(self, batch: Trajectories, batch_idx: int) -> None:
         """Errors of 1 … K consecutive predictions at each place of each trajectory."""
@@ -149,7 +162,7 @@ class ShortcutTask(OptimizedTask):
         branches, num_steps = batch.features.shape[1], features.shape[1]
         committed_at = batch.committed_at.repeat_interleave(branches, dim=0)
         tokens = batch.tokens.repeat_interleave(branches, dim=0)
-        centre = features.mean(dim=(0, 1, 2))
+        centre = features[:, :, : tokens.shape[1]].mean(dim=(1, 2))[:, None]  # a trajectory's own, whatever the batch
         text = None if batch.text is None else Text(*(part.flatten(0, 1) for part in batch.text))
         rolled: list[Tensor] = []  # rolled[k]: present features after k consecutive predictions
         for step in range(num_steps - 1):
@@ -190,7 +203,19 @@ class ShortcutTask(OptimizedTask):
         return following
 
     def _error(self, prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-        return masked_mse(prediction / self.channel_scale, target / self.channel_scale, counted)
+        if self.standardised:
+            prediction, target = prediction / self.channel_scale, target / self.channel_scale
+        return masked_mse(prediction, target, counted)
+
+    def _head_kl(self, prediction: Tensor, target: Tensor, is_masked: Tensor) -> Tensor:
+        """Mean over masked places; the head runs on those alone."""
+        places = is_masked.nonzero()[:, 1]
+        wanted, guessed = (
+            self.interface.row_logits(features[:, : is_masked.shape[1]][is_masked], places)
+            for features in (target, prediction)
+        )
+        kl = head_kl(wanted, guessed, self.kl_temperature)
+        return kl.sum() / max(1, len(kl))
 
     def _real_rows(self, batch: Transition) -> Tensor:
         """Rows (B, S) that are no padding."""
@@ -216,6 +241,11 @@ class ShortcutTask(OptimizedTask):
             values[f"token_agreement{suffix}"] = token_agreement(logits, target_logits, is_masked)
         for name, value in values.items():
             self.sums[name].update(value, weight)  # type: ignore[operator]
+
+    def _mean_over_ranks(self, values: Tensor) -> Tensor:
+        reduced = self.trainer.strategy.reduce(values.detach().clone(), reduce_op="mean")  # works in place
+        assert isinstance(reduced, Tensor)
+        return reduced
 
     def _require_finite(self, loss: Tensor, batch: Transition) -> None:
         if not torch.isfinite(loss):

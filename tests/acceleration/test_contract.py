@@ -93,7 +93,7 @@ def test_base_runs_exactly_as_often_as_the_budget_says(
 def test_full_steps_hand_out_the_base_own_features(
     accelerate: Accelerate, base: MaskGIT, conditions: MakeConditions, decoding: Decoding
 ) -> None:
-    context = base.context(conditions(2), guided=decoding.guidance != 0)
+    context = base.context(conditions(2), guided=decoding.is_guided)
     for step in sample(base, conditions(2), decoding, accelerate(3)):
         truth = base.features(step.state.tokens, context)
         assert torch.equal(step.features, truth) == step.is_full

@@ -15,6 +15,7 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.prompt import Frame, SpecialTokens, Utf8Tokenizer
 from lit_shortcut.bases.dimoo.toy import SPECIAL, toy_dimoo
 from lit_shortcut.contracts import Acceleration, Conditions
+from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.interface import Places
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet
@@ -142,6 +143,17 @@ def test_any_multiple_of_16_pixels_will_do(prompted: MakeConditions, height: int
     base = remade(height=height, width=width, patch_size=16)
     tokens = generate(base, prompted(2), Decoding(2, guidance=1.0), Vanilla())
     assert tokens.shape == (2, height * width // 256)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 128), (128, 32)])
+def test_halton_order_is_that_of_the_image_shape_though_a_square_has_as_many_tokens(
+    prompted: MakeConditions, height: int, width: int
+) -> None:
+    base = remade(height=height, width=width, patch_size=16)
+    steps = sample(base, prompted(1), Decoding(4, guidance=0.0, order="halton"), Vanilla())
+    places = torch.cat([step.committed.positions[0] for step in steps])
+    assert torch.equal(places, halton_order(height // 16, width // 16))
+    assert not torch.equal(places, halton_order(4, 4))
 
 
 def test_tied_head_is_the_embedding_table() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 
 from datamodules.conditions import ClassLabels
 from lit_shortcut.callbacks import trajectory_writer
-from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
+from lit_shortcut.callbacks.trajectory_writer import Background, TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, TrajectoryError, is_complete, load_interface, read_shard, read_trajectory
+from lit_shortcut.trajectory import Card, TrajectoryError, finished_shards, is_complete, load_interface, read_shard
+from lit_shortcut.trajectory.writing import _Hashing
 from tests.tiny_trajectories import SPEC, interface, trajectories
 
 
@@ -66,9 +68,8 @@ def test_predict_records_a_set(tmp_path: Path, said: list[str]) -> None:
     assert (card.num_samples, card.samples_per_shard, card.branches, card.dtype) == (11, 3, 2, "bfloat16")
     assert card.decoding["guidance"] == 2.8
     assert is_complete(tmp_path / "set", card)
-    assert load_interface(tmp_path / "set").num_tokens == 9
-    (first, *_) = read_shard(tmp_path / "set", 3, card)
-    one = read_trajectory(first, card)
+    assert load_interface(tmp_path / "set", card).num_tokens == 9
+    (one, *_) = read_shard(tmp_path / "set", 3, card)
     assert one.id == 9
     assert one.seed == next(iter(ClassLabels(11, batch_size=11).loader())).seeds[9]
     assert torch.equal(one.features, trajectories([9]).features[0].bfloat16())
@@ -164,3 +165,74 @@ def test_two_ranks_record_what_one_records(tmp_path: Path, num_images: int) -> N
     predict(tmp_path / "one", num_images=num_images)
     predict(tmp_path / "two", num_images=num_images, strategy="ddp_fork", devices=2)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_full_disk_ends_the_run_and_leaves_what_was_written_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = predict(tmp_path / "whole", num_images=30) and contents(tmp_path / "whole")
+    write, written = _Hashing.write, []
+
+    def full(self: _Hashing, content: bytes) -> int:
+        written.append(len(content))
+        if sum(written) > 60_000:
+            raise OSError(28, "No space left on device")
+        return write(self, content)
+
+    module = Recorder()
+    with monkeypatch.context() as patch:
+        patch.setattr(_Hashing, "write", full)
+        with pytest.raises(TrajectoryError, match=r"shard-\d+\.tar: cannot be written \(No space left on device\)"):
+            predict(tmp_path / "set", module, num_images=30)
+    assert module.batches < 10  # it did not go on to the end
+    found = contents(tmp_path / "set")
+    assert {"shard-000000.tar", "shard-000001.tar"} <= found.keys()
+    assert found.items() <= whole.items()
+    predict(tmp_path / "set", num_images=30)
+    assert contents(tmp_path / "set") == whole
+
+
+def test_error_in_writing_the_last_shard_is_raised_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = trajectory_writer.write_shard
+
+    def failing(folder: Path, index: int, *arguments: Any) -> None:
+        if index == 3:
+            raise TrajectoryError("the last")
+        write(folder, index, *arguments)
+
+    monkeypatch.setattr(trajectory_writer, "write_shard", failing)
+    with pytest.raises(TrajectoryError, match="the last"):
+        predict(tmp_path / "set")
+    assert finished_shards(tmp_path / "set", Card.read(tmp_path / "set")) == {0, 1, 2}
+
+
+def test_run_that_fails_writes_what_it_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = trajectory_writer.write_shard
+    monkeypatch.setattr(trajectory_writer, "write_shard", lambda *words: (time.sleep(0.2), write(*words)))
+    with pytest.raises(RuntimeError, match="interrupted"):
+        predict(tmp_path / "set", Recorder(fails_at=2))
+    assert finished_shards(tmp_path / "set", Card.read(tmp_path / "set")) == {0, 1}
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_no_more_jobs_wait_than_allowed(limit: int) -> None:
+    background, done = Background(limit), [0]
+
+    def job() -> None:
+        time.sleep(0.005)
+        done[0] += 1
+
+    for submitted in range(1, 9):
+        background.submit(job)
+        assert submitted - done[0] <= limit
+    background.finish()
+    assert done == [8]
+
+
+def test_leftovers_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
+    predict(tmp_path / "whole")
+    (tmp_path / "set").mkdir()
+    for name in (".card.json.tmp7", ".shard-000001.tar.tmp7", ".interface.safetensors.tmp7"):
+        (tmp_path / "set" / name).write_bytes(b"half")
+    predict(tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")

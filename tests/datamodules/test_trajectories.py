@@ -2,22 +2,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
-from threading import Thread
+from threading import Thread, active_count
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import Dataset
 
-from datamodules.trajectories import TrajectoryDataModule
+from datamodules.trajectories import EpochLoader, TrajectoryDataModule
 from lit_shortcut.contracts import Trajectories, Transition
 from lit_shortcut.trajectory import TrajectoryError
-from tests.tiny_trajectories import interface, trajectories, write_set
+from tests.tiny_trajectories import SPEC, adopt, interface, trajectories, write_set
 
 IDS = 0  # the channel that holds the sample's id
 
@@ -30,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(folder: Path, *, rank: int = 0, world_size: int = 1, epoch: int = 0, **arguments: Any) -> TrajectoryDataModule:
-    module = TrajectoryDataModule(str(folder), **({"batch_size": 8, "shuffle_buffer": 16} | arguments))
+    module = TrajectoryDataModule(str(folder), **({"batch_size": 8} | arguments))
     module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=epoch)
     module.setup("fit")
     return module
@@ -43,7 +45,7 @@ def names(batch: Transition) -> list[tuple[int, int, float]]:
 
 
 def order(module: TrajectoryDataModule) -> list[list[tuple[int, int, float]]]:
-    return [names(batch) for batch in module.train_dataloader()]
+    return [names(batch.decode()) for batch in module.train_dataloader()]
 
 
 def test_epoch_has_as_many_batches_as_transitions_fill(folder: Path) -> None:
@@ -54,32 +56,38 @@ def test_epoch_has_as_many_batches_as_transitions_fill(folder: Path) -> None:
     assert len(make(folder, window=2).train_dataloader()) == 15 * 2 * 2 // 8
 
 
-def test_epoch_sees_most_transitions_once_and_validation_samples_never(folder: Path) -> None:
-    seen = [name for batch in order(make(folder, shuffle_buffer=6)) for name in batch]
-    assert {sample for sample, _, _ in seen} <= set(range(15))
-    assert len(set(seen)) >= 88 - 6
-
-
-def test_several_readers_of_one_shard_share_its_samples(tmp_path: Path) -> None:
-    write_set(tmp_path, num_samples=8, samples_per_shard=4)
-    seen = [
-        name
-        for rank in range(2)
-        for batch in order(make(tmp_path, rank=rank, world_size=2, batch_size=2, shuffle_buffer=1))
-        for name in batch
-    ]
-    assert {sample for sample, _, _ in seen} == {0, 1, 2, 3}
-    assert len(set(seen)) >= 24 - 2
+def test_epoch_sees_each_transition_once_and_validation_samples_never(folder: Path) -> None:
+    seen = [name for batch in order(make(folder, batch_size=9)) for name in batch]
+    assert len(seen) == len(set(seen)) == 15 * 2 * 3
+    assert {sample for sample, _, _ in seen} == set(range(15))
 
 
 def test_batches_mix_trajectories_and_steps(folder: Path) -> None:
-    for batch in islice(order(make(folder, shuffle_buffer=40)), 5):
+    for batch in order(make(folder)):
         assert len({sample for sample, _, _ in batch}) > 2
         assert len({step for _, step, _ in batch}) > 1
 
 
+def test_group_of_shards_is_gone_through_before_the_next(folder: Path) -> None:
+    seen = [name for batch in order(make(folder, batch_size=9, shuffle_shards=2)) for name in batch]
+    groups = [{sample // 3 for sample, _, _ in seen[start : start + 36]} for start in (0, 36, 72)]
+    assert sorted(map(len, groups)) == [1, 2, 2]
+    assert set.union(*groups) == set(range(5))
+
+
+@pytest.mark.parametrize("shuffle_shards", [2, 16])
+def test_two_ranks_see_together_what_one_sees(folder: Path, shuffle_shards: int) -> None:
+    whole = order(make(folder, batch_size=6, shuffle_shards=shuffle_shards))
+    ranks = [order(make(folder, rank=r, world_size=2, batch_size=3, shuffle_shards=shuffle_shards)) for r in range(2)]
+    assert [first + second for first, second in zip(*ranks, strict=True)] == whole
+
+
+def test_number_of_workers_changes_nothing(folder: Path) -> None:
+    assert order(make(folder, num_workers=2)) == order(make(folder))
+
+
 def test_transition_is_one_of_its_trajectory(folder: Path) -> None:
-    batch = next(iter(make(folder).train_dataloader()))
+    batch = next(iter(make(folder).train_dataloader())).decode()
     for row, (sample, step, _) in enumerate(names(batch)):
         recorded = trajectories([sample])
         branch = [torch.equal(batch.features[row], recorded.features[0, g, step]) for g in (0, 1)].index(True)
@@ -99,20 +107,44 @@ def test_same_seed_gives_the_same_order_and_epochs_differ(folder: Path) -> None:
 def test_loader_kept_over_epochs_gives_each_its_own_order(folder: Path) -> None:
     module = make(folder)
     loader = module.train_dataloader()
-    first = [names(batch) for batch in loader]
+    first = [names(batch.decode()) for batch in loader]
     module.trainer.current_epoch = 1
-    assert [names(batch) for batch in loader] == order(make(folder, epoch=1)) != first
+    assert [names(batch.decode()) for batch in loader] == order(make(folder, epoch=1)) != first
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_resumed_epoch_goes_on_with_the_same_batches(folder: Path, num_workers: int) -> None:
-    expected = order(make(folder, epoch=3, num_workers=num_workers))
-    loader = make(folder, epoch=3, num_workers=num_workers).train_dataloader()
-    begun = [names(batch) for batch in islice(loader, 4)]
+def test_resumed_epoch_goes_on_with_the_same_batches_and_reads_none_of_those_before(folder: Path) -> None:
+    expected = order(make(folder, epoch=3))
+    loader = make(folder, epoch=3).train_dataloader()
+    begun = [names(batch.decode()) for batch in islice(loader, 4)]
     state = json.loads(json.dumps(loader.state_dict()))
-    resumed = make(folder, epoch=3, num_workers=num_workers).train_dataloader()
+    module = make(folder, epoch=3, num_workers=2)
+    resumed = module.train_dataloader()
     resumed.load_state_dict(state)
-    assert begun + [names(batch) for batch in resumed] == expected
+    assert begun + [names(batch.decode()) for batch in resumed] == expected
+
+
+def test_loader_left_in_the_middle_leaves_no_thread(folder: Path) -> None:
+    before = active_count()
+    batches = iter(make(folder, num_workers=3).train_dataloader())
+    next(batches)
+    assert active_count() > before
+    del batches
+    assert active_count() == before
+
+
+def test_batches_are_made_no_more_than_two_a_thread_ahead() -> None:
+    asked: list[int] = []
+
+    class Numbers(Dataset[int | None]):
+        def __getitem__(self, place: tuple[int, int]) -> int | None:
+            asked.append(place[1])
+            return None if place[1] == 3 else place[1]
+
+    seen = []
+    for number in EpochLoader(Numbers(), 12, num_workers=2):
+        seen.append(number)
+        assert len(asked) <= number + 4
+    assert seen == [number for number in range(12) if number != 3]
 
 
 def test_epoch_after_a_resumed_one_is_whole(folder: Path) -> None:
@@ -126,7 +158,11 @@ def test_epoch_after_a_resumed_one_is_whole(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"world_size": 2}, "world_size was 1, is 2"), ({"num_workers": 2}, "num_workers was 0, is 2")],
+    [
+        ({"world_size": 2}, "batch_size over all ranks was 8, is 16"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"shuffle_shards": 1}, "shuffle_shards was 16, is 1"),
+    ],
 )
 def test_place_in_another_layout_is_refused(folder: Path, change: dict[str, int], message: str) -> None:
     state = make(folder).train_dataloader().state_dict()
@@ -175,7 +211,7 @@ def test_training_resumed_from_a_checkpoint_sees_what_one_run_sees(folder: Path,
             callbacks=[] if checkpoint else [SaveAt(stop, tmp_path / "stopped.ckpt")],
             enable_checkpointing=False,
         )
-        data = TrajectoryDataModule(str(folder), batch_size=8, shuffle_buffer=16)
+        data = TrajectoryDataModule(str(folder), batch_size=8)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         return module
 
@@ -258,7 +294,8 @@ def test_shard_cut_short_with_a_fitting_sidecar_is_named_when_read(tmp_path: Pat
     write_set(tmp_path)
     path = tmp_path / "shard-000001.tar"
     path.write_bytes(path.read_bytes()[:5000])
-    path.with_suffix(".json").write_text(json.dumps({"samples": 3, "bytes": 5000, "sha256": ""}))
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(sidecar | {"bytes": 5000}))
     with pytest.raises(TrajectoryError, match=r"shard-000001\.tar"):
         list(make(tmp_path, num_workers=num_workers).train_dataloader())
 
@@ -282,7 +319,7 @@ def test_set_too_small_for_a_batch_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["batch_size", "shuffle_buffer", "validation_shards", "window", "validation_batch_size"]
+    "name", ["batch_size", "shuffle_shards", "validation_shards", "window", "validation_batch_size"]
 )
 def test_sizes_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
@@ -290,25 +327,21 @@ def test_sizes_below_one_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("change", "message"),
     [
-        ("format_version", 2, "format_version: expected 1, found 2"),
-        ("dtype", "float16", "features: expected torch.float16"),
-        ("width", 8, r"features: expected .*10, 8\), found"),
+        ({"dtype": "float16"}, "features: expected torch.float16"),
+        ({"spec": SPEC._asdict() | {"width": 8}}, r"features: expected .*10, 8\), found"),
     ],
 )
-def test_card_of_other_samples_is_noticed(tmp_path: Path, key: str, value: object, message: str) -> None:
-    write_set(tmp_path)
-    path = tmp_path / "card.json"
-    card = json.loads(path.read_text())
-    (card["spec"] if key == "width" else card)[key] = value
-    path.write_text(json.dumps(card))
+def test_card_of_other_samples_is_noticed(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    made = write_set(tmp_path)
+    adopt(tmp_path, replace(made, **change))
     with pytest.raises(TrajectoryError, match=message):
         next(iter(make(tmp_path).train_dataloader()))
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset opens URLs with curl")
-def test_set_behind_a_url_is_read_like_a_folder(folder: Path) -> None:
+def test_set_behind_a_url_is_read_like_a_folder(folder: Path, tmp_path: Path) -> None:
     class Silent(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
@@ -316,10 +349,10 @@ def test_set_behind_a_url_is_read_like_a_folder(folder: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=folder)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        module = TrajectoryDataModule(url, batch_size=8, shuffle_buffer=16)
-        module.setup("fit")
-        assert [names(batch) for batch in module.train_dataloader()] == order(make(folder))
+        module = make(url, cache=tmp_path, shuffle_shards=1)  # type: ignore[arg-type]  # a URL
+        assert order(module) == order(make(folder, shuffle_shards=1))
         assert torch.equal(module.interface.head_weight, interface().head_weight)
+        assert len(list(tmp_path.glob("*/shard-*.tar"))) == 2  # this group's and the one before
         with pytest.raises(TrajectoryError, match=r"nowhere/card\.json"):
             TrajectoryDataModule(f"{url}/nowhere").setup("fit")
         server.shutdown()

@@ -19,7 +19,7 @@ from lit_shortcut.networks.control import embed_control, text_of_branch
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import fill
 from lit_shortcut.sampling import Decoding, generate, sample
-from lit_shortcut.tasks.generation import record
+from lit_shortcut.tasks.recording import record
 from lit_shortcut.weights import load_tensors
 
 GOLDEN, META = load_tensors(Path(__file__).with_name("dimoo_tiny.safetensors"))

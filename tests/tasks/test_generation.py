@@ -18,7 +18,8 @@ from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation import Row, images_of
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.tasks.generation import GenerationTask, record
+from lit_shortcut.tasks.generation import GenerationTask
+from lit_shortcut.tasks.recording import record
 from lit_shortcut.weights import WeightsError
 from tests.metrics.brightness import Brightness
 

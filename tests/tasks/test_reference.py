@@ -38,8 +38,9 @@ def images() -> Tensor:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file that ``predict`` over ten images in uneven batches writes."""
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/lightning", "predict", "--config", "configs/x.yaml"])
     batches = [LabelledImages(part, torch.zeros(len(part))) for part in images().split(4)]
     loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     task = ReferenceTask(Means(), tmp_path / "reference.safetensors", images="ten of noise", licence="MIT")
@@ -70,7 +71,7 @@ def test_manifest_says_which_images_they_are(path: Path) -> None:
     entry = yaml.safe_load(path.with_name("manifest.yaml").read_text())["reference.safetensors"]
     assert entry["images"] == "ten of noise"
     assert entry["licence"] == "MIT"
-    assert entry["made_by"].startswith("lightning ")
+    assert entry["made_by"] == "lightning predict --config configs/x.yaml"
     assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 

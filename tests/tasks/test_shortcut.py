@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from datamodules.trajectories import TrajectoryDataModule
@@ -16,10 +17,10 @@ from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     Card,
-    collate,
     read_shard,
-    read_trajectory,
     save_interface,
+    select,
+    stack,
     transitions,
     write_shard,
 )
@@ -60,7 +61,8 @@ class Task(ShortcutTask):
         super().__init__(made, **arguments)
         self.data = TrajectoryDataModule(str(folder))
         self.logged: dict[str, Tensor] = {}
-        self.stand_in = SimpleNamespace(datamodule=self.data, current_epoch=0, global_step=7)
+        strategy = SingleDeviceStrategy("cpu")
+        self.stand_in = SimpleNamespace(datamodule=self.data, current_epoch=0, global_step=7, strategy=strategy)
         self.trainer = self.stand_in  # type: ignore[assignment]
         self.setup("fit")
 
@@ -73,9 +75,10 @@ class Task(ShortcutTask):
 
 def batch_of(folder: Path, window: int = 1, count: int = 9) -> Transition:
     found = card()
-    samples = [read_trajectory(sample, found) for sample in read_shard(folder, 0, found)]
-    items = [item for one in samples for item in transitions(one, window)]
-    return collate(items[:: len(items) // count][:count])
+    samples = stack(list(read_shard(folder, 0, found)))
+    starts = found.num_steps - window
+    places = [(b, g, s) for b in range(len(samples.tokens)) for g in range(found.branches) for s in range(starts)]
+    return select(samples, places[:: len(places) // count][:count], window)
 
 
 def validate(folder: Path, task: ShortcutTask, **arguments: Any) -> dict[str, float]:
@@ -251,16 +254,16 @@ def test_short_fit_learns_a_linear_velocity(tmp_path: Path) -> None:
 def by_hand(folder: Path, made: ShortcutNet, depth: int) -> tuple[float, float]:
     """Mean squared error after ``depth`` predictions and that of hold, window by window over the last two shards."""
     found, ends, errors, held = card(), interface(), [], []
-    samples = [read_trajectory(sample, found) for shard in (2, 3) for sample in read_shard(folder, shard, found)]
-    for window in (window for one in samples for window in transitions(one, depth)):
-        features = window.features
+    windows = transitions(stack([one for shard in (2, 3) for one in read_shard(folder, shard, found)]), depth)
+    for row in range(len(windows.step)):
+        features = windows.features[row : row + 1]
         for offset in range(depth):
-            is_real = window.control.is_real[0, offset]  # type: ignore[index]
-            tokens, positions = (part[:, offset, is_real] for part in window.control[:2])  # type: ignore[index]
-            features = made(features, ends.embed(tokens, positions), window.masked_share[:, offset])
-        masked = window.is_masked[0, -1]
-        errors.append((features - window.targets[:, -1])[0, :9][masked])
-        held.append((window.features - window.targets[:, -1])[0, :9][masked])
+            is_real = windows.control.is_real[row, offset]  # type: ignore[index]
+            tokens, positions = (part[row : row + 1, offset, is_real] for part in windows.control[:2])  # type: ignore[index]
+            features = made(features, ends.embed(tokens, positions), windows.masked_share[row : row + 1, offset])
+        masked, target = windows.is_masked[row, -1], windows.targets[row, -1]
+        errors.append((features[0] - target)[:9][masked])
+        held.append((windows.features[row] - target)[:9][masked])
     return torch.cat(errors).square().mean().item(), torch.cat(held).square().mean().item()
 
 

@@ -84,6 +84,7 @@ class DiMOO(nn.Module):
             codebook_size=codebook_size,
             mask_id=codebook_size,
             num_classes=0,
+            grid_height=frame.height,
         )
         self.max_prompt_tokens = max_prompt_tokens
         self.unconditional = self._tokenized(UNCONDITION)

@@ -1,0 +1,224 @@
+"""Trajectories drawn while the shortcut trains: the frozen base in place of a recorded set, nothing on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import chain
+from typing import Literal
+
+import lightning as L
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from datamodules.conditions import InTurn, sample_seed
+from datamodules.trajectories import EpochLoader
+from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
+from lit_shortcut.interface import TokenInterface
+from lit_shortcut.metrics.functional import velocity_scale
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.tasks.recording import card_of, record
+from lit_shortcut.trajectory import DTYPES, Card, Order, select
+from lit_shortcut.trajectory.sample import joined, padded
+
+
+@dataclass(eq=False)
+class _Training(Dataset[Transition]):
+    """Item (epoch, number): the batch of that number of one rank, whose pools are every ``world_size``-th."""
+
+    pool: Callable[[int, int], Trajectories]
+    order: Order
+    batch_size: int
+    window: int
+    rank: int
+    world_size: int
+
+    def __getitem__(self, index: tuple[int, int]) -> Transition:
+        epoch, number = index
+        own, number = divmod(number, self.per_pool)
+        first = (own * self.world_size + self.rank) * len(self.order) // self.order.num_shards
+        first += number * self.batch_size
+        windows = [self.order.at(epoch, position) for position in range(first, first + self.batch_size)]
+        return select(self.pool(epoch, windows[0].shard), [window[1:] for window in windows], self.window)
+
+    @property
+    def per_pool(self) -> int:
+        """Batches that a pool fills."""
+        return len(self.order) // self.order.num_shards // self.batch_size
+
+    def __len__(self) -> int:
+        return self.order.num_shards // self.world_size * self.per_pool
+
+
+@dataclass(eq=False)
+class _Validation(Dataset[Trajectories | None]):
+    """Item (epoch, number): the batch of that number of one rank; None where it has no more."""
+
+    draw: Callable[[Conditions], Trajectories]
+    conditions: Dataset[Conditions]
+    count: int
+    rank: int
+    world_size: int
+
+    def __getitem__(self, index: tuple[int, int]) -> Trajectories | None:
+        number = index[1] * self.world_size + self.rank
+        return self.draw(self.conditions[number]) if number < self.count else None
+
+
+class OnlineDataModule(L.LightningDataModule):
+    """Trains and validates on trajectories that the base draws when they are needed.
+
+    Takes the place of :class:`~datamodules.trajectories.TrajectoryDataModule`: no disk, and no pair is seen twice, for
+    one run of the decoding loop per G · (N − R) transitions.
+
+    Images are drawn ``pool_images`` at a time, the windows of this pool are mixed and handed out once each, and the
+    next pool takes its place. Ranks draw pools in turn. Batch n of an epoch follows from seed, epoch and n alone, so
+    that a resumed run draws anew the pool it stopped in and none before. Images of epoch 0 are those that ``predict``
+    records of ``conditions``; every later epoch has new ones. What does not fill a pool, or a batch in it, is left out.
+
+    The base runs in the trainer's own process, on its device and in its precision, as under ``predict``; there are no
+    workers. Training waits meanwhile: both want the same device, and nothing would be won by letting them overlap. The
+    pool lies in the host's memory, pool_images × G × N × S × C × bytes per value: 0.8 GB for 16 images of MaskGIT at
+    512×512 in bfloat16.
+
+    Args:
+        base: the frozen model.
+        decoding: how its tokens are drawn.
+        conditions: what to draw in an epoch, on all ranks together; its ``batch_size`` are drawn at once.
+        validation: what to draw, batch by batch, for each validation, anew but always the same; its seed must be
+            another one.
+        batch_size: transitions per batch and rank.
+        pool_images: images whose transitions are mixed, a multiple of the images drawn at once.
+        window: R, steps in a transition.
+        dtype: of the features in the pool.
+        seed: of the order.
+
+    Raises:
+        ValueError: if sizes do not fit one another, or validation would see images of the training.
+    """
+
+    source = "trajectories drawn online"
+
+    def __init__(
+        self,
+        base: MaskedImageModel,
+        decoding: Decoding,
+        conditions: InTurn,
+        validation: InTurn,
+        batch_size: int = 64,
+        *,
+        pool_images: int = 64,
+        window: int = 1,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if validation.seed == conditions.seed:
+            raise ValueError(f"validation would see images of the training: both have the seed {conditions.seed}")
+        if not 1 <= window < decoding.num_steps:
+            raise ValueError(f"window must lie in 1..{decoding.num_steps - 1}, below the number of steps; got {window}")
+        if pool_images < 1 or pool_images % conditions.batch_size:
+            raise ValueError(
+                f"pool_images must be a multiple of {conditions.batch_size}, which are drawn at once; got {pool_images}"
+            )
+        windows = pool_images * decoding.branches * (decoding.num_steps - window)
+        if not 1 <= batch_size <= windows:
+            raise ValueError(f"batch_size must lie in 1..{windows}, the transitions in a pool; got {batch_size}")
+        assert isinstance(base, nn.Module)
+        self.base: MaskedImageModel = base
+        self.decoding, self.conditions, self.validation = decoding, conditions, validation
+        self.batch_size, self.pool_images, self.window, self.seed = batch_size, pool_images, window, seed
+        self.dtype = dtype
+        self._pool = lru_cache(maxsize=1)(self._draw_pool)
+
+    @cached_property
+    def card(self) -> Card:
+        """What a recorded set of the images of epoch 0 would say of itself."""
+        return card_of(self.base, self.decoding, self.conditions, self.dtype)
+
+    @property
+    def interface(self) -> TokenInterface:
+        """The cheap ends of the base."""
+        return self.base.interface
+
+    def velocity_scale(self) -> Tensor:
+        """Standard deviation (C,) of the features' change in a step, at places still masked, over the first images."""
+        drawn = self.draw(self.conditions.loader().dataset[0])
+        return velocity_scale([(drawn.features, drawn.committed_at[:, None])])
+
+    def train_dataloader(self) -> EpochLoader[Transition]:
+        """Batches of :class:`Transition`, images and steps mixed, of new images each epoch.
+
+        Raises:
+            ValueError: if the images of an epoch do not fill a pool on each rank.
+        """
+        rank, world_size = self._ranks()
+        pools = self.conditions.num_images // self.pool_images
+        if pools < world_size:
+            raise ValueError(
+                f"{self.conditions.num_images} images an epoch do not fill {world_size} pools of {self.pool_images}"
+            )
+        order = Order(
+            pools,
+            self.pool_images,
+            self.decoding.branches,
+            self.decoding.num_steps - self.window,
+            group=1,
+            seed=self.seed,
+        )
+        batches = _Training(self._pool, order, self.batch_size, self.window, rank, world_size)
+        layout: dict[str, int | str] = {
+            "images": self.card.digest,
+            "world_size": world_size,
+            "batch_size": self.batch_size,
+            "pool_images": self.pool_images,
+            "window": self.window,
+            "seed": self.seed,
+        }
+        return EpochLoader(batches, len(batches), lambda: self.trainer.current_epoch if self.trainer else 0, layout)
+
+    def val_dataloader(self) -> EpochLoader[Trajectories]:
+        """Batches of whole :class:`Trajectories`, each on one rank exactly; the last may be smaller."""
+        rank, world_size = self._ranks()
+        loader = self.validation.loader()
+        batches = _Validation(self.draw, loader.dataset, len(loader), rank, world_size)
+        return EpochLoader(batches, -(-len(loader) // world_size))
+
+    def draw(self, conditions: Conditions) -> Trajectories:
+        """Trajectories of ``conditions``, as ``predict`` draws them, in the host's memory."""
+        assert isinstance(self.base, nn.Module)
+        device, precision = torch.device("cpu"), None
+        if self.trainer:
+            device, precision = self.trainer.strategy.root_device, self.trainer.precision_plugin
+            precision.convert_module(self.base)
+        self.base.to(device)
+        with precision.predict_step_context() if precision else nullcontext():
+            drawn = record(self.base, move_data_to_device(conditions, device), self.decoding)
+        drawn = drawn._replace(features=drawn.features.to(DTYPES[self.dtype]))
+        return move_data_to_device(drawn, torch.device("cpu"))
+
+    def _draw_pool(self, epoch: int, number: int) -> Trajectories:
+        """Pool ``number`` of ``epoch``, the images of the same numbers put together."""
+        run_seed = self.conditions.seed if epoch == 0 else sample_seed(self.conditions.seed, -epoch)
+        batches, at_once = self.conditions.loader(run_seed).dataset, self.pool_images // self.conditions.batch_size
+        return concatenated([self.draw(batches[number * at_once + index]) for index in range(at_once)])
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def concatenated(batches: Sequence[Trajectories]) -> Trajectories:
+    """``batches`` as one, rows padded to the longest."""
+    conditions = [batch.conditions for batch in batches]
+    ids, seeds, labels = (torch.cat(column) for column in zip(*(one[:3] for one in conditions), strict=True))
+    return Trajectories(
+        Conditions(ids, seeds, labels, tuple(chain.from_iterable(one.prompts for one in conditions))),
+        torch.cat(padded([batch.features for batch in batches])),
+        torch.cat([batch.tokens for batch in batches]),
+        torch.cat([batch.committed_at for batch in batches]),
+        joined([batch.text for batch in batches if batch.text is not None], torch.cat),
+    )

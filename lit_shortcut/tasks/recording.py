@@ -1,0 +1,90 @@
+"""Record trajectories of a frozen base, and tell what a set of them holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from math import inf
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lit_shortcut.acceleration.planned import Vanilla
+from lit_shortcut.contracts import Conditions, MaskedImageModel, Text, Trajectories
+from lit_shortcut.sampling import Decoding, sample
+from lit_shortcut.trajectory import FORMAT_VERSION, Card, Dtype, interface_fingerprint, room_like
+
+SCRATCH = Path("runs/scratch")
+
+
+class Asked(Protocol):
+    """What a set's images are asked for by: the data module of their conditions."""
+
+    num_images: int
+    batch_size: int
+    seed: int
+    num_classes: int
+    prompts_sha256: str
+
+
+def record(
+    base: MaskedImageModel,
+    conditions: Conditions,
+    decoding: Decoding,
+    *,
+    memory_limit_gb: float = inf,
+    scratch: Path = SCRATCH,
+) -> Trajectories:
+    """Run the vanilla loop and keep the features of every step, each as it is computed.
+
+    Args:
+        base: the frozen model.
+        conditions: what to generate, in one batch.
+        decoding: how tokens are drawn.
+        memory_limit_gb: features of the batch that take more (10⁹ bytes) lie in a file on disk, mapped, on the CPU.
+        scratch: folder of that file.
+
+    Raises:
+        TrajectoryError: if the file cannot be made, or the disk has too little space for it.
+    """
+    features, tokens = None, conditions.ids
+    committed_at = torch.empty(len(conditions.ids), base.spec.num_tokens, dtype=torch.long, device=tokens.device)
+    for step in sample(base, conditions, decoding, Vanilla()):
+        if features is None:
+            branches, batch, *rows = step.features.shape
+            shape = (batch, branches, decoding.num_steps, *rows)
+            features = room_like(step.features, shape, memory_limit_gb, scratch)
+        features[:, :, step.state.step] = step.features.transpose(0, 1)
+        tokens = step.tokens
+        committed_at.scatter_(1, step.committed.positions, step.state.step)
+    assert features is not None
+    text = base.context(conditions, guided=decoding.is_guided).text
+    if text is not None:
+        text = Text(*(part.transpose(0, 1) for part in text))  # (G, B, …) to (B, G, …)
+    return Trajectories(conditions, features, tokens, committed_at, text)
+
+
+def card_of(base: MaskedImageModel, decoding: Decoding, asked: Asked, dtype: Dtype) -> Card:
+    """The card of the set that :func:`record` makes of all images ``asked`` for, a shard for each batch of them.
+
+    Args:
+        base: the frozen model.
+        decoding: how tokens are drawn.
+        asked: the images.
+        dtype: of the features as stored.
+    """
+    return Card(
+        format_version=FORMAT_VERSION,
+        base_fingerprint=base.fingerprint,
+        interface=interface_fingerprint(base.interface),
+        spec=base.spec._asdict(),
+        decoding=asdict(decoding),
+        branches=decoding.branches,
+        num_steps=decoding.num_steps,
+        dtype=dtype,
+        num_samples=asked.num_images,
+        samples_per_shard=asked.batch_size,
+        seed=asked.seed,
+        num_classes=asked.num_classes,
+        prompts=asked.prompts_sha256,
+    )

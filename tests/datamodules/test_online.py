@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import chain, islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from datamodules.conditions import ClassLabels
+from datamodules.online import OnlineDataModule, concatenated
+from datamodules.trajectories import TrajectoryDataModule
+from lit_shortcut.bases.dimoo.adapter import DiMOO
+from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
+from lit_shortcut.contracts import Conditions, Trajectories, Transition
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.tasks.generation import GenerationTask
+from lit_shortcut.tasks.recording import record
+from lit_shortcut.trajectory import TrajectoryError, transitions
+
+DECODING = Decoding(num_steps=5)
+QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+
+
+def make(
+    *, epoch: int = 0, rank: int = 0, world_size: int = 1, precision: Any = "32-true", **arguments: Any
+) -> OnlineDataModule:
+    """Of 12 images an epoch in pools of 4, 32 transitions: four batches of eight."""
+    module = OnlineDataModule(
+        **{
+            "base": ToyBase(),
+            "decoding": DECODING,
+            "conditions": ClassLabels(12, batch_size=2),
+            "validation": ClassLabels(5, batch_size=2, seed=1),
+            "batch_size": 8,
+            "pool_images": 4,
+            "dtype": "float32",
+        }
+        | arguments
+    )
+    trainer = L.Trainer(**QUIET, precision=precision, enable_checkpointing=False)
+    module.trainer = SimpleNamespace(  # type: ignore[assignment]
+        global_rank=rank,
+        world_size=world_size,
+        current_epoch=epoch,
+        strategy=trainer.strategy,
+        precision_plugin=trainer.precision_plugin,
+    )
+    return module
+
+
+def flat(batch: Transition) -> list[Tensor]:
+    """Its tensors, control without the padding."""
+    assert batch.control.is_real is not None
+    control = [torch.where(batch.control.is_real, part, -1) for part in batch.control[:2]]
+    longest = ToyBase().spec.num_tokens
+    control = [torch.nn.functional.pad(part, (0, longest - part.shape[-1]), value=-1) for part in control]
+    return [batch.features, *control, batch.masked_share, batch.targets, batch.is_masked, batch.step]
+
+
+def named(batches: Any) -> list[bytes]:
+    """Each transition as the bytes of all it holds."""
+    rows = chain.from_iterable(zip(*flat(batch), strict=True) for batch in batches)
+    return [b"".join(part.numpy().tobytes() for part in row) for row in rows]
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_first_epoch_has_every_transition_that_a_recorded_set_has_exactly_once(window: int) -> None:
+    found = named(make(window=window, batch_size=4).train_dataloader())
+    (conditions,) = ClassLabels(12, batch_size=12).loader()
+    expected = named([transitions(record(ToyBase(), conditions, DECODING), window)])
+    assert len(found) == 12 * 2 * (5 - window)
+    assert sorted(found) == sorted(expected)
+
+
+def test_batches_mix_the_images_and_steps_of_a_pool() -> None:
+    for batch in make().train_dataloader():
+        assert len(batch.step) == 8
+        assert len(set(batch.step.tolist())) > 1
+        assert len({row.numpy().tobytes() for row in batch.is_masked}) > 4
+
+
+def test_same_seed_gives_the_same_batches_and_every_epoch_new_images() -> None:
+    module = make()
+    loader = module.train_dataloader()
+    first = named(loader)
+    assert named(make().train_dataloader()) == first
+    reordered = named(make(seed=1).train_dataloader())
+    assert reordered != first
+    assert sorted(reordered) == sorted(first)
+    module.trainer.current_epoch = 1  # type: ignore[misc, union-attr]
+    second = named(loader)
+    assert named(make(epoch=1).train_dataloader()) == second
+    assert len(set(first) & set(second)) < len(first) / 4  # the first of an image's steps may be another's
+
+
+@pytest.mark.parametrize("stop", [3, 4, 9])
+def test_resumed_epoch_goes_on_with_the_same_batches(stop: int) -> None:
+    expected = named(make(epoch=2).train_dataloader())
+    loader = make(epoch=2).train_dataloader()
+    begun = named(islice(loader, stop))
+    resumed = make(epoch=2).train_dataloader()
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert begun + named(resumed) == expected
+
+
+def test_place_among_other_batches_is_refused() -> None:
+    state = make().train_dataloader().state_dict()
+    with pytest.raises(TrajectoryError, match="pool_images was 4, is 6"):
+        make(pool_images=6).train_dataloader().load_state_dict(state)
+
+
+def test_resuming_draws_the_pool_it_stopped_in_and_none_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def noted(base: Any, conditions: Conditions, decoding: Decoding) -> Trajectories:
+        drawn.extend(conditions.ids.tolist())
+        return record(base, conditions, decoding)
+
+    monkeypatch.setattr("datamodules.online.record", noted)
+    loader = make().train_dataloader()
+    loader.load_state_dict(loader.state_dict() | {"done": 9})
+    assert len(named(loader)) == 3 * 8
+    assert len(drawn) == len(set(drawn)) == 4
+
+
+def test_ranks_draw_different_pools_which_together_are_those_of_one_rank() -> None:
+    alone = named(make().train_dataloader())
+    shares = [named(make(rank=rank, world_size=3).train_dataloader()) for rank in range(3)]
+    assert [len(share) for share in shares] == [32, 32, 32]
+    assert sorted(chain.from_iterable(shares)) == sorted(alone)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_validation_draws_what_predict_records_in_the_same_precision(
+    tmp_path: Path, precision: Any, dtype: Any
+) -> None:
+    conditions = ClassLabels(6, batch_size=2, seed=5)
+    trainer = L.Trainer(**QUIET, precision=precision, callbacks=[TrajectoryWriter(tmp_path, dtype)])
+    trainer.predict(GenerationTask(ToyBase(), decoding=DECODING), conditions)
+    recorded = TrajectoryDataModule(str(tmp_path), validation_shards=2, validation_batch_size=2)
+    drawn = make(validation=ClassLabels(6, batch_size=2, seed=5), dtype=dtype, precision=precision)
+    for ours, theirs in zip(islice(drawn.val_dataloader(), 1, None), recorded.val_dataloader(), strict=True):
+        for name in ("features", "tokens", "committed_at"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def test_validation_is_always_the_same_and_shared_out_among_ranks() -> None:
+    def ids(batches: Any) -> list[list[int]]:
+        return [batch.conditions.ids.tolist() for batch in batches]
+
+    loader = make().val_dataloader()
+    assert ids(loader) == ids(loader) == [[0, 1], [2, 3], [4]]
+    assert [ids(make(rank=rank, world_size=2).val_dataloader()) for rank in (0, 1)] == [[[0, 1], [4]], [[2, 3]]]
+
+
+def test_pool_of_different_texts_has_the_transitions_of_all_its_batches(
+    dimoo: DiMOO, prompted: Callable[..., Conditions]
+) -> None:
+    whole = prompted(4)
+    parts = [Conditions(*(part[rows] for part in whole)) for rows in (slice(0, 2), slice(2, 4))]
+    pool, expected = concatenated([record(dimoo, part, DECODING) for part in parts]), record(dimoo, whole, DECODING)
+    assert pool.conditions.prompts == expected.conditions.prompts
+    ours, theirs = transitions(pool), transitions(expected)
+    assert ours.text is not None
+    assert theirs.text is not None
+    is_text = torch.arange(ours.text.control.shape[1]) < ours.text.num_control[:, None]
+    texts = [text._replace(control=text.control.where(is_text[..., None], 0)) for text in (ours.text, theirs.text)]
+    for one, other in zip((*flat(ours), *texts[0]), (*flat(theirs), *texts[1]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_scale_of_the_velocity_is_that_of_a_recorded_set(tmp_path: Path) -> None:
+    trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(tmp_path, "float32")])
+    trainer.predict(GenerationTask(ToyBase(), decoding=DECODING), ClassLabels(12, batch_size=2))
+    torch.testing.assert_close(make().velocity_scale(), TrajectoryDataModule(str(tmp_path)).velocity_scale())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 5}, r"window must lie in 1\.\.4, below the number of steps; got 5"),
+        ({"window": 0}, r"window must lie in 1\.\.4"),
+        ({"pool_images": 3}, "pool_images must be a multiple of 2, which are drawn at once; got 3"),
+        ({"pool_images": 0}, "pool_images must be a multiple of 2"),
+        ({"batch_size": 33}, r"batch_size must lie in 1\.\.32, the transitions in a pool; got 33"),
+        ({"validation": ClassLabels(5)}, "both have the seed 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**change)
+
+
+def test_epoch_that_fills_no_pool_on_each_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match="12 images an epoch do not fill 4 pools of 4"):
+        make(world_size=4).train_dataloader()

@@ -1,0 +1,140 @@
+"""Each verb on two processes, through the command line, does what it does on one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lit_shortcut.tasks.generation
+from lit_shortcut.contracts import Conditions, Trajectories
+from lit_shortcut.metrics.images import FashionFeatures
+from lit_shortcut.networks.classifier import FashionCNN
+from lit_shortcut.weights import save_module
+from tests.command_line import TOY, fresh_process, lightning
+from tests.metrics.reference import write_reference
+
+TWO = ("--trainer.strategy=ddp_fork", "--trainer.devices=2")
+SET = "runs/toy/trajectories"
+WEIGHTS = "runs/toy/shortcut/last.ckpt"
+UNEVEN = ("--data.num_images=10", "--data.batch_size=4")  # batches of 4, 4 and 2 for two ranks
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trajectories in uneven shards, and a shortcut trained on them, by one process."""
+    folder = tmp_path_factory.mktemp("one")
+    lightning(folder, "predict", "--config", TOY / "extract.yaml", *UNEVEN)
+    lightning(folder, "fit", "--config", TOY / "fit.yaml", "--trainer.logger=false", "--model.optimizer.lr=0.1")
+    return folder
+
+
+def logged(folder: Path, logs: Path, *words: object) -> dict[str, list[float]]:
+    """Values of each metric in the order in which the command logged them, run in a process of its own."""
+    logger = ("--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={logs}")
+    process = fresh_process(lightning, folder, *words, *logger)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    (path,) = logs.glob("*/version_0/metrics.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+
+
+def test_ranks_record_different_samples_which_together_are_the_set_of_one_process(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = lit_shortcut.tasks.generation.record
+
+    def noted(base: Any, conditions: Conditions, decoding: Any, **room: Any) -> Trajectories:
+        with (tmp_path / f"drawn_by_{os.getpid()}").open("a") as file:
+            file.writelines(f"{number}\n" for number in conditions.ids.tolist())
+        return record(base, conditions, decoding, **room)
+
+    monkeypatch.setattr(lit_shortcut.tasks.generation, "record", noted)
+    lightning(tmp_path, "predict", "--config", TOY / "extract.yaml", *UNEVEN, *TWO)
+    one, two = ({path.name: path.read_bytes() for path in (where / SET).iterdir()} for where in (trained, tmp_path))
+    assert two == one
+    drawn = [[int(line) for line in path.read_text().split()] for path in tmp_path.glob("drawn_by_*")]
+    assert sorted(drawn) == [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7]]
+
+
+def test_two_ranks_train_as_one_of_twice_the_batch(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / SET, tmp_path / SET)
+    long = ("--trainer.max_steps=20", "--trainer.val_check_interval=5", "--data.window=2", "--model.kl_weight=0.5")
+    command = ("fit", "--config", TOY / "fit.yaml", *long, "--data.validation_shards=1", "--trainer.callbacks=null")
+    one = logged(tmp_path, tmp_path / "one", *command, "--data.batch_size=8")
+    two = logged(tmp_path, tmp_path / "two", *command, "--data.batch_size=4", *TWO)
+    assert len(one["train/loss"]) == 20
+    assert len(one["val/mse"]) == 4
+    for name in ("train/loss", "train/mse", "train/head_kl", "val/mse", "val/head_kl"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
+
+
+def test_ranks_validate_to_the_metrics_of_one_process(trained: Path, tmp_path: Path) -> None:
+    command = ("validate", "--config", TOY / "fit.yaml", f"--ckpt_path={WEIGHTS}")
+    uneven = ("--data.validation_shards=2", "--data.validation_batch_size=4")
+    one = logged(trained, tmp_path / "one", *command, *uneven)
+    two = logged(trained, tmp_path / "two", *command, *uneven, *TWO)
+    names = {name for name in one if name.startswith("val/")}
+    assert {"val/mse", "val/rollout_gain_3", "val/head_kl", "val/token_agreement"} <= names
+    assert one["val/gain"][0] != 0
+    for name in names:
+        rel = 1e-4 if name.endswith("cosine_gain") else 1e-5  # 1 − cosine cancels
+        assert two[name] == pytest.approx(one[name], rel=rel), name
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> str:
+    """For the command line: Fréchet distance and class agreement by a random network."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        classifier = FashionCNN(width=2)
+    save_module(tmp_path / "classifier.safetensors", classifier)
+    pixels = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    write_reference(tmp_path / "reference.safetensors", FashionFeatures(classifier), [pixels], "random pixels")
+    extractor = {
+        "class_path": "lit_shortcut.metrics.images.FashionFeatures.load",
+        "init_args": {"path": str(tmp_path / "classifier.safetensors")},
+    }
+    arguments = {"extractor": extractor, "reference": str(tmp_path / "reference.safetensors")}
+    agreement = {
+        "class_path": "lit_shortcut.metrics.images.ClassAgreement",
+        "init_args": {
+            "classifier": {
+                "class_path": "lit_shortcut.networks.classifier.FashionCNN.load",
+                "init_args": {"path": str(tmp_path / "classifier.safetensors")},
+            }
+        },
+    }
+    metric = {"class_path": "lit_shortcut.metrics.images.FrechetDistance", "init_args": arguments}
+    return json.dumps({"fid": metric, "class_agreement": agreement})
+
+
+def test_ranks_measure_images_to_the_values_of_one_process(trained: Path, tmp_path: Path, metrics: str) -> None:
+    command = (
+        "test",
+        "--config",
+        TOY / "evaluate.yaml",
+        *UNEVEN,
+        f"--model.metrics={metrics}",
+        "--trainer.logger=false",
+    )
+    found = []
+    for name, ranks in (("one", ()), ("two", TWO)):
+        lightning(trained, *command, f"--model.results={tmp_path / name}", *ranks)
+        found.append({path.name: json.loads(path.read_text()) for path in (tmp_path / name / "rows").iterdir()})
+    one, two = found
+    assert len(one) == 8
+    assert one.keys() == two.keys()
+    for name, row in one.items():
+        assert row["values"]["fid"] > 0
+        assert two[name]["facts"] == row["facts"]
+        assert two[name]["values"] == pytest.approx(row["values"], rel=1e-9), name
