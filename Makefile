@@ -41,8 +41,8 @@ report: table ## Measure vanilla and accelerated generation of BASE: few images,
 table: install ## The table of BASE, as report; WEIGHTS=random: latency alone, at published size (BASE=maskgit)
 	$(RUN) test --config configs/$(BASE)/$(if $(filter random,$(WEIGHTS)),latency,evaluate).yaml
 
-report-full: install ## The same at full length: thousands of images a row, 3 seeds; goes on where it was stopped
-	$(RUN) test --config configs/$(BASE)/evaluate.yaml --config configs/$(BASE)/full_length.yaml
+report-full: install ## The same at full length (the defaults': thousands of images a row, 3 seeds); goes on where it stopped
+	$(RUN) test $(addprefix --config ,configs/$(BASE)/evaluate.yaml $(wildcard configs/$(BASE)/full_length.yaml))
 
 bench: BASE := maskgit
 bench: install ## Where the time of one run goes, part by part (default: MaskGIT at published size, random weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,11 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool = False) 
     if metric not in metric_names(table):
         raise ValueError(f"the plot's metric must be one of {metric_names(table)}, got {metric!r}")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    corners = cycle([(5, 5, "left"), (-5, -12, "right"), (-5, 5, "right"), (5, -12, "left")])  # points; line by line
     for (method, order), lines in table.groupby(["method", "order"], sort=False):
         ordered = lines.sort_values("latency_ms")
-        axes.errorbar(
+        x, y, side = next(corners)
+        drawn = axes.errorbar(
             ordered["latency_ms"],
             ordered[metric],
             yerr=ordered[f"{metric}_interval"].fillna(0),
@@ -123,11 +126,18 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool = False) 
         for _, line in ordered.iterrows():
             label = f"N={line['N']}" if method == "vanilla" else f"({line['N']}, {line['b']})"
             axes.annotate(
-                label, (line["latency_ms"], line[metric]), textcoords="offset points", xytext=(5, 5), fontsize=8
+                label,
+                (line["latency_ms"], line[metric]),
+                textcoords="offset points",
+                xytext=(x, y),
+                ha=side,
+                fontsize=8,
+                color=drawn[0].get_color(),
             )
+    axes.margins(x=0.08)
     axes.set_xlabel("latency of the decoding loop, ms per image")
     axes.set_ylabel(f"{metric} ({'higher' if higher_is_better else 'lower'} is better)")
-    axes.legend()
+    axes.legend(title="at a point: N or (N, b)")
     axes.grid(alpha=0.3)
     return figure
 
