@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -37,19 +38,32 @@ def is_remote(source: str | Path) -> bool:
     return "://" in str(source)
 
 
-def opened(where: str) -> AbstractContextManager[IO[bytes]]:
-    """The file at path or URL ``where``, to be read from its beginning."""
-    if is_remote(where):
-        remote: AbstractContextManager[IO[bytes]] = gopen(where)
-        return remote
-    return Path(where).open("rb")
+@contextmanager
+def opened(where: str) -> Iterator[IO[bytes]]:
+    """The file at path or URL ``where``, to be read from its beginning.
+
+    Raises:
+        OSError: if it is a path and cannot be opened or read.
+        TrajectoryError: if it is a URL and cannot be fetched.
+    """
+    if not is_remote(where):
+        with Path(where).open("rb") as file:
+            yield file
+        return
+    try:
+        with gopen(where) as stream:
+            yield stream
+    except OSError as error:  # of WebDataset's, which names its whole command line and its streams
+        command = re.search(r"\['(\w+)'.* exit (\d+)", str(error))
+        reason = f"{command[1]} ended with exit code {command[2]}" if command else error
+        raise TrajectoryError(f"{where}: cannot be fetched ({reason})") from error
 
 
 def read_small(where: str, limit: int) -> bytes:
     """Content of the file at path or URL ``where``.
 
     Raises:
-        TrajectoryError: if it has more than ``limit`` bytes.
+        TrajectoryError: if it has more than ``limit`` bytes, or cannot be fetched.
         OSError: if it cannot be opened or read.
     """
     with opened(where) as file:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.trajectory.card import Card
-from lit_shortcut.trajectory.files import TrajectoryError, is_remote, locate, opened, whole
+from lit_shortcut.trajectory.files import TrajectoryError, is_remote, locate, read_small, whole
 from lit_shortcut.weights import fingerprint, load_tensors
 
 _INTERFACE = "interface.safetensors"
@@ -40,14 +40,19 @@ def load_interface(source: str | Path, card: Card) -> TokenInterface:
         path = Path(where)
         if is_remote(source):
             path = Path(scratch) / _INTERFACE
-            with opened(where) as file:
-                path.write_bytes(file.read())
+            path.write_bytes(read_small(where, _limit(card)))
         tensors, _ = load_tensors(path)
     found = fingerprint(tensors)
     if found != card.interface:
         raise TrajectoryError(f"{where}: expected the interface {card.interface} that the card names, found {found}")
     num_tokens = tensors.pop("num_tokens")
     return TokenInterface(int(num_tokens), **tensors)
+
+
+def _limit(card: Card) -> int:
+    """Bytes that no interface of such a set exceeds: two matrices and offsets, of 8 bytes a number."""
+    rows = card.spec["codebook_size"] + card.spec["sequence_length"] + 1
+    return 2**20 + 16 * rows * (card.spec["width"] + 1)
 
 
 def _tensors(interface: TokenInterface) -> dict[str, Tensor]:

@@ -113,14 +113,10 @@ class Source:
 def _chunks(url: str, limit: int) -> Iterator[bytes]:
     """Content of ``url``, and no more than a chunk beyond ``limit`` bytes of it."""
     size = 0
-    try:
-        with opened(url) as stream:
-            while size <= limit and (chunk := stream.read(_CHUNK)):
-                size += len(chunk)
-                yield chunk
-    except OSError as error:
-        reason = next((part for part in error.args if isinstance(part, str)), error)  # WebDataset adds streams
-        raise TrajectoryError(f"{url}: cannot be fetched ({reason})") from error
+    with opened(url) as stream:
+        while size <= limit and (chunk := stream.read(_CHUNK)):
+            size += len(chunk)
+            yield chunk
 
 
 def read_shard(source: str | Path, index: int, card: Card) -> Iterator[Trajectory]:

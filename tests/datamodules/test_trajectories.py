@@ -353,6 +353,8 @@ def test_set_behind_a_url_is_read_like_a_folder(folder: Path, tmp_path: Path) ->
         assert order(module) == order(make(folder, shuffle_shards=1))
         assert torch.equal(module.interface.head_weight, interface().head_weight)
         assert len(list(tmp_path.glob("*/shard-*.tar"))) == 2  # this group's and the one before
-        with pytest.raises(TrajectoryError, match=r"nowhere/card\.json"):
+        with pytest.raises(
+            TrajectoryError, match=r"nowhere/card\.json: cannot be fetched \(curl ended with exit code 22\)"
+        ):
             TrajectoryDataModule(f"{url}/nowhere").setup("fit")
         server.shutdown()
