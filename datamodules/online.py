@@ -23,7 +23,7 @@ from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import card_of, record
 from lit_shortcut.trajectory import DTYPES, Card, Order, select
-from lit_shortcut.trajectory.sample import joined, padded
+from lit_shortcut.trajectory.sample import joined, padded, require_finite
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class OnlineDataModule(L.LightningDataModule):
     The base runs in the trainer's own process, on its device and in its precision, as under ``predict``; there are no
     workers. Training waits meanwhile: both want the same device, and nothing would be won by letting them overlap. The
     pool lies in the host's memory, pool_images × G × N × S × C × bytes per value: 0.8 GB for 16 images of MaskGIT at
-    512×512 in bfloat16.
+    512×512 in bfloat16; twice that while the next one is put together.
 
     Args:
         base: the frozen model.
@@ -199,10 +199,13 @@ class OnlineDataModule(L.LightningDataModule):
         with precision.predict_step_context() if precision else nullcontext():
             drawn = record(self.base, move_data_to_device(conditions, device), self.decoding)
         drawn = drawn._replace(features=drawn.features.to(DTYPES[self.dtype]))
-        return move_data_to_device(drawn, torch.device("cpu"))
+        drawn = move_data_to_device(drawn, torch.device("cpu"))
+        require_finite("features", drawn.features, self.source)
+        return drawn
 
     def _draw_pool(self, epoch: int, number: int) -> Trajectories:
         """Pool ``number`` of ``epoch``, the images of the same numbers put together."""
+        self._pool.cache_clear()  # the pool before this one
         run_seed = self.conditions.seed if epoch == 0 else sample_seed(self.conditions.seed, -epoch)
         batches, at_once = self.conditions.loader(run_seed).dataset, self.pool_images // self.conditions.batch_size
         return concatenated([self.draw(batches[number * at_once + index]) for index in range(at_once)])

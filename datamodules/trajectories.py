@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import lightning as L
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,6 +21,7 @@ from lit_shortcut.contracts import Trajectories
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.trajectory import (
+    AccessError,
     Card,
     EncodedTransition,
     OnCorrupt,
@@ -36,6 +39,7 @@ from lit_shortcut.trajectory import (
 )
 
 Batch = TypeVar("Batch")
+_MOST_SHARDS = 10**7  # 80 MB for their order; a card may claim any number
 _log = logging.getLogger(__name__)
 
 
@@ -74,7 +78,7 @@ class _Validation(Dataset[Trajectories | None]):
         try:
             return self.source.shard(shard).trajectory(row)
         except TrajectoryError as error:
-            if self.on_corrupt == "raise":
+            if self.on_corrupt == "raise" or isinstance(error, AccessError):
                 raise
             _log.warning("skipped: %s", error)
             return None
@@ -95,7 +99,8 @@ class EpochLoader(Generic[Batch]):
         length: batches in an epoch.
         epoch: tells the epoch's number; asked when it begins.
         layout: all that the order depends on, compared when a checkpoint is taken up.
-        num_workers: threads, each of which is two batches ahead at most; 0 makes a batch when it is asked for.
+        num_workers: threads, each of which is two batches ahead at most, in pinned memory where there is a GPU; 0 makes
+            a batch when it is asked for.
     """
 
     def __init__(
@@ -144,12 +149,20 @@ class EpochLoader(Generic[Batch]):
             raise TrajectoryError(f"the checkpoint's place among the batches is lost: {', '.join(changes)}")
         self._position = self._resume = (state["epoch"], state["done"])
 
+    def _made(self, place: tuple[int, int]) -> Batch | None:
+        """The batch at ``place``, where a GPU can copy it while it computes."""
+        batch = self._batches[place]
+        if not torch.cuda.is_available():
+            return batch
+        pinned: Batch | None = apply_to_collection(batch, Tensor, Tensor.pin_memory)
+        return pinned
+
     def _made_ahead(self, places: Sequence[tuple[int, int]]) -> Iterator[Batch | None]:
         threads = ThreadPoolExecutor(self._num_workers)
         waiting: deque[Future[Batch | None]] = deque()
         try:
             for place in places:
-                waiting.append(threads.submit(self._batches.__getitem__, place))
+                waiting.append(threads.submit(self._made, place))
                 if len(waiting) == 2 * self._num_workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -166,14 +179,16 @@ class TrajectoryDataModule(L.LightningDataModule):
     and the number of workers changes nothing.
 
     A reading thread holds up to two batches as stored, batch_size × (R + 1) × S × C × bytes per value each (0.1 GB for
-    64 pairs of MaskGIT at 512×512 in int8), and some MB. Batches are decoded on the device they are trained on.
+    64 pairs of MaskGIT at 512×512 in int8), and some MB. Batches are decoded on the device they are trained on. In
+    validation one thread holds up to two batches of decoded trajectories, validation_batch_size × G × N × S × C × 4
+    bytes each (0.8 GB for 8 of MaskGIT at 512×512).
 
     Args:
         source: folder, or URL prefix that WebDataset opens (``https://…``, ``gs://…``, ``hf://…``).
         batch_size: transitions per batch and rank.
         num_workers: reading threads per rank; 0 reads when a batch is asked for.
-        shuffle_shards: shards whose transitions are mixed at a time. Of a set behind a URL twice as many lie in
-            ``cache``.
+        shuffle_shards: shards whose transitions are mixed at a time. Of a set behind a URL twice as many and those of
+            the validation lie in ``cache``; the next are fetched while the present ones are read.
         validation_shards: the last shards of the set, kept aside for validation.
         window: R, steps in a transition.
         seed: of the order.
@@ -210,6 +225,8 @@ class TrajectoryDataModule(L.LightningDataModule):
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
         locate(source, "")
         self.source, self.batch_size, self.num_workers = source, batch_size, num_workers
         self.shuffle_shards, self.validation_shards, self.window = shuffle_shards, validation_shards, window
@@ -233,6 +250,10 @@ class TrajectoryDataModule(L.LightningDataModule):
             raise TrajectoryError(
                 f"{self.source}: validation_shards must be below {card.num_shards}, the shards of the set, "
                 f"got {self.validation_shards}"
+            )
+        if card.num_shards > _MOST_SHARDS:
+            raise TrajectoryError(
+                f"{self.source}: expected at most {_MOST_SHARDS} shards, its card tells {card.num_shards}"
             )
         if self.window >= card.num_steps:
             raise TrajectoryError(f"{self.source}: window must be below {card.num_steps} steps, got {self.window}")
@@ -297,7 +318,7 @@ class TrajectoryDataModule(L.LightningDataModule):
         ids = range(first + rank, card.num_samples, world_size)
         batches = _Validation(self._source(), ids, self.validation_batch_size, self.on_corrupt)
         most = len(range(first, card.num_samples, world_size))  # Lightning leaves a rank out whose length is 0
-        return EpochLoader(batches, -(-most // self.validation_batch_size), num_workers=self.num_workers)
+        return EpochLoader(batches, -(-most // self.validation_batch_size), num_workers=min(1, self.num_workers))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count the transitions that stand in for damaged ones."""
@@ -315,7 +336,7 @@ class TrajectoryDataModule(L.LightningDataModule):
             _log.warning("%s: %d damaged training transitions were replaced by others", self.source, self.num_replaced)
 
     def _source(self) -> Source:
-        return Source(self.source, self.card, kept=2 * self.shuffle_shards, cache=self.cache)
+        return Source(self.source, self.card, kept=2 * self.shuffle_shards + self.validation_shards, cache=self.cache)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -20,11 +20,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save ``checkpoint`` at ``path``; what was there before stays until then, and if the disk is full."""
+        """Save ``checkpoint`` at ``path``; what was there before stays until then, and if the disk is full.
+
+        Raises:
+            OSError: naming the file, if it cannot be written.
+        """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with replacing(Path(path)) as aside, aside.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with replacing(Path(path)) as aside, aside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"{path}: cannot be written ({error.strerror or error})") from error

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 
 from lit_shortcut.acceleration.planned import Vanilla
-from lit_shortcut.contracts import Acceleration, Conditions, ConditionSource, MaskedImageModel
+from lit_shortcut.contracts import Acceleration, Conditions, ConditionSource, Context, MaskedImageModel
 from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.metrics.images import ImageMetric
@@ -64,6 +64,19 @@ def images_of(base: MaskedImageModel, conditions: Conditions, decoding: Decoding
     return base.decode(generate(base, conditions, row.decoding(decoding), row.method))
 
 
+def require_known(base: MaskedImageModel, decoding: Decoding, conditions: ConditionSource) -> Context | None:
+    """The context of the first batch of ``conditions``, after a look at all; None if there is none.
+
+    Raises:
+        ValueError: if the base does not know a condition.
+    """
+    first = None
+    for batch in conditions.loader():
+        context = base.context(batch, guided=decoding.is_guided)
+        first = context if first is None else first  # contexts of all prompts may take gigabytes
+    return first
+
+
 def require_feasible(
     base: MaskedImageModel, decoding: Decoding, rows: Iterable[Row], conditions: ConditionSource
 ) -> None:
@@ -74,14 +87,14 @@ def require_feasible(
             row's steps, a budget lies outside 1..N, a Halton order has no grid to lie on, or a shortcut was trained for
             another base.
     """
-    contexts = [base.context(batch, guided=decoding.is_guided) for batch in conditions.loader()]
-    if not contexts:
+    context = require_known(base, decoding, conditions)
+    if context is None:
         raise ValueError("conditions hold fewer batches than there are ranks: take smaller batches")
     for row in rows:
         tokens_per_step(decoding.schedule, row.num_steps, base.spec.num_tokens)
         if row.decoding(decoding).order != "confidence":
             halton_order(*base.spec.grid)
-        row.method.start(base, contexts[0], row.num_steps)
+        row.method.start(base, context, row.num_steps)
 
 
 def strip_of(images: Tensor) -> Tensor:

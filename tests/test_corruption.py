@@ -9,6 +9,7 @@ import random
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.cli import main
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.trajectory import (
+    AccessError,
     Card,
     TrajectoryError,
     load_interface,
@@ -31,7 +34,7 @@ from lit_shortcut.trajectory import (
     shard_name,
     stack,
 )
-from lit_shortcut.weights import WeightsError
+from lit_shortcut.weights import WeightsError, fingerprint
 from tests.forged_shards import Members, edit_sidecar, forge, with_tensors
 from tests.tiny_trajectories import SPEC, adopt, card, interface, trajectories, write_set
 
@@ -158,6 +161,18 @@ FORGERIES: dict[str, tuple[Callable[[Members], Members], str]] = {
     "path upwards": (renamed(FIRST, f"../../{FIRST}"), r"expected member .* found '\.\./\.\./00000000"),
     "path from root": (renamed(FIRST, f"/tmp/{FIRST}"), "expected member .* found '/tmp/00000000"),
     "other sample": (replaced("00000000.json", b'{"id": 2, "seed": 0, "label": 0}'), "of sample 0, found"),
+    "facts of another kind": (
+        replaced("00000000.json", b'{"id": 0, "seed": "0", "label": 0}'),
+        "facts: expected id, label",
+    ),
+    "seed of 70 bits": (
+        replaced("00000000.json", b'{"id": 0, "seed": 1180591620717411303424, "label": 0}'),
+        "facts: expected id, label",
+    ),
+    "sizes that are no whole numbers": (
+        replaced(FIRST, header({"features": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}})),
+        "no safetensors header: sizes that are no whole numbers",
+    ),
     "no facts": (replaced("00000000.json", b"[" * 100_000), "facts: expected JSON"),
     "header of 2^62 bytes": (replaced(FIRST, (2**62).to_bytes(8, "little") + bytes(64)), "no safetensors header"),
     "tensor of 2^62 bytes": (
@@ -231,7 +246,8 @@ def test_member_that_declares_more_than_the_shard_holds_is_refused(tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_samples": 10**15}, r"shard-000002\.tar: no such shard; 499999999999998 of 500000000000000"),
+        ({"num_samples": 10**15}, r"expected at most 10000000 shards, its card tells 500000000000000"),
+        ({"num_samples": 10**7}, r"shard-000002\.tar: no such shard; 4999998 of 5000000"),
         ({"samples_per_shard": 10**15, "num_samples": 2 * 10**15}, r"shard-000000\.json: expected .* 10{15} samples"),
         ({"num_steps": 10**12}, r"shard-000000\.json: expected .* 2 × 10{12} steps"),
         ({"spec": SPEC._asdict() | {"sequence_length": 10**12}}, r"features: expected .*10{12}, 6\), found"),
@@ -259,6 +275,25 @@ def test_sidecar_of_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pytest.M
         list(read_shard(tmp_path, 0, made))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("num_tokens"), "expected num_tokens, embedding and head of image tokens"),
+        (lambda tensors: tensors["head_weight"].fill_(torch.nan), r"head_weight: expected finite numbers \(5, 6\)"),
+        (lambda tensors: tensors.update(code_embedding=torch.zeros(5, 4)), r"code_embedding: .* found \(5, 4\)"),
+    ],
+)
+def test_forged_interface_is_refused(folder: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+    path = folder / "interface.safetensors"
+    tensors = load(path.read_bytes())
+    change(tensors)
+    path.write_bytes(save(tensors))
+    adopt(folder, replace(Card.read(folder), interface=fingerprint(tensors)))
+    with pytest.raises(TrajectoryError, match=message):
+        load_interface(folder, Card.read(folder))
+    assert any("interface.safetensors" in problem for problem in problems(folder))
+
+
 def test_interface_of_another_base_is_refused(folder: Path) -> None:
     other = TokenInterface(9, *(tensor + 1 for tensor in interface().state_dict().values()))
     save_interface(folder, other)
@@ -272,6 +307,37 @@ def test_shard_of_another_set_is_refused(folder: Path, tmp_path: Path) -> None:
         shutil.copy(tmp_path / "other" / name, folder / name)
     with pytest.raises(TrajectoryError, match=r"shard-000000\.json: expected a shard of set"):
         list(read_shard(folder, 0, Card.read(folder)))
+
+
+# ---- files that cannot be read are no damage
+
+
+def test_url_of_no_known_kind_is_told_with_the_way_out() -> None:
+    with pytest.raises(AccessError, match=r"s3://bucket/set/card\.json: WebDataset opens no such URL .*GOPEN_REWRITE"):
+        Card.read("s3://bucket/set")
+
+
+def test_read_error_of_the_disk_names_the_shard(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.pread", broken)
+    with pytest.raises(TrajectoryError, match=r"shard-000000\.tar: not readable at byte 0 \(Input/output error\)"):
+        list(read_shard(folder, 0, Card.read(folder)))
+    assert any("not readable" in problem for problem in problems(folder))
+
+
+def test_shard_that_cannot_be_fetched_is_never_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path, num_samples=6, samples_per_shard=2)
+
+    def away(*_: object) -> None:
+        raise AccessError("the host is away")
+
+    monkeypatch.setattr("lit_shortcut.trajectory.source.Source.shard", away)
+    data = module(tmp_path, on_corrupt="skip")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        with pytest.raises(AccessError, match="the host is away"):
+            next(iter(loader))
 
 
 # ---- on_corrupt: skip

@@ -54,8 +54,8 @@ def test_extract_records_a_shard_for_each_prompt(folder: Path) -> None:
 def test_evaluate_measures_the_released_shortcut_in_half_precision(folder: Path) -> None:
     rows = yaml.safe_load((DIMOO / "evaluate.yaml").read_text())["model"]["init_args"]["rows"]
     budgets = [row["acceleration"]["init_args"]["budget"] for row in rows if "acceleration" in row]
-    assert budgets == [14, 11, 9]
-    rows = [{"num_steps": 4}, rows[2] | {"num_steps": 4}]
+    assert budgets == [14, 11, 9, 14, 14]
+    rows = [{"num_steps": 4}, rows[3] | {"num_steps": 4}]
     planned = rows[1]["acceleration"]["init_args"]
     planned["budget"] = 2
     planned["predictor"]["init_args"]["network"]["init_args"] = {"path": "shortcut.pth", "num_heads": 2}

@@ -198,6 +198,8 @@ def damage(tensors: dict[str, Tensor], name: str) -> None:
         del tensors["text_lengths"]
     elif name == "nan":
         tensors["text_control"][0, 0] = torch.nan
+    elif name == "long":
+        tensors["text_lengths"][1] = 3_000_000
     else:
         tensors["text_control"] = tensors["text_control"][1:].contiguous()
 
@@ -207,6 +209,7 @@ def damage(tensors: dict[str, Tensor], name: str) -> None:
     [
         ("missing", "'text_lengths' is missing"),
         ("nan", "text_control: expected finite float32"),
+        ("long", "text_lengths: expected at most 19 beside features of 35 rows, found 3000000"),
         ("short", r"text_control: expected torch.float32 \(11, 16\), found torch.float32 \(10, 16\)"),
     ],
 )

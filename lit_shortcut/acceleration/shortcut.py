@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
 from lit_shortcut.weights import WeightsError, fingerprint, load_module_with_metadata
 
+Precision = Literal["bfloat16", "float16", "float32"]
+
 
 class Shortcut(nn.Module):
     """Next features by a shortcut network.
@@ -25,23 +28,32 @@ class Shortcut(nn.Module):
     Args:
         network: trained on trajectories of the base it will stand in for.
         base_fingerprint: of that base; None trusts the caller.
+        dtype: of the network's weights and arithmetic; None leaves them as they are.
     """
 
     memory = 1
 
-    def __init__(self, network: VelocityNet, base_fingerprint: str | None = None) -> None:
+    def __init__(
+        self, network: VelocityNet, base_fingerprint: str | None = None, dtype: Precision | None = None
+    ) -> None:
         super().__init__()
         self.network, self.base_fingerprint = network, base_fingerprint
+        if dtype is not None:
+            self.network.to(getattr(torch, dtype))
 
     @classmethod
-    def load(cls, path: Path) -> Shortcut:
+    def load(cls, path: Path, dtype: Precision | None = None) -> Shortcut:
         """The network at ``path``, a checkpoint (``.ckpt``) of fit or a safetensors file, tied to its base.
+
+        Args:
+            path: of the file.
+            dtype: to run it in; None takes that of the file.
 
         Raises:
             WeightsError: if the file is missing, damaged, or holds something else.
         """
         network, metadata = load_module_with_metadata((ShortcutNet, LLaDAShortcutNet), path)
-        return cls(network, metadata.get("base_fingerprint"))
+        return cls(network, metadata.get("base_fingerprint"), dtype)
 
     @classmethod
     def load_published(cls, path: str, num_heads: int = 16) -> Shortcut:

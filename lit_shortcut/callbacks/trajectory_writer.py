@@ -109,6 +109,7 @@ class TrajectoryWriter(BasePredictionWriter):
         module, data = cast(Recording, pl_module), cast(Recorded, datamodule)
         self.card = card_of(module.base, module.decoding, data, self.dtype)
         anew = self._is_anew()
+        trainer.strategy.barrier("looked at the set")  # before the first rank may delete what others look at
         if trainer.is_global_zero:
             self._prepare(module.base, anew)
         data.finished = trainer.strategy.broadcast(finished_shards(self.folder, self.card))

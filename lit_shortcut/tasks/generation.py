@@ -13,7 +13,17 @@ from torch import nn
 
 from lit_shortcut.acceleration.compilation import compile_networks
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
-from lit_shortcut.evaluation import Results, Row, add_images, images_of, require_feasible, row_facts, take_values
+from lit_shortcut.decoding.schedules import tokens_per_step
+from lit_shortcut.evaluation import (
+    Results,
+    Row,
+    add_images,
+    images_of,
+    require_feasible,
+    require_known,
+    row_facts,
+    take_values,
+)
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import measure_latency, speedups
 from lit_shortcut.sampling import Decoding, generate
@@ -90,14 +100,18 @@ class GenerationTask(L.LightningModule):
         return record(self.base, batch, self.decoding, memory_limit_gb=self.memory_limit_gb, scratch=self.scratch)
 
     def setup(self, stage: str) -> None:
-        """Check the rows before anything is run.
+        """Check rows and conditions before anything is run.
 
         Raises:
-            ValueError: if two rows have one name, the reference is missing, a row cannot be run, or Lightning would
-                leave out images that the rows' values count; or if latency, all there is to random weights, is left
-                out, too.
+            ValueError: if the base does not know a condition, two rows have one name, the reference is missing, a row
+                cannot be run, or Lightning would leave out images that the rows' values count; or if latency, all there
+                is to random weights, is left out, too.
             OSError: if the results' folder cannot be written.
         """
+        if stage == "predict":
+            tokens_per_step(self.decoding.schedule, self.decoding.num_steps, self.base.spec.num_tokens)
+            if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
+                require_known(self.base, self.decoding, datamodule)
         if stage != "test":
             return
         if self.random_weights and not self.latency_rounds:

@@ -158,15 +158,16 @@ class ShortcutTask(OptimizedTask):
 
     def validation_step(self, batch: Trajectories, batch_idx: int) -> None:
         """Errors of 1 … K consecutive predictions at each place of each trajectory."""
-        features = batch.features.flatten(0, 1).float()  # (B·G, N, S, C)
+        features = batch.features.flatten(0, 1)  # (B·G, N, S, C), gigabytes in large models: float32 step by step
         branches, num_steps = batch.features.shape[1], features.shape[1]
         committed_at = batch.committed_at.repeat_interleave(branches, dim=0)
         tokens = batch.tokens.repeat_interleave(branches, dim=0)
-        centre = features[:, :, : tokens.shape[1]].mean(dim=(1, 2))[:, None]  # a trajectory's own, whatever the batch
+        # of a trajectory's own places, whatever the batch
+        centre = features[:, :, : tokens.shape[1]].mean(dim=(1, 2), dtype=torch.float32)[:, None]
         text = None if batch.text is None else Text(*(part.flatten(0, 1) for part in batch.text))
         rolled: list[Tensor] = []  # rolled[k]: present features after k consecutive predictions
         for step in range(num_steps - 1):
-            rolled = [features[:, step], *rolled][: self.rollout_depth]
+            rolled = [features[:, step].float(), *rolled][: self.rollout_depth]
             control = _committed(tokens, committed_at, step)
             is_masked = committed_at > step
             share = is_masked.float().mean(dim=1)
@@ -176,8 +177,8 @@ class ShortcutTask(OptimizedTask):
                 text.lengths.repeat(depths), text.control.repeat(depths, 1, 1), text.num_control.repeat(depths)
             )
             rolled = list(self(torch.cat(rolled), repeated, share.repeat(depths), repeated_text).chunk(depths))
-            held = [features[:, step - k] for k in range(depths)]
-            self._add(rolled, held, features[:, step + 1], is_masked, centre)
+            held = [features[:, step - k].float() for k in range(depths)]
+            self._add(rolled, held, features[:, step + 1].float(), is_masked, centre)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the whole validation set, exact over ranks, and each as gain over hold."""

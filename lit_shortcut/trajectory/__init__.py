@@ -14,7 +14,7 @@ fingerprint. So any byte that reaches a training step was checked, and files of 
 from lit_shortcut.trajectory.batches import OnCorrupt, WindowReader
 from lit_shortcut.trajectory.card import FORMAT_VERSION, Card
 from lit_shortcut.trajectory.encoding import DTYPES, Dtype, Encoded, encode
-from lit_shortcut.trajectory.files import TrajectoryError, is_remote, locate, shard_name
+from lit_shortcut.trajectory.files import AccessError, TrajectoryError, is_remote, locate, shard_name
 from lit_shortcut.trajectory.interface_file import interface_fingerprint, load_interface, save_interface
 from lit_shortcut.trajectory.room import room_like
 from lit_shortcut.trajectory.sample import Trajectory, stack
@@ -34,6 +34,7 @@ from lit_shortcut.trajectory.writing import (
 __all__ = [
     "DTYPES",
     "FORMAT_VERSION",
+    "AccessError",
     "Card",
     "Dtype",
     "Encoded",

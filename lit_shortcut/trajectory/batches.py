@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
+from threading import Thread
 from typing import Literal
 
 import torch
 
 from lit_shortcut.contracts import Text
 from lit_shortcut.trajectory.encoding import Encoded
-from lit_shortcut.trajectory.files import TrajectoryError
+from lit_shortcut.trajectory.files import AccessError, TrajectoryError, is_remote
 from lit_shortcut.trajectory.reading import Head, empty_steps
 from lit_shortcut.trajectory.sample import branch_texts, joined, padded
 from lit_shortcut.trajectory.source import Source
@@ -35,13 +37,17 @@ class WindowReader:
     def __init__(self, source: Source, order: Order, window: int, on_corrupt: OnCorrupt = "raise") -> None:
         self.source, self.order, self.window, self.on_corrupt = source, order, window, on_corrupt
         self._known: set[tuple[int, int]] = set()
+        self._ahead: list[int] = []
 
     def read(self, epoch: int, positions: range) -> EncodedTransition:
         """The windows at ``positions`` of ``epoch``, as one batch.
 
         Raises:
             TrajectoryError: if one is damaged, or with ``skip`` all are.
+            AccessError: if one cannot be fetched.
         """
+        if is_remote(self.source.source):
+            self._fetch_ahead(epoch, positions[0])
         batch = _Batch(self.source, self.window, len(positions))
         replaced = torch.zeros(len(positions), dtype=torch.bool)
         for slot, position in enumerate(positions):
@@ -55,12 +61,25 @@ class WindowReader:
             try:
                 batch.read(slot, window)
             except TrajectoryError as error:
-                if self.on_corrupt == "raise":
+                if self.on_corrupt == "raise" or isinstance(error, AccessError):
                     raise
                 self._note(window, error)
             else:
                 return number > 0
         raise TrajectoryError(f"{self.source.source}: no window is readable")
+
+    def _fetch_ahead(self, epoch: int, position: int) -> None:
+        """Have the shards of the group behind that of ``position`` fetched beside what is read."""
+        group = self.order.group_at(position)
+        shards = self.order.shards(epoch, group + 1) or self.order.shards(epoch + 1, 0)
+        if shards != self._ahead:
+            self._ahead = shards
+            Thread(target=self._fetch, args=(shards,), daemon=True).start()
+
+    def _fetch(self, shards: list[int]) -> None:
+        for shard in shards:
+            with suppress(TrajectoryError):  # whoever reads the shard meets the error and tells it
+                self.source.fetch(shard)
 
     def _note(self, window: Window, error: TrajectoryError) -> None:
         if window[:2] not in self._known:

@@ -19,6 +19,7 @@ from lit_shortcut.trajectory.files import TrajectoryError, locate, read_small, w
 FORMAT_VERSION = 2
 _CARD = "card.json"
 _LIMIT = 2**20  # bytes of a card; real ones have a thousand
+_MOST = 2**53  # of any count; below what len() of a range can tell
 _HEADERS = 4096  # bytes a sample takes beside its tensors: two tar headers, a JSON file, padding
 
 
@@ -64,8 +65,9 @@ class Card:
         if set(self.spec) != set(TokenSpec._fields) or not all(type(size) is int for size in self.spec.values()):
             raise TrajectoryError(f"spec: expected integers {', '.join(TokenSpec._fields)}, found {self.spec}")
         for name in ("branches", "num_steps", "num_samples", "samples_per_shard"):
-            if getattr(self, name) < 1:
-                raise TrajectoryError(f"{name}: expected at least 1, found {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= _MOST:
+                bound = f"at least 1, found {getattr(self, name)}" if getattr(self, name) < 1 else f"at most {_MOST}"
+                raise TrajectoryError(f"{name}: expected {bound}")
 
     @property
     def num_shards(self) -> int:

@@ -16,6 +16,10 @@ class TrajectoryError(ValueError):
     """A set of trajectories is missing, damaged, not writable, or not the one asked for."""
 
 
+class AccessError(TrajectoryError):
+    """A file cannot be fetched or written; this says nothing of what is in it."""
+
+
 def shard_name(index: int) -> str:
     """File name of shard ``index``."""
     return f"shard-{index:06d}.tar"
@@ -44,26 +48,34 @@ def opened(where: str) -> Iterator[IO[bytes]]:
 
     Raises:
         OSError: if it is a path and cannot be opened or read.
-        TrajectoryError: if it is a URL and cannot be fetched.
+        AccessError: if it is a URL and cannot be fetched.
     """
     if not is_remote(where):
         with Path(where).open("rb") as file:
             yield file
         return
     try:
-        with gopen(where) as stream:
+        stream = gopen(where)
+    except ValueError as error:
+        raise AccessError(
+            f"{where}: WebDataset opens no such URL ({error}); the environment variable GOPEN_REWRITE can turn its "
+            "beginning into another"
+        ) from error
+    try:
+        with stream:
             yield stream
     except OSError as error:  # of WebDataset's, which names its whole command line and its streams
         command = re.search(r"\['(\w+)'.* exit (\d+)", str(error))
         reason = f"{command[1]} ended with exit code {command[2]}" if command else error
-        raise TrajectoryError(f"{where}: cannot be fetched ({reason})") from error
+        raise AccessError(f"{where}: cannot be fetched ({reason})") from error
 
 
 def read_small(where: str, limit: int) -> bytes:
     """Content of the file at path or URL ``where``.
 
     Raises:
-        TrajectoryError: if it has more than ``limit`` bytes, or cannot be fetched.
+        TrajectoryError: if it has more than ``limit`` bytes.
+        AccessError: if it is a URL and cannot be fetched.
         OSError: if it cannot be opened or read.
     """
     with opened(where) as file:
@@ -90,7 +102,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     under its name.
 
     Raises:
-        TrajectoryError: if it cannot be written.
+        AccessError: if it cannot be written.
     """
     aside = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -102,7 +114,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         os.replace(aside, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise TrajectoryError(
+        raise AccessError(
             f"{path}: cannot be written ({error.strerror or error}). Finished shards remain valid; "
             "running the same command again goes on with the missing ones"
         ) from error

@@ -45,8 +45,16 @@ def load_interface(source: str | Path, card: Card) -> TokenInterface:
     found = fingerprint(tensors)
     if found != card.interface:
         raise TrajectoryError(f"{where}: expected the interface {card.interface} that the card names, found {found}")
-    num_tokens = tensors.pop("num_tokens")
-    return TokenInterface(int(num_tokens), **tensors)
+    try:
+        num_tokens = tensors.pop("num_tokens")
+        interface = TokenInterface(int(num_tokens), **tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise TrajectoryError(f"{where}: expected num_tokens, embedding and head of image tokens ({error})") from error
+    table = (card.spec["codebook_size"], card.spec["width"])
+    for name, matrix in (("code_embedding", interface.code_embedding), ("head_weight", interface.head_weight)):
+        if tuple(matrix.shape) != table or not bool(matrix.isfinite().all()):
+            raise TrajectoryError(f"{where}: {name}: expected finite numbers {table}, found {tuple(matrix.shape)}")
+    return interface
 
 
 def _limit(card: Card) -> int:

@@ -119,8 +119,8 @@ class Shard:
         stored = empty_steps((branches * num_steps, head.num_rows, width), self._card.dtype)
         self.read_steps(row, 0, stored)
         features = stored.decode().unflatten(0, (branches, num_steps))
-        prompt = str(facts["prompt"]) if self._card.prompts else ""
-        numbers = (int(facts["id"]), int(facts["seed"]), int(facts["label"]))
+        prompt = facts["prompt"] if self._card.prompts else ""
+        numbers = (facts["id"], facts["seed"], facts["label"])
         tensors = head.tensors
         texts = (tensors["text_lengths"], tensors["text_control"]) if self._card.prompts else (None, None)
         return Trajectory(*numbers, features, tensors["tokens"], tensors["committed_at"], prompt, *texts)
@@ -162,8 +162,9 @@ class Shard:
             for name, one in members.items()
             if part[0] <= one.start and one.stop <= part[1]
         }
-        require_values(tensors, self._card, where)
-        return Head(tensors, members["features"].shape[-2], step_blocks(members))
+        num_rows = members["features"].shape[-2]
+        require_values(tensors, num_rows, self._card, where)
+        return Head(tensors, num_rows, step_blocks(members))
 
     def _facts(self, row: int) -> dict[str, Any]:
         where, content = self._named(row), self._read(*self._members[row][1])
@@ -175,7 +176,13 @@ class Shard:
             raise TrajectoryError(f"{where}: facts: expected JSON ({error})") from error
         names = {"id", "seed", "label"} | ({"prompt"} if self._card.prompts else set())
         number = self._card.ids(self._index)[row]
-        if not isinstance(facts, dict) or facts.keys() != names or facts["id"] != number:
+        kinds = {name: str if name == "prompt" else int for name in names}
+        if (
+            not isinstance(facts, dict)
+            or {name: type(value) for name, value in facts.items()} != kinds
+            or facts["id"] != number
+            or not all(-(2**63) <= facts[name] < 2**63 for name in ("seed", "label"))
+        ):
             raise TrajectoryError(
                 f"{where}: facts: expected {', '.join(sorted(names))} of sample {number}, found {facts}"
             )
@@ -185,7 +192,10 @@ class Shard:
         return f"{self.where}: sample {self._card.ids(self._index)[row]:08d}"
 
     def _read(self, start: int, stop: int) -> bytes:
-        content = os.pread(self._file, stop - start, start)
+        try:
+            content = os.pread(self._file, stop - start, start)
+        except OSError as error:
+            raise TrajectoryError(f"{self.where}: not readable at byte {start} ({error.strerror})") from error
         if len(content) != stop - start:
             raise TrajectoryError(f"{self.where}: ends before byte {stop}; the shard is cut short")
         return content
@@ -193,7 +203,12 @@ class Shard:
     def _read_into(self, view: memoryview, start: int) -> None:
         done = 0
         while done < len(view):
-            count = os.preadv(self._file, [view[done:]], start + done)
+            try:
+                count = os.preadv(self._file, [view[done:]], start + done)
+            except OSError as error:
+                raise TrajectoryError(
+                    f"{self.where}: not readable at byte {start + done} ({error.strerror})"
+                ) from error
             if not count:
                 raise TrajectoryError(f"{self.where}: ends at byte {start + done}; the shard is cut short")
             done += count

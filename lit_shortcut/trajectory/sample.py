@@ -91,6 +91,9 @@ def parse_header(content: bytes, size: int, where: str) -> dict[str, Member]:
             for name, entry in entries.items()
         }
         end = length
+        numbers = [number for member in members.values() for number in (*member.shape, member.start, member.stop)]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("sizes that are no whole numbers")
         for member in sorted(members.values(), key=lambda member: member.start):
             if member.start != end or member.stop - end != prod(member.shape) * member.dtype.itemsize:
                 raise ValueError("offsets that do not follow from the shapes")
@@ -191,7 +194,8 @@ def require_members(members: dict[str, Member], card: Card, where: str) -> None:
     }
     if card.prompts:
         text = members["text_control"]
-        expected["text_control"] = (text.dtype, (min([num_rows, *text.shape[:1]]), width))
+        floating = text.dtype if text.dtype.is_floating_point else torch.float32
+        expected["text_control"] = (floating, (min([num_rows, *text.shape[:1]]), width))
     for name in sorted(names):
         member = members[name]
         if (member.dtype, member.shape) != expected[name]:
@@ -199,8 +203,8 @@ def require_members(members: dict[str, Member], card: Card, where: str) -> None:
             raise TrajectoryError(f"{where}: {name}: expected {dtype} {shape}, found {member.dtype} {member.shape}")
 
 
-def require_values(tensors: dict[str, Tensor], card: Card, where: str) -> None:
-    """Raise a :class:`TrajectoryError` unless ``tensors`` beside the features hold what ``card`` allows."""
+def require_values(tensors: dict[str, Tensor], num_rows: int, card: Card, where: str) -> None:
+    """Raise a :class:`TrajectoryError` unless ``tensors`` beside features of so many rows hold what ``card`` allows."""
     for name, end in (("tokens", card.spec["codebook_size"]), ("committed_at", card.num_steps)):
         low, high = (int(bound) for bound in torch.aminmax(tensors[name]))
         if low < 0 or high >= end:
@@ -208,6 +212,12 @@ def require_values(tensors: dict[str, Tensor], card: Card, where: str) -> None:
     if not card.prompts:
         return
     lengths, control = tensors["text_lengths"], tensors["text_control"]
+    longest = num_rows - card.spec["num_tokens"]
+    if int(lengths.max()) > longest:
+        raise TrajectoryError(
+            f"{where}: text_lengths: expected at most {longest} beside features of {num_rows} rows, "
+            f"found {int(lengths.max())}"
+        )
     if len(control) != int(lengths[0]) or int(lengths.min()) < 0:
         raise TrajectoryError(
             f"{where}: text_control: expected {control.dtype} {(int(lengths[0]), control.shape[1])}, "
@@ -238,15 +248,15 @@ def stack(trajectories: Sequence[Trajectory]) -> Trajectories:
     prompts = tuple(one.prompt for one in trajectories) if texts else ()
     ids, seeds, labels = (torch.tensor(column) for column in columns[:3])
     tokens, committed_at = (torch.stack(column) for column in columns[4:6])
-    features = torch.stack(padded(columns[3]))
+    features = columns[3][0][None] if len(trajectories) == 1 else torch.stack(padded(columns[3]))
     conditions = Conditions(ids, seeds, labels, prompts)
     return Trajectories(conditions, features, tokens.long(), committed_at.long(), joined(texts, torch.stack))
 
 
 def padded(rows: Sequence[Tensor]) -> list[Tensor]:
-    """Each of ``rows`` (…, S, C) padded to the longest S."""
+    """Each of ``rows`` (…, S, C) padded to the longest S; what is as long is not copied."""
     longest = max(part.shape[-2] for part in rows)
-    return [pad(part, (0, 0, 0, longest - part.shape[-2])) for part in rows]
+    return [part if part.shape[-2] == longest else pad(part, (0, 0, 0, longest - part.shape[-2])) for part in rows]
 
 
 def joined(texts: Sequence[Text], join: Callable[[list[Tensor]], Tensor]) -> Text | None:

@@ -36,6 +36,7 @@ class Source:
         self.source, self.card, self.kept = source, card, kept
         name = hashlib.sha256(f"{source} {card.digest}".encode()).hexdigest()[:16]
         self.folder = (cache or CACHE).expanduser() / name if is_remote(source) else Path(source)
+        self._damaged: dict[int, str] = {}  # fetched shards that were not what they should be: not fetched again
         self._of_thread = threading.local()  # so that no thread waits for another, nor closes what it reads
 
     def shard(self, index: int) -> Shard:
@@ -43,19 +44,20 @@ class Source:
 
         Raises:
             TrajectoryError: if it is missing or damaged.
+            AccessError: if it cannot be fetched.
         """
         kept: OrderedDict[int, Shard] = self._of_thread.__dict__.setdefault("open", OrderedDict())
         if index in kept:
             kept.move_to_end(index)
             return kept[index]
         if is_remote(self.source):
-            with self._locked(index):
+            with self._locked(shard_name(index)):
                 self._fetch(index)
                 shard = Shard(self._path(index), index, self.card, locate(self.source, shard_name(index)))
         else:
             shard = Shard(self._path(index), index, self.card)
         kept[index] = shard
-        if len(kept) > _OPEN:
+        if len(kept) > (min(_OPEN, self.kept) if is_remote(self.source) else _OPEN):  # open, it takes the disk's room
             kept.popitem(last=False)
         return shard
 
@@ -70,17 +72,20 @@ class Source:
             yield shard.trajectory(row)
 
     def fetch(self, index: int) -> None:
-        """Have shard ``index`` of a URL in the cache, unless another process is fetching it."""
-        with self._locked(index):
+        """Have shard ``index`` of a URL in the cache."""
+        with self._locked(shard_name(index)):
             self._fetch(index)
 
     def _fetch(self, index: int) -> None:
         """Fetch the shard, whole and as its sha256 says, or not at all."""
         path, url = self._path(index), locate(self.source, shard_name(index))
-        if path.exists():
-            os.utime(path)
-            return
-        self._make_room()
+        if index in self._damaged:
+            raise TrajectoryError(self._damaged[index])
+        with self._locked("room"):
+            if path.exists():
+                os.utime(path)  # so that whoever makes room next leaves it
+                return
+            self._make_room()
         sidecar = Sidecar.read(locate(self.source, path.with_suffix(".json").name), index, self.card)
         digest, size = hashlib.sha256(), 0
         with whole(path) as file:
@@ -89,7 +94,8 @@ class Source:
                 digest.update(chunk)
                 file.write(chunk)
             if size != sidecar.bytes or digest.hexdigest() != sidecar.sha256:
-                raise TrajectoryError(f"{url}: expected {sidecar.bytes} bytes of sha256 {sidecar.sha256}, found others")
+                self._damaged[index] = f"{url}: expected {sidecar.bytes} bytes of sha256 {sidecar.sha256}, found others"
+                raise TrajectoryError(self._damaged[index])
             sidecar.write(path)
 
     def _make_room(self) -> None:
@@ -99,10 +105,10 @@ class Source:
             path.with_suffix(".json").unlink(missing_ok=True)
 
     @contextmanager
-    def _locked(self, index: int) -> Iterator[None]:
-        """Alone among all processes with shard ``index`` in the cache."""
+    def _locked(self, what: str) -> Iterator[None]:
+        """Alone among all processes and threads with ``what`` in the cache: a shard, or its room."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f".{shard_name(index)}.lock").open("w") as file:
+        with (self.folder / f".{what}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

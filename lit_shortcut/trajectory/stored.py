@@ -46,7 +46,7 @@ class StoredSample:
             kinds["scales"] = (SCALES, shape[:-1])
         members = lay_out(kinds)
         require_members(members, card, where)
-        require_values(small, card, where)
+        require_values(small, shape[-2], card, where)
         self.size = max(member.stop for member in members.values())
         order = list(members)
         place = order.index("features")
@@ -66,19 +66,23 @@ class StoredSample:
 
     def _chunks(self) -> Iterator[_Chunk]:
         yield from self._before
-        scales: list[_Chunk] = []
         steps = self._features.flatten(0, 1)
+        # of all steps in one place: small pieces that outlive a block would be cut from the room of the next, which
+        # then takes new memory
+        scales = torch.empty(len(steps), steps.shape[1] if self._dtype == "int8" else 0, dtype=SCALES)
+        first = 0
         at_once = max(1, _AT_ONCE // max(1, steps[0].numel() * steps.dtype.itemsize))
         for block in steps.split(at_once):
             encoded = encode(block, self._dtype).map(torch.Tensor.cpu).map(torch.Tensor.contiguous)
             require_finite_features(encoded, self._where)
-            own = [] if encoded.scales is None else [bytes_of(step) for step in encoded.scales]
-            scales += own
-            for number, step in enumerate(encoded.values):
+            if encoded.scales is not None:
+                scales[first : first + len(block)] = encoded.scales
+            for step, own in zip(encoded.values, scales[first : first + len(block)].split(1), strict=True):
                 values = bytes_of(step)
-                self.steps.append(checksum(values, *own[number : number + 1]))
+                self.steps.append(checksum(values, bytes_of(own)))
                 yield values
-        yield from scales
+            first += len(block)
+        yield bytes_of(scales)
         yield from self._behind
 
 

@@ -54,9 +54,14 @@ def _problems_of(source: Source, index: int, path: Path) -> Iterator[str]:
         yield str(error)
         return
     sidecar = Sidecar.read(str(path.with_suffix(".json")), index, source.card)
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sidecar.sha256:
-            yield f"{shard.where}: its sha256 differs from {path.with_suffix('.json').name}"
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        yield f"{shard.where}: not readable ({error.strerror})"
+        return
+    if digest != sidecar.sha256:
+        yield f"{shard.where}: its sha256 differs from {path.with_suffix('.json').name}"
     for row in range(len(source.card.ids(index))):
         try:
             shard.trajectory(row)

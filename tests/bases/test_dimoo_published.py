@@ -228,6 +228,22 @@ def test_damaged_configuration_is_named(folder: Path, content: str) -> None:
         load_transformer(folder, torch.bfloat16)
 
 
+def test_vocabulary_is_that_of_the_table_whatever_the_configuration_says(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 7, "embedding_size": None}))
+    assert len(load_transformer(folder, torch.bfloat16).wte.weight) == len(transformer().wte.weight)
+
+
+def test_cutting_and_padding_that_a_tokenizer_was_saved_with_are_left_out(tmp_path: Path) -> None:
+    made = tokenizer("boi", "eoi", "answer_start", "answer_end", "uncondition")
+    made.save(str(tmp_path / "plain.json"))
+    made.enable_truncation(3)
+    made.enable_padding(length=40)
+    made.save(str(tmp_path / "cutting.json"))
+    plain, cutting = (TextTokenizer(tmp_path / f"{name}.json", SPECIAL) for name in ("plain", "cutting"))
+    assert cutting.encode("a long prompt") == plain.encode("a long prompt")
+    assert len(plain.encode("a long prompt")) > 3
+
+
 def test_tokenizer_without_the_special_tokens_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     tokenizer().save(str(path))

@@ -15,7 +15,7 @@ from lit_shortcut.bases.maskgit import imagenet
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.bases.maskgit.vqgan import VQGAN
-from lit_shortcut.contracts import Conditions
+from lit_shortcut.contracts import Conditions, TokenSpec
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.published import MASKGIT, SHORTCUT, save_published
 from lit_shortcut.sampling import Decoding, generate
@@ -65,7 +65,7 @@ def conditions(count: int) -> Conditions:
 
 def test_base_is_what_the_files_hold(base: MaskGIT, transformer: MaskGITTransformer) -> None:
     assert base.fingerprint == fingerprint(transformer.state_dict())
-    assert base.spec == (GRID**2, GRID**2 + 1, 32, 1024, 1024, 1000)
+    assert base.spec == TokenSpec(GRID**2, GRID**2 + 1, 32, 1024, 1024, 1000)
     images = base.decode(generate(base, conditions(2), Decoding(num_steps=4), Vanilla()))
     assert images.shape == (2, 3, 2 * GRID, 2 * GRID)
 

@@ -86,6 +86,8 @@ class TextTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower class
             raise WeightsError(f"{path}: not a tokenizer ({error})") from error
+        self._tokenizer.no_truncation()  # the file may hold either
+        self._tokenizer.no_padding()
         expected = {f"<{name}>": getattr(special, name) for name in ("boi", "eoi", "answer_start", "answer_end")}
         expected[UNCONDITION] = special.uncondition
         found = {token: self._tokenizer.token_to_id(token) for token in expected}

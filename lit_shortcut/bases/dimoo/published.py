@@ -20,7 +20,7 @@ from lit_shortcut.published import Names, fill
 from lit_shortcut.weights import WeightsError
 
 PATCH_SIZE = 16
-VOCAB_SIZE = 134_656  # the last code is 134,547; rounded up to a multiple of 128, as LLaDA's is
+VOCAB_SIZE = 134_548  # 126,356 of text and special tokens, 8,192 codes; what the release of MIGM-Shortcut sets
 FILES = ("config.json", "model*.safetensors*", "tokenizer*", "vqvae/*")
 _PREFIX = "model.transformer."
 _INDEX = "model.safetensors.index.json"
@@ -161,10 +161,12 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> LLaDA:
     Raises:
         WeightsError: if a file is missing or damaged, or tensors are missing, unknown or misshapen; all are named.
     """
-    sizes = read_sizes(folder / "config.json")
+    sizes, state = read_sizes(folder / "config.json"), _read_shards(folder, dtype)
+    if (table := state.get(f"{_PREFIX}wte.weight")) is not None:
+        sizes["vocab_size"] = len(table)  # the release overrides what its configuration says of it
     with torch.device("meta"):
         transformer = LLaDA(**sizes).to(dtype)
-    fill(transformer, _read_shards(folder, dtype), Names([(_PREFIX, "")]), folder)
+    fill(transformer, state, Names([(_PREFIX, "")]), folder)
     return transformer
 
 
