@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -340,15 +343,24 @@ def test_card_of_other_samples_is_noticed(tmp_path: Path, change: dict[str, Any]
         next(iter(make(tmp_path).train_dataloader()))
 
 
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The URL of ``folder``, and the paths that were asked for."""
+    asked: list[str] = []
+
+    class Noting(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            asked.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Noting, directory=folder)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset opens URLs with curl")
 def test_set_behind_a_url_is_read_like_a_folder(folder: Path, tmp_path: Path) -> None:
-    class Silent(SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=folder)) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with served(folder) as (url, _):
         module = make(url, cache=tmp_path, shuffle_shards=1)  # type: ignore[arg-type]  # a URL
         assert order(module) == order(make(folder, shuffle_shards=1))
         assert torch.equal(module.interface.head_weight, interface().head_weight)
@@ -357,4 +369,40 @@ def test_set_behind_a_url_is_read_like_a_folder(folder: Path, tmp_path: Path) ->
             TrajectoryError, match=r"nowhere/card\.json: cannot be fetched \(curl ended with exit code 22\)"
         ):
             TrajectoryDataModule(f"{url}/nowhere").setup("fit")
-        server.shutdown()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset opens URLs with curl")
+def test_damaged_shard_behind_a_url_is_fetched_once_an_epoch_and_skipped(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "set")
+    path = tmp_path / "set" / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with served(tmp_path / "set") as (url, asked):
+        module = make(url, cache=tmp_path / "cache", on_corrupt="skip")  # type: ignore[arg-type]  # a URL
+        seen = {sample for batch in order(module) for sample, _, _ in batch}
+    assert seen == set(range(15)) - {3, 4, 5}
+    assert asked.count("/shard-000001.tar") == 1
+    with (
+        served(tmp_path / "set") as (url, _),
+        pytest.raises(TrajectoryError, match=r"shard-000001\.tar: expected \d+ bytes"),
+    ):
+        order(make(url, cache=tmp_path / "other"))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset opens URLs with curl")
+def test_shards_of_the_next_group_are_fetched_while_one_is_read(folder: Path, tmp_path: Path) -> None:
+    with served(folder) as (url, asked):
+        module = make(url, cache=tmp_path, shuffle_shards=2, num_workers=0)  # type: ignore[arg-type]  # a URL
+        next(iter(module.train_dataloader()))
+        deadline = time.monotonic() + 60
+        while len(set(asked) & {f"/shard-{index:06d}.tar" for index in range(5)}) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len([path for path in asked if path.endswith(".tar")]) == 4
+
+
+def test_batches_made_ahead_are_pinned_where_there_is_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
+    batch = next(iter(make(folder, num_workers=1).train_dataloader()))
+    assert batch.features.values.shape in pinned
+    assert batch.control.tokens.shape in pinned

@@ -14,6 +14,7 @@ from lit_shortcut.acceleration.planned import Planned, Vanilla
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation import Row, images_of
 from lit_shortcut.networks.shortcut import ShortcutNet
@@ -238,6 +239,19 @@ def test_rows_that_cannot_be_run_are_refused_before_any_is(
         measure(tmp_path, rows)
     assert isinstance(caught.value, WeightsError) == ("trained" in message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_class_is_refused_before_anything_is_recorded(tmp_path: Path) -> None:
+    writer = TrajectoryWriter(tmp_path / "set")
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[writer])
+    with pytest.raises(ValueError, match=r"class labels must lie in 0\.\.9; got \[10\]"):
+        trainer.predict(GenerationTask(ToyBase(), decoding=Decoding(5)), ClassLabels(11, batch_size=1, num_classes=11))
+    assert not list((tmp_path / "set").glob("shard-*"))
+
+
+def test_released_network_runs_in_the_dtype_asked_for() -> None:
+    network = ShortcutNet(width=16, num_heads=1, grid=4)
+    assert {weights.dtype for weights in Shortcut(network, dtype="bfloat16").parameters()} == {torch.bfloat16}
 
 
 def test_unknown_class_is_refused_before_any_row_is_run(tmp_path: Path) -> None:
