@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.published import published
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import save_published
@@ -49,6 +50,23 @@ def test_extract_records_a_shard_for_each_prompt(folder: Path) -> None:
     assert (card.num_shards, card.spec["num_tokens"], card.num_steps) == (3, 6, 4)
     base = published(str(folder / "checkpoint"), height=32, width=48, special=SPECIAL)
     assert card.base_fingerprint == base.fingerprint
+
+
+def test_fit_trains_on_what_extract_records_and_samples_with_it(folder: Path) -> None:
+    run(folder, "predict", "extract.yaml", "--model.decoding.num_steps=4")
+    fit = yaml.safe_load((DIMOO / "fit.yaml").read_text().replace("../parts", str(CONFIGS / "parts")))
+    fit["trainer"] |= {"devices": 1, "strategy": "auto", "max_epochs": 1, "limit_train_batches": 2, "logger": False}
+    sampling = fit["trainer"]["callbacks"][1]["init_args"]
+    source = {"source": "checkpoint", "height": 32, "width": 48, "special": vars(SPECIAL)}
+    sampling["base"] = {"class_path": "lit_shortcut.bases.dimoo.published.published", "init_args": source}
+    sampling["plans"], sampling["decoding"] = [[4, 2]], {"num_steps": 4, "schedule": "cosine_left"}
+    sampling["conditions"]["init_args"] |= {"path": "prompts.txt", "num_images": 2}
+    fit["model"]["init_args"]["network"]["init_args"] |= {"width": 16, "num_heads": 2, "mlp_width": 24}
+    fit["data"]["init_args"]["validation_shards"] = 1
+    (folder / "fit.yaml").write_text(yaml.safe_dump(fit))
+    quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+    lightning(folder, "fit", "--config", folder / "fit.yaml", *quiet)
+    assert Shortcut.load(folder / "runs/dimoo/shortcut/shortcut.safetensors").network.hparams["width"] == 16
 
 
 def test_evaluate_measures_the_released_shortcut_in_half_precision(folder: Path) -> None:

@@ -40,6 +40,14 @@ def rotate(heads: Tensor, by: Rotation) -> Tensor:
     return rotated.to(heads.dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """As torch's, with the weight in the dtype of ``x``: under autocast they differ, and no fused kernel takes that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (…, C), normalised over C."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class LLaDABlock(nn.Module):
     """Pre-norm attention with rotary positions, then SwiGLU, each with a residual; no biases.
 
@@ -58,12 +66,12 @@ class LLaDABlock(nn.Module):
         if width % (2 * num_heads):
             raise ValueError(f"width must be a multiple of 2 · num_heads, got width {width} and num_heads {num_heads}")
         self.num_heads = num_heads
-        self.attn_norm = nn.RMSNorm(width, norm_eps)
+        self.attn_norm = RMSNorm(width, norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
-        self.ff_norm = nn.RMSNorm(width, norm_eps)
+        self.ff_norm = RMSNorm(width, norm_eps)
         self.ff_proj = nn.Linear(width, mlp_width, bias=False)
         self.up_proj = nn.Linear(width, mlp_width, bias=False)
         self.ff_out = nn.Linear(mlp_width, width, bias=False)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_shortcut.hub import local_file
 from lit_shortcut.interface import Places
-from lit_shortcut.networks.llada import LLaDABlock, Rotation, rotation
+from lit_shortcut.networks.llada import LLaDABlock, RMSNorm, Rotation, rotation
 from lit_shortcut.networks.shortcut import VelocityNet, published_sizes
 from lit_shortcut.published import Names, fill, load_state
 from lit_shortcut.weights import WeightsError, load_module
@@ -86,7 +86,7 @@ class LLaDAShortcutNet(VelocityNet):
             make_blocks=lambda inner: nn.ModuleList(
                 CrossAndSelf(inner, num_heads, mlp_width, norm_eps) for _ in range(num_blocks)
             ),
-            make_last=lambda inner: nn.RMSNorm(inner, norm_eps),
+            make_last=lambda inner: RMSNorm(inner, norm_eps),
         )
         self.hparams = {
             "width": width,

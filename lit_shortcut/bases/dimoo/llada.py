@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lit_shortcut.networks.llada import LLaDABlock, rotation
+from lit_shortcut.networks.llada import LLaDABlock, RMSNorm, rotation
 from lit_shortcut.weights import load_module
 
 
@@ -49,7 +49,7 @@ class LLaDA(nn.Module):
         self.head_width, self.rope_theta = width // num_heads, rope_theta
         self.wte = nn.Embedding(vocab_size, width)
         self.blocks = nn.ModuleList(LLaDABlock(width, num_heads, mlp_width, norm_eps) for _ in range(depth))
-        self.ln_f = nn.RMSNorm(width, norm_eps)
+        self.ln_f = RMSNorm(width, norm_eps)
         self.ff_out = None if is_tied else nn.Linear(width, vocab_size, bias=False)
 
     @property
