@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/pip install --progress-bar on -e ".[dev]"
 	touch $@
 
-demo: install ## The main job on the embedded default: record, train, measure, report (about 15 minutes on two cores)
+demo: install ## The main job on the embedded default: record, train, measure, report (about 12 minutes on two cores)
 	$(MAKE) extract-trajectories fit report
 
 extract-trajectories: install ## Record trajectories of BASE (default: fashion)
