@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 
 import lightning as L
+import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -91,7 +93,10 @@ class AcceleratedSampling(L.Callback):
         self._sample(trainer, pl_module)
 
     def _rows(self, pl_module: ShortcutTask) -> list[Row]:
-        shortcut = Shortcut(pl_module.network)
+        network, dtype = pl_module.network, self.base.interface.code_embedding.dtype
+        if dtype != torch.float32:  # as it will run beside this base; training goes on in float32
+            network = deepcopy(network).to(dtype)
+        shortcut = Shortcut(network)
         return [Row(num_steps, Planned(budget, shortcut)) for num_steps, budget in self.plans]
 
     def _sample(self, trainer: L.Trainer, pl_module: ShortcutTask) -> None:
