@@ -16,6 +16,7 @@ from lit_shortcut.acceleration.planned import Planned
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.contracts import Conditions, Control, Trajectories
+from lit_shortcut.networks.control import embed_control
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
 from lit_shortcut.sampling import Decoding, sample
@@ -191,6 +192,16 @@ def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(folder: Path,
     mine, theirs = ((*batch.control, *batch[2:6], *(batch.text or ())) for batch in (found, expected))
     for one, other in zip(mine, theirs, strict=True):
         assert torch.equal(one, other)
+
+
+def test_batch_of_one_trains_without_masks(folder: Path, card: Card, dimoo: DiMOO) -> None:
+    order = Order(1, card.samples_per_shard, 2, 4, group=1, seed=0)
+    reader = WindowReader(Source(folder, card), order, 1)
+    for position in range(len(order)):
+        batch = reader.read(0, range(position, position + 1)).decode()
+        control = Control(*(part if part is None else part[:, 0] for part in batch.control))
+        embedded = embed_control(dimoo.interface, control, batch.text, batch.features.shape[1])
+        assert embedded.is_real is embedded.places.is_real is None
 
 
 def damage(tensors: dict[str, Tensor], name: str) -> None:

@@ -24,7 +24,8 @@ class EmbeddedControl(NamedTuple):
 def embed_control(interface: TokenInterface, control: Control, text: Text | None, num_rows: int) -> EmbeddedControl:
     """Embeddings of ``control`` (B, K), behind those of ``text`` where there is one, for features of ``num_rows`` (S).
 
-    Where ``text`` tells its lengths on the CPU and none is padded, no masks are made: attention is faster without.
+    Where nothing is padded no masks are made, since attention is faster without. A batch of one has no padding; of
+    others it is known where ``text`` tells its lengths on the CPU.
     """
     committed = interface.embed(control.tokens, control.positions)
     if text is None:
@@ -73,4 +74,4 @@ def text_of_branch(text: Text, branch: int) -> Text:
 
 def _is_padded(lengths: Tensor, longest: int) -> bool:
     """Whether one of ``lengths`` is below ``longest``; taken for granted where asking would wait for a device."""
-    return lengths.device.type != "cpu" or bool((lengths < longest).any())
+    return len(lengths) > 1 and (lengths.device.type != "cpu" or bool((lengths < longest).any()))

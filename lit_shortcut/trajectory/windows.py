@@ -126,7 +126,8 @@ def course(tokens: Tensor, committed_at: Tensor, start: Tensor, window: int) -> 
     positions = torch.zeros(is_real.shape, dtype=torch.long, device=start.device)
     positions[is_real] = is_now.nonzero()[:, -1]
     codes = tokens.long()[:, None].expand(-1, window, -1).gather(2, positions).where(is_real, 0)
-    return Course(Control(codes, positions, is_real), is_masked.float().mean(-1), is_masked)
+    padding = None if bool(is_real.all()) else is_real
+    return Course(Control(codes, positions, padding), is_masked.float().mean(-1), is_masked)
 
 
 def transitions(trajectories: Trajectories, window: int = 1) -> Transition:
@@ -159,4 +160,4 @@ def trimmed(features: Tensor, text: Text, num_rows: int) -> tuple[Tensor, Text]:
     own = num_rows - longest + text.lengths.to(features.device)
     is_real = torch.arange(num_rows, device=features.device) < own[:, None]
     features = features[:, :, :num_rows].where(is_real[:, None, :, None], 0)
-    return features, text._replace(control=text.control[:, :longest])
+    return features, text._replace(control=text.control[:, : int(text.num_control.max())])
