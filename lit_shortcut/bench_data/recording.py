@@ -24,7 +24,7 @@ from lit_shortcut.sampling import generate
 from lit_shortcut.tasks.generation import GenerationTask
 from lit_shortcut.trajectory import Dtype
 
-NUM_IMAGES, BATCH_SIZE, ROUNDS = 256, 32, 3
+NUM_IMAGES, BATCH_SIZE, ROUNDS = 512, 32, 3
 PLAIN = "sampling alone"
 
 
