@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from datamodules.ranks import rank_and_world_size
 from lit_shortcut.contracts import Conditions
 
 
@@ -105,7 +106,7 @@ class InTurn(L.LightningDataModule):
         return _Batches(self, seed)
 
     def _loader(self, batches: _Batches, indices: Sequence[int]) -> DataLoader[Conditions]:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = rank_and_world_size(self)
         # batches of one, not batch_size=None: Lightning then knows which item a prediction belongs to
         return DataLoader(batches, batch_size=1, sampler=_Share(batches, indices, rank, world_size), collate_fn=_only)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from datamodules.conditions import InTurn, sample_seed
+from datamodules.ranks import rank_and_world_size
 from datamodules.trajectories import EpochLoader
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
@@ -156,7 +157,7 @@ class OnlineDataModule(L.LightningDataModule):
         Raises:
             ValueError: if the images of an epoch do not fill a pool on each rank.
         """
-        rank, world_size = self._ranks()
+        rank, world_size = rank_and_world_size(self)
         pools = self.conditions.num_images // self.pool_images
         if pools < world_size:
             raise ValueError(
@@ -183,7 +184,7 @@ class OnlineDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on one rank exactly; the last may be smaller."""
-        rank, world_size = self._ranks()
+        rank, world_size = rank_and_world_size(self)
         loader = self.validation.loader()
         batches = _Validation(self.draw, loader.dataset, len(loader), rank, world_size)
         return EpochLoader(batches, -(-len(loader) // world_size))
@@ -209,9 +210,6 @@ class OnlineDataModule(L.LightningDataModule):
         run_seed = self.conditions.seed if epoch == 0 else sample_seed(self.conditions.seed, -epoch)
         batches, at_once = self.conditions.loader(run_seed).dataset, self.pool_images // self.conditions.batch_size
         return concatenated([self.draw(batches[number * at_once + index]) for index in range(at_once)])
-
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
 def concatenated(batches: Sequence[Trajectories]) -> Trajectories:

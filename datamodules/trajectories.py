@@ -17,6 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.ranks import rank_and_world_size
 from lit_shortcut.contracts import Trajectories
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
@@ -287,7 +288,7 @@ class TrajectoryDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> EpochLoader[EncodedTransition]:
         """Batches of transitions, samples and steps mixed, in a new order each epoch."""
-        card, (rank, world_size) = self.card, self._ranks()
+        card, (rank, world_size) = self.card, rank_and_world_size(self)
         starts, shards = card.num_steps - self.window, card.num_shards - self.validation_shards
         order = Order(shards, card.samples_per_shard, card.branches, starts, self.shuffle_shards, self.seed)
         length = len(order) // (self.batch_size * world_size)
@@ -313,7 +314,7 @@ class TrajectoryDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on one rank exactly; the last may be smaller."""
-        card, (rank, world_size) = self.card, self._ranks()
+        card, (rank, world_size) = self.card, rank_and_world_size(self)
         first = (card.num_shards - self.validation_shards) * card.samples_per_shard
         ids = range(first + rank, card.num_samples, world_size)
         batches = _Validation(self._source(), ids, self.validation_batch_size, self.on_corrupt)
@@ -337,6 +338,3 @@ class TrajectoryDataModule(L.LightningDataModule):
 
     def _source(self) -> Source:
         return Source(self.source, self.card, kept=2 * self.shuffle_shards + self.validation_shards, cache=self.cache)
-
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

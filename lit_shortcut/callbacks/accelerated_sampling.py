@@ -19,6 +19,7 @@ from lit_shortcut.evaluation import Row, add_images, images_of, require_feasible
 from lit_shortcut.loggers import log_picture
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import measure_latency, speedups
+from lit_shortcut.networks.shortcut import VelocityNet
 from lit_shortcut.report import grids, pixels
 from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.tasks.shortcut import ShortcutTask
@@ -69,7 +70,7 @@ class AcceleratedSampling(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse before anything is trained a base the trajectories do not come from, and plans that cannot be run."""
         assert isinstance(pl_module, ShortcutTask)
-        rows = [Row(self.decoding.num_steps), *self._rows(pl_module)]
+        rows = [Row(self.decoding.num_steps), *self._rows(pl_module.network)]
         require_feasible(self.base, self.decoding, rows, self.conditions)
         recorded = trainer.datamodule.card.base_fingerprint  # type: ignore[attr-defined]
         if recorded != self.base.fingerprint:
@@ -92,15 +93,15 @@ class AcceleratedSampling(L.Callback):
             metric.to(pl_module.device)
         self._sample(trainer, pl_module)
 
-    def _rows(self, pl_module: ShortcutTask) -> list[Row]:
-        network, dtype = pl_module.network, self.base.interface.code_embedding.dtype
-        if dtype != torch.float32:  # as it will run beside this base; training goes on in float32
-            network = deepcopy(network).to(dtype)
+    def _rows(self, network: VelocityNet) -> list[Row]:
         shortcut = Shortcut(network)
         return [Row(num_steps, Planned(budget, shortcut)) for num_steps, budget in self.plans]
 
     def _sample(self, trainer: L.Trainer, pl_module: ShortcutTask) -> None:
-        device, vanilla = pl_module.device, Row(self.decoding.num_steps)
+        device, vanilla, network = pl_module.device, Row(self.decoding.num_steps), pl_module.network
+        dtype = self.base.interface.code_embedding.dtype
+        if dtype != torch.float32:  # as it will run beside this base; training goes on in float32
+            network = deepcopy(network).to(dtype)
         mine = [
             move_data_to_device(batch, device)
             for k, batch in enumerate(self.conditions.loader())
@@ -112,7 +113,7 @@ class AcceleratedSampling(L.Callback):
             self.vanilla = self._measure(vanilla, mine)
         measured = {f"vanilla_n{vanilla.num_steps}": self.vanilla}
         runs: dict[str, Callable[[], object]] = {}
-        for row in [vanilla, *self._rows(pl_module)]:
+        for row in [vanilla, *self._rows(network)]:
             facts = row.facts()
             name = row.name if facts["method"] == "vanilla" else f"n{row.num_steps}_b{facts['budget']}"
             if name not in measured:

@@ -15,13 +15,13 @@ from torchmetrics.multimodal.clip_score import CLIPScore as _CLIPScore
 
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.hub import local_folder
-from lit_shortcut.metrics.images import prompts_of
+from lit_shortcut.metrics.images import ImageMean, prompts_of
 from lit_shortcut.weights import WeightsError
 
 _FILES = ("*.json", "merges.txt", "model.safetensors", "pytorch_model.bin")  # torch's pickles are read as tensors alone
 
 
-class CLIPScore:
+class CLIPScore(ImageMean):
     """Mean of 100 · cos(image, prompt) in the embedding of a CLIP, at least 0 (Hessel et al., arXiv 2104.08718).
 
     torchmetrics' measure, which leaves out the paper's factor 2.5. It depends on the CLIP: say which with the figure.
@@ -39,6 +39,7 @@ class CLIPScore:
 
     def __init__(self, model: str) -> None:
         self.score = _CLIPScore(partial(_load, model))
+        super().__init__(self.score)
 
     @torch.inference_mode()
     def update(self, images: Tensor, conditions: Conditions) -> None:
@@ -46,19 +47,6 @@ class CLIPScore:
         prompts = prompts_of(conditions)
         with torch.autocast(images.device.type, enabled=False):
             self.score.update(images, list(prompts))
-
-    def compute(self) -> Tensor:
-        """The score, from 0 to 100."""
-        score: Tensor = self.score.compute()
-        return score
-
-    def reset(self) -> None:
-        """Forget the images."""
-        self.score.reset()
-
-    def to(self, device: torch.device) -> None:
-        """Move the CLIP and its sums to ``device``."""
-        self.score.to(device)
 
 
 def _transformers() -> ModuleType:

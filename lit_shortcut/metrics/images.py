@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lit_shortcut.contracts import Conditions
@@ -96,7 +96,31 @@ class FrechetDistance:
         self.distance.to("cpu" if device.type == "mps" else device)
 
 
-class ClassAgreement:
+class ImageMean:
+    """What measures of images share whose value is a mean over them.
+
+    Args:
+        gathered: gathers it; a plain mean by default.
+    """
+
+    def __init__(self, gathered: Metric | None = None) -> None:
+        self.gathered = MeanMetric() if gathered is None else gathered
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        mean: Tensor = self.gathered.compute()
+        return mean
+
+    def reset(self) -> None:
+        """Forget the images."""
+        self.gathered.reset()
+
+    def to(self, device: torch.device) -> None:
+        """Move what is gathered to ``device``."""
+        self.gathered.to(device)
+
+
+class ClassAgreement(ImageMean):
     """Share of images that a classifier takes for the class they were made for.
 
     Args:
@@ -104,27 +128,18 @@ class ClassAgreement:
     """
 
     def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
         self.classifier = _frozen(classifier)
-        self.share = MeanMetric()
 
     @torch.inference_mode()
     def update(self, images: Tensor, conditions: Conditions) -> None:
         """Take in uint8 ``images`` (B, 3, H, W), made for the classes ``conditions.labels``."""
-        self.share.update((_run(self.classifier, images).argmax(-1) == conditions.labels).float())
-
-    def compute(self) -> Tensor:
-        """The share, from 0 to 1."""
-        share: Tensor = self.share.compute()
-        return share
-
-    def reset(self) -> None:
-        """Forget the images."""
-        self.share.reset()
+        self.gathered.update((_run(self.classifier, images).argmax(-1) == conditions.labels).float())
 
     def to(self, device: torch.device) -> None:
         """Move the classifier and its counts to ``device``."""
+        super().to(device)
         self.classifier.to(device)
-        self.share.to(device)
 
 
 class FashionFeatures(nn.Module):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.metrics.garments import follows, measure, read_prompt
-from lit_shortcut.metrics.images import ClassAgreement, prompts_of
+from lit_shortcut.metrics.images import ClassAgreement, ImageMean, prompts_of
 
 
 class PromptClassAgreement(ClassAgreement):
@@ -17,9 +16,6 @@ class PromptClassAgreement(ClassAgreement):
     Args:
         classifier: frozen network from uint8 images (B, 3, H, W) to logits over Fashion-MNIST's classes.
     """
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__(classifier)
 
     def update(self, images: Tensor, conditions: Conditions) -> None:
         """Take in uint8 ``images`` (B, 3, H, W); those whose prompt names no class are left out.
@@ -34,11 +30,8 @@ class PromptClassAgreement(ClassAgreement):
             super().update(images[named], conditions._replace(labels=classes))
 
 
-class AttributeAgreement:
+class AttributeAgreement(ImageMean):
     """Share of the attributes asked for in prompts that their images have, by :mod:`lit_shortcut.metrics.garments`."""
-
-    def __init__(self) -> None:
-        self.share = MeanMetric()
 
     def update(self, images: Tensor, conditions: Conditions) -> None:
         """Take in uint8 ``images`` (B, 3, H, W); a prompt that names no class, or no attribute, counts for nothing.
@@ -53,17 +46,4 @@ class AttributeAgreement:
             if label is not None and attributes:
                 measured = {name: column[row] for name, column in values.items()}
                 if kept := follows(measured, label, attributes):
-                    self.share.update(torch.tensor(kept, dtype=torch.float32, device=self.share.device))
-
-    def compute(self) -> Tensor:
-        """The share, from 0 to 1."""
-        share: Tensor = self.share.compute()
-        return share
-
-    def reset(self) -> None:
-        """Forget the images."""
-        self.share.reset()
-
-    def to(self, device: torch.device) -> None:
-        """Move the counts to ``device``."""
-        self.share.to(device)
+                    self.gathered.update(torch.tensor(kept, dtype=torch.float32, device=self.gathered.device))

@@ -19,17 +19,16 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from lit_shortcut.contracts import Conditions
-from lit_shortcut.metrics.images import prompts_of
+from lit_shortcut.metrics.images import ImageMean, prompts_of
 from lit_shortcut.weights import WeightsError
 
 _SERVER = Path(__file__).with_name("reward_server.py")
 _SECONDS_TO_LEAVE = 10.0
 
 
-class Reward:
+class Reward(ImageMean):
     """Mean of what a reward model says of images; the model is loaded by :meth:`to`, or by the first images.
 
     Args:
@@ -40,8 +39,9 @@ class Reward:
     """
 
     def __init__(self, name: str, python: Path, weights: Path | None, advice: str) -> None:
+        super().__init__()
         self.name, self.python, self.weights, self.advice = name, python, weights, advice
-        self.mean, self.device = MeanMetric(), torch.device("cpu")
+        self.device = torch.device("cpu")
         self.server: subprocess.Popen[str] | None = None
 
     def update(self, images: Tensor, conditions: Conditions) -> None:
@@ -52,15 +52,6 @@ class Reward:
         """
         self._score(images, [""] * len(images))
 
-    def compute(self) -> Tensor:
-        """The mean."""
-        mean: Tensor = self.mean.compute()
-        return mean
-
-    def reset(self) -> None:
-        """Forget the images; the model stays loaded."""
-        self.mean.reset()
-
     def to(self, device: torch.device) -> None:
         """Load the model on ``device``, so that what is missing shows before any image is drawn.
 
@@ -69,7 +60,7 @@ class Reward:
         """
         if self.server is None or device != self.device:
             self.device = device
-            self.mean.to(device)
+            super().to(device)
             self._start()
 
     @torch.inference_mode()
@@ -81,7 +72,7 @@ class Reward:
             for path, image in zip(paths, images.cpu(), strict=True):
                 torchvision.io.write_png(image, path)
             scores = self._ask({"images": paths, "prompts": list(prompts)})["scores"]
-        self.mean.update(torch.tensor(scores, dtype=torch.float32, device=self.device))
+        self.gathered.update(torch.tensor(scores, dtype=torch.float32, device=self.device))
 
     def _start(self) -> None:
         self._stop()

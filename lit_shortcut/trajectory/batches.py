@@ -11,7 +11,7 @@ import torch
 
 from lit_shortcut.contracts import Text
 from lit_shortcut.trajectory.encoding import Encoded
-from lit_shortcut.trajectory.files import AccessError, TrajectoryError, is_remote
+from lit_shortcut.trajectory.files import AccessError, TrajectoryError
 from lit_shortcut.trajectory.reading import Head, empty_steps
 from lit_shortcut.trajectory.sample import branch_texts, joined, padded
 from lit_shortcut.trajectory.source import Source
@@ -46,7 +46,7 @@ class WindowReader:
             TrajectoryError: if one is damaged, or with ``skip`` all are.
             AccessError: if one cannot be fetched.
         """
-        if is_remote(self.source.source):
+        if self.source.is_remote:
             self._fetch_ahead(epoch, positions[0])
         batch = _Batch(self.source, self.window, len(positions))
         replaced = torch.zeros(len(positions), dtype=torch.bool)

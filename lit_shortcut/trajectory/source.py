@@ -33,9 +33,10 @@ class Source:
     """
 
     def __init__(self, source: str | Path, card: Card, *, kept: int = 32, cache: Path | None = None) -> None:
-        self.source, self.card, self.kept = source, card, kept
+        self.source, self.card, self.kept, self.is_remote = source, card, kept, is_remote(source)
+        self._open = min(_OPEN, kept) if self.is_remote else _OPEN  # what is open takes the disk's room, deleted or not
         name = hashlib.sha256(f"{source} {card.digest}".encode()).hexdigest()[:16]
-        self.folder = (cache or CACHE).expanduser() / name if is_remote(source) else Path(source)
+        self.folder = (cache or CACHE).expanduser() / name if self.is_remote else Path(source)
         self._damaged: dict[int, str] = {}  # fetched shards that were not what they should be: not fetched again
         self._of_thread = threading.local()  # so that no thread waits for another, nor closes what it reads
 
@@ -50,14 +51,14 @@ class Source:
         if index in kept:
             kept.move_to_end(index)
             return kept[index]
-        if is_remote(self.source):
+        if self.is_remote:
             with self._locked(shard_name(index)):
                 self._fetch(index)
                 shard = Shard(self._path(index), index, self.card, locate(self.source, shard_name(index)))
         else:
             shard = Shard(self._path(index), index, self.card)
         kept[index] = shard
-        if len(kept) > (min(_OPEN, self.kept) if is_remote(self.source) else _OPEN):  # open, it takes the disk's room
+        if len(kept) > self._open:
             kept.popitem(last=False)
         return shard
 

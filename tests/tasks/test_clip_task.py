@@ -20,6 +20,7 @@ from lit_shortcut.tasks.clip import ClipTask, contrastive_loss
 from lit_shortcut.weights import fingerprint, load_module
 from tests.metrics.asked import asked
 from tests.metrics.small_clip import SIZES, write_tokenizer
+from tests.tasks.short_runs import short_trainer
 
 CLASSES = ["a dark coat", "a bright coat"]
 
@@ -46,17 +47,8 @@ def batches(count: int, seed: int) -> Any:
 
 
 def trainer(folder: Path, *callbacks: L.Callback) -> L.Trainer:
-    return L.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[ModelCheckpoint(folder / "checkpoints", filename="clip"), *callbacks],
-    )
+    checkpoint = ModelCheckpoint(folder / "checkpoints", filename="clip")
+    return short_trainer(folder, num_sanity_val_steps=0, callbacks=[checkpoint, *callbacks])
 
 
 def logits(size: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from lit_shortcut.bases.dimoo.toy import toy_dimoo
 from lit_shortcut.contracts import CaptionedImages
 from lit_shortcut.tasks.masked_modeling import PromptedMaskedModelingTask
 from lit_shortcut.weights import fingerprint, load_module, save_module
+from tests.tasks.short_runs import short_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # the frozen tokenizer, as meant
 
@@ -35,16 +36,7 @@ def batches(count: int) -> DataLoader[CaptionedImages]:
 
 
 def trainer(folder: Path) -> L.Trainer:
-    return L.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    return short_trainer(folder, enable_checkpointing=False)
 
 
 def measured(task: PromptedMaskedModelingTask, folder: Path) -> dict[str, float]:

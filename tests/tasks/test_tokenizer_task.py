@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,6 +14,7 @@ from lit_shortcut.networks.tokenizer import FSQTokenizer
 from lit_shortcut.tasks.tokenizer import TokenizerTask
 from lit_shortcut.weights import fingerprint
 from tests.metrics.brightness import Brightness
+from tests.tasks.short_runs import short_trainer
 
 
 def make_task() -> TokenizerTask:
@@ -31,16 +31,7 @@ def batches(count: int) -> DataLoader[LabelledImages]:
 
 def test_training_lowers_the_loss_and_its_checkpoint_loads(tmp_path: Path) -> None:
     task = make_task()
-    trainer = L.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ModelCheckpoint(tmp_path, filename="tokenizer")],
-    )
+    trainer = short_trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path, filename="tokenizer")])
     before = trainer.validate(task, batches(1), verbose=False)[0]["val/loss"]
     trainer.fit(task, batches(60), batches(1))
     after = trainer.validate(task, batches(1), verbose=False)[0]["val/loss"]
