@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lit_shortcut.networks.deepening import deepened
 from lit_shortcut.networks.llada import LLaDABlock, RMSNorm, rotation
 from lit_shortcut.weights import load_module
 
@@ -76,3 +77,11 @@ class LLaDA(nn.Module):
     def load(cls, path: Path) -> LLaDA:
         """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
         return load_module(cls, path)
+
+    @classmethod
+    def load_deepened(cls, path: Path, depth: int) -> LLaDA:
+        """The network stored at ``path``, grown to ``depth`` blocks without a change of its features, to train on."""
+        network = cls.load(path)
+        network.blocks = deepened(network.blocks, depth, lambda block: (block.attn_out, block.ff_out))
+        network.hparams["depth"] = depth
+        return network

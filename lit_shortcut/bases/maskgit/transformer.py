@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention, feed_forward
+from lit_shortcut.networks.deepening import deepened
 from lit_shortcut.published import MASKGIT, fill, load_state
 from lit_shortcut.weights import load_module
 
@@ -115,6 +116,14 @@ class MaskGITTransformer(nn.Module):
     def load(cls, path: Path) -> MaskGITTransformer:
         """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
         return load_module(cls, path)
+
+    @classmethod
+    def load_deepened(cls, path: Path, depth: int) -> MaskGITTransformer:
+        """The network stored at ``path``, grown to ``depth`` layers without a change of its features, to train on."""
+        network = cls.load(path)
+        network.layers = deepened(network.layers, depth, lambda layer: (layer.attention.out_proj, layer.mlp[-1]))
+        network.hparams["depth"] = depth
+        return network
 
     @classmethod
     def load_published(cls, path: Path, **sizes: int) -> MaskGITTransformer:

@@ -1,0 +1,38 @@
+"""Grow a trained transformer: insert layers that change nothing at first (Chen et al., Net2Net, arXiv 1511.05641)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+
+from torch import nn
+
+
+def deepened(
+    layers: nn.ModuleList, depth: int, residual_ends: Callable[[nn.Module], Iterable[nn.Module]]
+) -> nn.ModuleList:
+    """``layers`` with copies of them inserted evenly, ``depth`` in all; the function they compute stays the same.
+
+    Args:
+        layers: residual layers, kept in order; each copy stands behind its original.
+        depth: number of layers wanted.
+        residual_ends: the last modules of a layer's residual branches. In a copy their parameters are zero.
+
+    Raises:
+        ValueError: if ``depth`` is below the number of layers.
+    """
+    if depth < len(layers):
+        raise ValueError(f"depth must be at least {len(layers)}, the number of layers there are; got {depth}")
+    grown = []
+    for index, layer in enumerate(layers):
+        copies = depth * (index + 1) // len(layers) - depth * index // len(layers) - 1
+        grown += [layer, *(_silent(layer, residual_ends) for _ in range(copies))]
+    return nn.ModuleList(grown)
+
+
+def _silent(layer: nn.Module, residual_ends: Callable[[nn.Module], Iterable[nn.Module]]) -> nn.Module:
+    copy = deepcopy(layer)
+    for module in residual_ends(copy):
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+    return copy
