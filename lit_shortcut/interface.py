@@ -32,7 +32,7 @@ class TokenInterface(nn.Module):
         code_embedding: (V, C), the base's own embedding of each code.
         head_weight: (V, C), rows of the base's head that belong to codes.
         position_embedding: (L, C) added to the embedding of a token at its place, or None.
-        head_bias: (L, V) added to the logits at each place, or None.
+        head_bias: (V,) or (L, V), added to the logits at every or at each place, or None.
         row_offsets: (S − P,) for a base whose sequence begins with a prompt of P tokens: the first rows of its features
             are the image tokens, then what frames them; each stands so many places behind the prompt's end. The
             prompt's own rows come last. None where rows have no place in a sequence.
@@ -97,7 +97,9 @@ class TokenInterface(nn.Module):
     def row_logits(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Logits (..., V) of ``rows`` (..., C) of the features, which stand at image ``positions`` (...)."""
         logits = self._without_bias(rows)
-        return logits if self.head_bias is None else logits + self.head_bias[positions]
+        if self.head_bias is None:
+            return logits
+        return logits + (self.head_bias if self.head_bias.dim() == 1 else self.head_bias[positions])
 
     def _without_bias(self, rows: Tensor) -> Tensor:
         return rows @ self.head_weight.T.to(rows.dtype)

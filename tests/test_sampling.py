@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Planned, Vanilla
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from datamodules.conditions import ClassLabels
-from lit_shortcut.acceleration.planned import Vanilla
+from lit_shortcut.acceleration.accelerated import Vanilla
 from lit_shortcut.bench_data import fashion
 from lit_shortcut.bench_data.table import Table
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
@@ -32,7 +32,7 @@ class _Sampling(GenerationTask):
     """Predicts tokens and keeps no features."""
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> Tensor:  # type: ignore[override]  # that is the point
-        return generate(self.base, batch, self.decoding, Vanilla())
+        return generate(self.base, batch, self.decoding, Vanilla()).tokens
 
 
 def measure() -> Table:

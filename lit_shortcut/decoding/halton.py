@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from lit_shortcut.decoding.noise import uniform
 _ROLL_STREAM = -1  # streams from 0 belong to the steps of the decoding loop
 
 
+@cache
 def halton_order(height: int, width: int) -> Tensor:
     """All places (L,) of a grid of ``height`` × ``width``, row by row numbered, in the order Halton points meet them.
 

@@ -19,7 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_shortcut.acceleration.planned import Planned, Predictor
+from lit_shortcut.acceleration.accelerated import Accelerated, Predictor
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.metrics.cost import Depth, StepCosts, masked_places, num_bytes, num_parameters, step_costs
@@ -84,7 +85,7 @@ class PlanTask(L.LightningModule):
             raise ValueError("published must have no weights: make it on the device meta")
         if base.spec != published.spec:
             raise ValueError(f"base and published must differ in depth alone; got {base.spec} and {published.spec}")
-        self.base, self.method, self.budgets = base, Planned(1, predictor), budgets
+        self.base, self.method, self.budgets = base, Accelerated(Even(1), predictor), budgets
         self.in_published_size: tuple[Any] = (published,)  # no submodule: Lightning would move it to a device
         self.layers, self.path, self.rounds, self.warmup = layers, path, rounds, warmup
         self.processor_time = processor_time
@@ -125,7 +126,7 @@ class PlanTask(L.LightningModule):
     def facts(self, batch: Conditions) -> dict[str, Any]:
         """What the figures depend on."""
         (published,) = self.in_published_size
-        text = self.base.context(batch, guided=self.decoding.is_guided).text
+        text = self.base.context(batch, guided=self.decoding.is_guided).prefix
         prompt = {} if text is None else {"prompt_tokens": text.lengths.flatten().tolist()}
         return {
             "weights": "random",
@@ -186,7 +187,7 @@ class PlanTask(L.LightningModule):
     def _runs(self, seconds: StepCosts, operations: StepCosts, batch_size: int) -> list[dict[str, Any]]:
         """Vanilla and each budget: what an image costs, and how many times less than by vanilla."""
         num_steps = self.decoding.num_steps
-        name = self.method.predictor.facts()["method"]
+        name = self.method.predictor.identity()["method"]
         return [
             {
                 "method": method,

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
+from lit_shortcut.acceleration.accelerated import Planned
 from lit_shortcut.acceleration.compilation import compile_networks
-from lit_shortcut.acceleration.planned import Planned
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.contracts import Conditions

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Planned, Vanilla
 from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT

@@ -7,7 +7,7 @@ import torch
 from scipy import interpolate
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Past, Planned, PredictFn
+from lit_shortcut.acceleration.accelerated import Past, Planned, PredictFn
 from lit_shortcut.acceleration.plans import full_steps
 from lit_shortcut.acceleration.predictors import Hold, Taylor, lagrange_weights
 from lit_shortcut.bases.maskgit.adapter import MaskGIT

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_shortcut.contracts import Conditions, Context, MaskedImageModel, Text
+from lit_shortcut.contracts import Conditions, Context, MaskedImageModel, Prefix
 
 BASES = ["make_base", "make_base_with_vqgan", "make_dimoo"]  # fixtures: from a seed to a base with random weights
 MakeBase = Callable[[int], MaskedImageModel]
@@ -53,7 +53,7 @@ def test_spec_tells_the_shapes(model: MaskedImageModel, conditions: MakeConditio
     num_rows = features.shape[2]
     assert features.shape == (branches, 3, num_rows, spec.width)
     assert spec.num_tokens <= num_rows <= spec.sequence_length
-    assert num_rows == spec.sequence_length or context.text is not None
+    assert num_rows == spec.sequence_length or context.prefix is not None
     assert model.interface.logits(features).shape == (branches, 3, spec.num_tokens, spec.codebook_size)
     places = torch.arange(spec.num_tokens).expand(3, -1)
     assert model.interface.embed(places % spec.codebook_size, places).shape == (3, spec.num_tokens, spec.width)
@@ -136,7 +136,7 @@ def test_doubled_batch_equals_two_single_branches(model: MaskedImageModel, condi
     both = model.features(tokens, context)
     for branch in range(2):
         one = slice(branch, branch + 1)
-        text = context.text and Text(*(part[one] for part in context.text))
+        text = context.prefix and Prefix(*(part[one] for part in context.prefix))
         alone = model.features(tokens, Context(context.prompt[one], text))
         torch.testing.assert_close(both[branch], alone[0], rtol=1e-4, atol=1e-5)
     unguided = model.context(conditions(3), guided=False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Planned, Vanilla
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.prompt import Frame, SpecialTokens, Utf8Tokenizer
@@ -81,10 +81,10 @@ def test_rows_in_our_order_equal_the_plain_sequence(prompted: MakeConditions, gr
 
 def test_rows_behind_a_shorter_prompt_are_zero(dimoo: DiMOO, prompted: MakeConditions) -> None:
     context = dimoo.context(prompted(3), guided=True)
-    assert context.text is not None
-    assert context.text.lengths.tolist() == [[11, 5, 17], [3, 3, 3]]
+    assert context.prefix is not None
+    assert context.prefix.lengths.tolist() == [[11, 5, 17], [3, 3, 3]]
     features = dimoo.features(torch.zeros(3, 16, dtype=torch.long), context)
-    for branch, lengths in zip(features, context.text.lengths.tolist(), strict=True):
+    for branch, lengths in zip(features, context.prefix.lengths.tolist(), strict=True):
         for rows, length in zip(branch, lengths, strict=True):
             assert (rows.abs().amax(-1) > 0).tolist() == [True] * (24 + length) + [False] * (17 - length)
 
@@ -118,10 +118,10 @@ def test_control_of_the_conditional_branch_begins_with_the_prompt(dimoo: DiMOO, 
     conditions, network = prompted(3), trained()
     first, second = list(sample(dimoo, conditions, DECODING, Planned(1, Shortcut(network))))[:2]
     context = dimoo.context(conditions, guided=True)
-    assert context.text is not None
+    assert context.prefix is not None
     for branch in range(2):
         for row in range(3):
-            length = int(context.text.lengths[branch, row])
+            length = int(context.prefix.lengths[branch, row])
             rows, _ = dimoo.interface.row_places(torch.tensor([length]), 24 + length)
             codes, positions = first.committed.tokens[row], first.committed.positions[row]
             control, places = dimoo.transformer.wte(codes + SPECIAL.first_code), rows[0, positions]

@@ -14,7 +14,7 @@ from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.accelerated import Planned
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.decoder import VQDecoder
@@ -60,9 +60,9 @@ def test_text_becomes_the_tokens_of_the_folders_tokenizer(whole: Path) -> None:
     context = base.context(one(), guided=True)
     decoded = Tokenizer.from_file(str(whole / "tokenizer.json"))
     head = "<system>Generate an image according to the text prompt.</system><user>"
-    assert context.text is not None
+    assert context.prefix is not None
     for branch, prompt in enumerate(("a cat", "<uncondition>")):
-        ids = context.prompt[branch, 0, : int(context.text.lengths[branch])].tolist()
+        ids = context.prompt[branch, 0, : int(context.prefix.lengths[branch])].tolist()
         assert decoded.decode(ids, skip_special_tokens=False) == f"{head}{prompt}</user>"
         assert (SPECIAL.uncondition in ids) == (prompt == "<uncondition>")
 

@@ -9,7 +9,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Planned, Vanilla
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit import imagenet
 from lit_shortcut.bases.maskgit.adapter import MaskGIT

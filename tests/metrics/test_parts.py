@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Past, Planned, PredictFn, Vanilla
+from lit_shortcut.acceleration.accelerated import Past, Planned, PredictFn, Vanilla
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Acceleration, Conditions, Context, MaskedImageModel, State

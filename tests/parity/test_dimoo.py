@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Planned, Vanilla
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
@@ -129,7 +129,7 @@ def test_next_features_equal_the_reference(base: DiMOO, network: LLaDAShortcutNe
 
 def test_next_features_by_interface_and_prompt_equal_the_reference(base: DiMOO, network: LLaDAShortcutNet) -> None:
     context = base.context(one(), guided=True)
-    assert context.text is not None
+    assert context.prefix is not None
     offsets = base.interface.row_offsets
     assert offsets is not None
     committed = (
@@ -138,7 +138,7 @@ def test_next_features_by_interface_and_prompt_equal_the_reference(base: DiMOO, 
     positions = (offsets[:, None] == committed).int().argmax(dim=0)[None]
     control = Control(GOLDEN["in.new_token_ids"][:, LENGTH:] - SPECIAL.first_code, positions)
     rows, _ = base.interface.row_places(torch.tensor([LENGTH]), PLACES.shape[1])
-    embedded = embed_control(base.interface, control, text_of_branch(context.text, 0), PLACES.shape[1])
+    embedded = embed_control(base.interface, control, text_of_branch(context.prefix, 0), PLACES.shape[1])
     following = network(GOLDEN["out.feature"][:, rows[0]], embedded.tokens, GOLDEN["in.mask_ratio"], *embedded[1:])
     expected = GOLDEN["out.next_feature"]
     torch.testing.assert_close(in_sequence(base, following, LENGTH), expected, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Planned, Vanilla
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from lit_shortcut.bases.class_tokens import class_tokens
+from lit_shortcut.bases.class_tokens import ClassContext, class_context
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.contracts import Conditions, Context, ImageTokenizer, TokenSpec
-from lit_shortcut.weights import WeightsError, fingerprint
+from lit_shortcut.contracts import Clock, Conditions, Context, ImageTokenizer, TokenSpec
+from lit_shortcut.weights import WeightsError, fingerprint, network_fingerprint
 
 
 class MaskGIT(nn.Module):
@@ -45,19 +47,27 @@ class MaskGIT(nn.Module):
         """Stay in eval mode: a base is frozen."""
         return super().train(False)
 
+    def identity(self) -> dict[str, Any]:
+        """Fingerprints of transformer and image tokenizer."""
+        return {
+            "class": type(self).__name__,
+            "fingerprint": self.fingerprint,
+            "decoder": network_fingerprint(self.tokenizer),
+        }
+
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """Class token ids (G, B, 1).
+        """Class token ids.
 
         Raises:
             ValueError: if a label lies outside 0..num_classes-1.
         """
-        first_id = self.transformer.first_class_id
-        return Context(class_tokens(conditions.labels, self.spec.num_classes, first_id, guided=guided))
+        return class_context(conditions, self.spec.num_classes, self.transformer.first_class_id, guided=guided)
 
-    def features(self, tokens: Tensor, context: Context) -> Tensor:
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """Features (G, B, L + 1, C), both branches in one batch; the last row belongs to the class token."""
-        branches = context.prompt.shape[0]
-        stacked: Tensor = self.transformer(tokens.repeat(branches, 1), context.prompt.flatten())
+        assert isinstance(context, ClassContext)
+        branches = len(context.ids)
+        stacked: Tensor = self.transformer(tokens.repeat(branches, 1), context.ids.flatten())
         return stacked.unflatten(0, (branches, -1))
 
     def decode(self, tokens: Tensor) -> Tensor:
