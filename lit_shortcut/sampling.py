@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -141,27 +141,55 @@ def sample(
     for index, count in enumerate(counts):
         state = State(Clock(index, decoding.num_steps), tokens, committed, shares[index])
         features, is_full = feature_fn(state)
-        committed, masked = _choose(base, features, masked, decoding, noise, index, count)
+        committed, log_probs, masked = _choose(base, features, masked, decoding, noise, index, count)
         tokens = tokens.scatter(1, committed.positions, committed.tokens)
-        yield Step(state, features, is_full, committed, tokens)
+        yield Step(state, features, is_full, committed, tokens, log_probs)
 
 
 class Generated(NamedTuple):
-    """Codes ``tokens`` (B, L) at the end of :func:`sample`, and how often the base ran for each sample (B,)."""
+    """Codes ``tokens`` (B, L) at the end of :func:`sample`, and how often the base ran for each sample (B,).
+
+    ``log_probs`` (B, L), float32, are those of the tokens at the steps that committed them, as in :class:`Step`; None
+    unless they were asked for.
+    """
 
     tokens: Tensor
     full_steps: Tensor
+    log_probs: Tensor | None = None
 
 
 def generate(
-    base: MaskedImageModel, conditions: Conditions, decoding: Decoding, acceleration: Acceleration
+    base: MaskedImageModel,
+    conditions: Conditions,
+    decoding: Decoding,
+    acceleration: Acceleration,
+    *,
+    log_probs: bool = False,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Generated:
-    """Run :func:`sample` to its end; ``base.decode`` turns the tokens into images."""
+    """Run :func:`sample` to its end; ``base.decode`` turns the tokens into images.
+
+    Args:
+        base: the frozen model.
+        conditions: what to generate, in one batch.
+        decoding: how tokens are drawn.
+        acceleration: what computes the features of each step.
+        log_probs: return the tokens' log-probabilities, too.
+        on_step: called after each step, for progress.
+    """
     full_steps = torch.zeros_like(conditions.seeds)
+    drawn: list[tuple[Tensor, Tensor]] = []
     for step in sample(base, conditions, decoding, acceleration):
         tokens = step.tokens
         full_steps = full_steps + step.is_full
-    return Generated(tokens, full_steps)
+        if log_probs:
+            drawn.append((step.committed.positions, step.log_probs))
+        if on_step is not None:
+            on_step(step)
+    if not log_probs:
+        return Generated(tokens, full_steps)
+    positions, values = (torch.cat(parts, dim=1) for parts in zip(*drawn, strict=True))
+    return Generated(tokens, full_steps, torch.empty_like(values).scatter_(1, positions, values))
 
 
 class _Noise(NamedTuple):
@@ -204,18 +232,20 @@ def _choose(
     noise: _Noise,
     index: int,
     count: int,
-) -> tuple[Control, Tensor]:
-    """Commit ``count`` of the places ``masked`` (B, M): codes and places, and the places left (B, M − count)."""
+) -> tuple[Control, Tensor, Tensor]:
+    """Commit ``count`` of the places ``masked`` (B, M): codes and places, their log-probabilities, the places left."""
     if decoding.order != "confidence":  # the next places are known: the head runs only there
         turn = masked[:, :count]
-        return Control(_draw(base, features, turn, decoding, noise, index).codes, turn), masked[:, count:]
+        choice = _draw(base, features, turn, decoding, noise, index)
+        return Control(choice.codes, turn), choice.log_probs, masked[:, count:]
     choice = _draw(base, features, masked, decoding, noise, index)
     confidence = choice.log_probs
     if noise.confidences is not None:  # log p + scale · Gumbel (arXiv 2202.04200, section 3.2)
         confidence = confidence + noise.confidences[index].gather(1, masked)
     ranked = confidence.argsort(dim=1, descending=True, stable=True)
     chosen, left = ranked[:, :count], ranked[:, count:]
-    return Control(choice.codes.gather(1, chosen), masked.gather(1, chosen)), masked.gather(1, left)
+    committed = Control(choice.codes.gather(1, chosen), masked.gather(1, chosen))
+    return committed, choice.log_probs.gather(1, chosen), masked.gather(1, left)
 
 
 def _draw(

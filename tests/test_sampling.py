@@ -380,3 +380,29 @@ def test_features_carry_no_gradient_history(base: MaskGIT, conditions: MakeCondi
         for step in sample(base, conditions(1), Decoding(3), Vanilla()):
             assert not step.features.requires_grad
             assert torch.is_grad_enabled()  # the loop's own mode does not reach its consumer
+
+
+@pytest.mark.parametrize("order", ["confidence", "halton_rolled"])
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_log_probs_are_those_of_the_accelerated_policy_that_drew_the_tokens(
+    base: MaskGIT, conditions: MakeConditions, temperature: float, order: Order
+) -> None:
+    decoding = Decoding(num_steps=5, temperature=temperature, order=order)
+    acceleration = Accelerated(Even(2), Hold())
+    generated = generate(base, conditions(3), decoding, acceleration, log_probs=True)
+    assert generated.log_probs is not None
+    for step in sample(base, conditions(3), decoding, acceleration):
+        conditional, unconditional = base.interface.logits(step.features)
+        guidance = decoding.guidance_at(step.state.clock.step)
+        logits = (1 + guidance) * conditional - guidance * unconditional
+        policy = torch.distributions.Categorical(logits=logits / (temperature or 1))
+        expected = policy.log_prob(step.tokens.clamp(max=base.spec.codebook_size - 1))
+        places = step.committed.positions
+        torch.testing.assert_close(generated.log_probs.gather(1, places), expected.gather(1, places))
+
+
+def test_log_probs_are_left_out_unless_asked_for(base: MaskGIT, conditions: MakeConditions) -> None:
+    asked = generate(base, conditions(2), Decoding(num_steps=3), Vanilla(), log_probs=True)
+    plain = generate(base, conditions(2), Decoding(num_steps=3), Vanilla())
+    assert plain.log_probs is None
+    assert torch.equal(plain.tokens, asked.tokens)
