@@ -1,7 +1,7 @@
 """Score a folder of images by a reward model, with the Python of an environment that holds the model's package.
 
-``ENV/bin/python benchmarks/rewards/score.py MODEL FOLDER`` reads the PNGs of FOLDER in the order of their names and, for
-a model that reads prompts, ``prompts.json``, a list with one for each; it writes ``scores_MODEL.json`` beside them.
+``ENV/bin/python benchmarks/rewards/score.py MODEL FOLDER`` reads the PNGs of FOLDER in the order of their names and,
+for a model that reads prompts, ``prompts.json``, a list with one for each; it writes ``scores_MODEL.json`` beside them.
 Imports nothing of this project: the packages cannot be installed beside it.
 
 imagereward: ImageReward-v1.0, how people like images made for a prompt (Xu et al., arXiv 2304.05977); it takes the
@@ -55,7 +55,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder; by default the package downloads them")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    images, listed = sorted(args.folder.glob("*.png")), args.folder / "prompts.json"
+    images = sorted(path for path in args.folder.glob("*.png") if not path.name.startswith("."))
+    listed = args.folder / "prompts.json"
     prompts = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
     if not images:
         raise SystemExit(f"{args.folder}: expected PNG files, found none")
