@@ -16,7 +16,7 @@ from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Conditions, Context, Step, TokenSpec
-from lit_shortcut.decoding.halton import halton_order, roll_order
+from lit_shortcut.decoding.halton import halton_order, roll_order, rolled_starts
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
 from lit_shortcut.decoding.unmasking import uniforms_at
 from lit_shortcut.interface import TokenInterface
@@ -293,7 +293,7 @@ def test_halton_reveals_the_places_in_their_order(base: MaskGIT, conditions: Mak
 def test_rolled_halton_reveals_every_place_in_the_sample_own_order(base: MaskGIT, conditions: MakeConditions) -> None:
     steps = steps_of(base, conditions(6), num_steps=5, order="halton_rolled")
     places = torch.cat([step.committed.positions for step in steps], dim=1)
-    assert torch.equal(places, roll_order(halton_order(4, 4), conditions(6).seeds))
+    assert torch.equal(places, roll_order(halton_order(4, 4), rolled_starts(conditions(6).seeds, 16)))
     assert len(places.unique(dim=0)) > 1
 
 
