@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_shortcut.acceleration.planned import Planned, Predictor, Vanilla
+from lit_shortcut.acceleration.accelerated import Accelerated, Predictor, Vanilla
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
 from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.weights import replacing
@@ -91,9 +92,9 @@ def forecast(
         stand_in.to("meta", base.interface.code_embedding.dtype)
     one = torch.zeros(1, dtype=torch.long, device="meta")
     conditions = Conditions(one, one, one, (prompt,) if prompt else ())
-    name, num_steps = predictor.facts()["method"], decoding.num_steps
+    name, num_steps = predictor.identity()["method"], decoding.num_steps
     methods: list[tuple[Any, int, Acceleration]] = [("vanilla", num_steps, Vanilla())]
-    methods += [(name, budget, Planned(budget, stand_in)) for budget in budgets]
+    methods += [(name, budget, Accelerated(Even(budget), stand_in)) for budget in budgets]
     runs, peak = [], 0
     for method, budget, acceleration in methods:
         with FlopCounterMode(display=False) as counter, LiveMemory() as memory:

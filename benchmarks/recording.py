@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import fashion
 from benchmarks.table import Table
 from datamodules.conditions import ClassLabels
-from lit_shortcut.acceleration.planned import Vanilla
+from lit_shortcut.acceleration.accelerated import Vanilla
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.metrics.latency import measure_latency
@@ -32,7 +32,7 @@ class _Sampling(GenerationTask):
     """Predicts tokens and keeps no features."""
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> Tensor:  # type: ignore[override]  # that is the point
-        return generate(self.base, batch, self.decoding, Vanilla())
+        return generate(self.base, batch, self.decoding, Vanilla()).tokens
 
 
 def measure() -> Table:

@@ -221,5 +221,5 @@ def concatenated(batches: Sequence[Trajectories]) -> Trajectories:
         torch.cat(padded([batch.features for batch in batches])),
         torch.cat([batch.tokens for batch in batches]),
         torch.cat([batch.committed_at for batch in batches]),
-        joined([batch.text for batch in batches if batch.text is not None], torch.cat),
+        joined([batch.prefix for batch in batches if batch.prefix is not None], torch.cat),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torchvision
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Vanilla
+from lit_shortcut.acceleration.accelerated import Vanilla
 from lit_shortcut.contracts import Acceleration, Conditions, ConditionSource, Context, MaskedImageModel
 from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.decoding.schedules import tokens_per_step
@@ -44,7 +44,7 @@ class Row:
 
     def facts(self) -> dict[str, Any]:
         """``method``, ``num_steps``, ``budget`` (N itself for vanilla); weights and an order of its own, if any."""
-        facts = {"num_steps": self.num_steps, "budget": self.num_steps} | self.method.facts()
+        facts = {"num_steps": self.num_steps, "budget": self.num_steps} | self.method.identity()
         facts |= {"order": self.order} if self.order else {}
         if int(facts["budget"]) > self.num_steps:
             raise ValueError(f"budget must lie in 1..{self.num_steps}, the number of steps; got {facts['budget']}")
@@ -54,14 +54,14 @@ class Row:
     def name(self) -> str:
         """As in tables and file names: ``vanilla_n8``, ``shortcut_n16_b4``, ``vanilla_n16_halton``."""
         facts = self.facts()
-        budget = f"_b{facts['budget']}" if "budget" in self.method.facts() else ""
+        budget = f"_b{facts['budget']}" if "budget" in self.method.identity() else ""
         order = f"_{self.order}" if self.order else ""
         return f"{facts['method'].replace(' ', '')}_n{self.num_steps}{budget}{order}"
 
 
 def images_of(base: MaskedImageModel, conditions: Conditions, decoding: Decoding, row: Row) -> Tensor:
     """Images, uint8 (B, 3, H, W), that ``row`` draws for ``conditions``."""
-    return base.decode(generate(base, conditions, row.decoding(decoding), row.method))
+    return base.decode(generate(base, conditions, row.decoding(decoding), row.method).tokens)
 
 
 def require_known(base: MaskedImageModel, decoding: Decoding, conditions: ConditionSource) -> Context | None:
@@ -91,10 +91,10 @@ def require_feasible(
     if context is None:
         raise ValueError("conditions hold fewer batches than there are ranks: take smaller batches")
     for row in rows:
-        tokens_per_step(decoding.schedule, row.num_steps, base.spec.num_tokens)
+        counts = tokens_per_step(decoding.schedule, row.num_steps, base.spec.num_tokens)
         if row.decoding(decoding).order != "confidence":
             halton_order(*base.spec.grid)
-        row.method.start(base, context, row.num_steps)
+        row.method.start(base, context, counts)
 
 
 def strip_of(images: Tensor) -> Tensor:

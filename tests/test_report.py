@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.accelerated import Planned
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.evaluation import Results, Row
 from lit_shortcut.report import (

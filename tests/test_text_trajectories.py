@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from datamodules.trajectories import TrajectoryDataModule
-from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.accelerated import Planned
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.contracts import Conditions, Control, Trajectories
@@ -53,8 +53,8 @@ def recorded(dimoo: DiMOO, prompted: MakeConditions) -> Trajectories:
 
 
 def rows_of(recorded: Trajectories, start: int, stop: int) -> Trajectories:
-    assert recorded.text is not None
-    text = type(recorded.text)(*(part[start:stop] for part in recorded.text))
+    assert recorded.prefix is not None
+    text = type(recorded.prefix)(*(part[start:stop] for part in recorded.prefix))
     conditions = Conditions(*(part[start:stop] for part in recorded.conditions))
     return Trajectories(conditions, *(part[start:stop] for part in recorded[1:4]), text)
 
@@ -112,12 +112,12 @@ def test_reader_returns_what_writer_wrote(folder: Path, card: Card, recorded: Tr
     assert found.conditions.prompts == recorded.conditions.prompts
     assert torch.equal(found.features, recorded.features)
     assert torch.equal(found.tokens, recorded.tokens)
-    assert found.text is not None
-    assert recorded.text is not None
-    assert found.text.lengths.tolist() == recorded.text.lengths.tolist() == [[length, 3] for length in LENGTHS]
-    assert found.text.num_control.tolist() == recorded.text.num_control.tolist() == [[n, 0] for n in LENGTHS]
+    assert found.prefix is not None
+    assert recorded.prefix is not None
+    assert found.prefix.lengths.tolist() == recorded.prefix.lengths.tolist() == [[length, 3] for length in LENGTHS]
+    assert found.prefix.num_control.tolist() == recorded.prefix.num_control.tolist() == [[n, 0] for n in LENGTHS]
     for row, length in enumerate(LENGTHS):
-        assert torch.equal(found.text.control[row, 0, :length], recorded.text.control[row, 0, :length])
+        assert torch.equal(found.prefix.control[row, 0, :length], recorded.prefix.control[row, 0, :length])
 
 
 def test_sample_takes_the_rows_of_its_own_prompt_whatever_its_batch(
@@ -143,9 +143,9 @@ def test_training_predicts_what_sampling_does(folder: Path, card: Card, dimoo: D
     network = trained()
     steps = list(sample(dimoo, prompted(5), DECODING, Planned(1, Shortcut(network))))
     batch = select(stack(read_set(folder, card)), [(row, branch, 0) for row in range(5) for branch in range(2)])
-    assert batch.text is not None
+    assert batch.prefix is not None
     control = Control(*(part[:, 0] for part in batch.control if part is not None))
-    following = task(network, dimoo)(batch.features, control, batch.masked_share[:, 0], batch.text)
+    following = task(network, dimoo)(batch.features, control, batch.masked_share[:, 0], batch.prefix)
     for row in range(5):
         for branch in range(2):
             num_rows = FRAME + (LENGTHS[row] if branch == 0 else 3)
@@ -186,10 +186,10 @@ def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(folder: Path,
     found = WindowReader(Source(folder, card), order, 2).read(0, range(7)).decode()
     places = [order.at(0, position)[1:] for position in range(7)]
     expected = select(stack(list(read_shard(folder, 0, card))), places, 2)
-    assert found.text is not None
+    assert found.prefix is not None
     assert expected.text is not None
     assert torch.equal(found.features, expected.features)
-    mine, theirs = ((*batch.control, *batch[2:6], *(batch.text or ())) for batch in (found, expected))
+    mine, theirs = ((*batch.control, *batch[2:6], *(batch.prefix or ())) for batch in (found, expected))
     for one, other in zip(mine, theirs, strict=True):
         assert torch.equal(one, other)
 
@@ -200,7 +200,7 @@ def test_batch_of_one_trains_without_masks(folder: Path, card: Card, dimoo: DiMO
     for position in range(len(order)):
         batch = reader.read(0, range(position, position + 1)).decode()
         control = Control(*(part if part is None else part[:, 0] for part in batch.control))
-        embedded = embed_control(dimoo.interface, control, batch.text, batch.features.shape[1])
+        embedded = embed_control(dimoo.interface, control, batch.prefix, batch.features.shape[1])
         assert embedded.is_real is embedded.places.is_real is None
 
 

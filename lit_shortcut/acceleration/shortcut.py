@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lit_shortcut.acceleration.planned import Past, PredictFn
-from lit_shortcut.contracts import Context, Control, MaskedImageModel, State, Text
+from lit_shortcut.acceleration.accelerated import Past, PredictFn
+from lit_shortcut.contracts import BaseEnds, Context, Control, Prefix, State
 from lit_shortcut.hub import local_file
-from lit_shortcut.networks.control import embed_control, require_kind, text_of_branch
+from lit_shortcut.networks.control import embed_control, prefix_of_branch, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
 from lit_shortcut.weights import WeightsError, fingerprint, load_module_with_metadata
@@ -31,7 +31,7 @@ class Shortcut(nn.Module):
         dtype: of the network's weights and arithmetic; None leaves them as they are.
     """
 
-    memory = 1
+    memory = 0
 
     def __init__(
         self, network: VelocityNet, base_fingerprint: str | None = None, dtype: Precision | None = None
@@ -68,11 +68,11 @@ class Shortcut(nn.Module):
         """
         return cls(ShortcutNet.load_published(local_file(path), num_heads))
 
-    def facts(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """Its name and the fingerprint of its weights."""
         return {"method": "shortcut", "weights": fingerprint(self.network.state_dict())}
 
-    def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
+    def start(self, base: BaseEnds, context: Context) -> PredictFn:
         """Predict from the latest features and the tokens just committed, embedded by the base's own interface.
 
         Raises:
@@ -83,8 +83,8 @@ class Shortcut(nn.Module):
         network = self.network.to(interface.code_embedding.device)
         dtype = next(network.parameters()).dtype
 
-        def following(features: Tensor, control: Control, masked_share: Tensor, text: Text | None) -> Tensor:
-            embedded = embed_control(interface, control, text, features.shape[-2])
+        def following(features: Tensor, control: Control, masked_share: Tensor, prefix: Prefix | None) -> Tensor:
+            embedded = embed_control(interface, control, prefix, features.shape[-2])
             predicted: Tensor = network(
                 features.to(dtype), embedded.tokens.to(dtype), masked_share, embedded.is_real, embedded.places
             )
@@ -92,22 +92,22 @@ class Shortcut(nn.Module):
 
         def predict(past: Past, state: State) -> Tensor:
             branches, num_rows = past.latest.shape[0], past.latest.shape[-2]
-            if context.text is None:
+            if context.prefix is None:
                 control = Control(state.control.tokens.repeat(branches, 1), state.control.positions.repeat(branches, 1))
                 doubled = following(past.latest.flatten(0, 1), control, state.masked_share.repeat(branches), None)
                 return doubled.unflatten(0, (branches, -1))
-            frame = num_rows - context.prompt.shape[-1]
+            frame = num_rows - context.prefix.control.shape[-2]
             predicted = []
             for branch, features in enumerate(past.latest):
-                text = text_of_branch(context.text, branch)
-                own_rows = features[:, : frame + int(text.lengths.max())]
-                own = following(own_rows, state.control, state.masked_share, text)
+                prefix = prefix_of_branch(context.prefix, branch)
+                own_rows = features[:, : frame + int(prefix.lengths.max())]
+                own = following(own_rows, state.control, state.masked_share, prefix)
                 predicted.append(pad(own, (0, 0, 0, num_rows - own.shape[1])))
             return torch.stack(predicted)
 
         return predict
 
-    def _require_fit(self, base: MaskedImageModel) -> None:
+    def _require_fit(self, base: BaseEnds) -> None:
         # a base may have to read all its weights for its fingerprint: ask only where there is one to compare with
         if self.base_fingerprint is not None and self.base_fingerprint != base.fingerprint:
             raise WeightsError(

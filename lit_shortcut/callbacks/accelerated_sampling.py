@@ -12,7 +12,8 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
 from lit_shortcut.evaluation import Row, add_images, images_of, require_feasible, strip_of, take_values
@@ -95,7 +96,7 @@ class AcceleratedSampling(L.Callback):
 
     def _rows(self, network: VelocityNet) -> list[Row]:
         shortcut = Shortcut(network)
-        return [Row(num_steps, Planned(budget, shortcut)) for num_steps, budget in self.plans]
+        return [Row(num_steps, Accelerated(Even(budget), shortcut)) for num_steps, budget in self.plans]
 
     def _sample(self, trainer: L.Trainer, pl_module: ShortcutTask) -> None:
         device, vanilla, network = pl_module.device, Row(self.decoding.num_steps), pl_module.network

@@ -15,7 +15,7 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import UNCONDITION
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.contracts import CaptionedImages, Conditions, ImageTokenizer, LabelledImages
+from lit_shortcut.contracts import CaptionedImages, Clock, Conditions, ImageTokenizer, LabelledImages
 from lit_shortcut.decoding.schedules import share_masked
 from lit_shortcut.tasks.optimized import OptimizedTask
 
@@ -140,7 +140,7 @@ class PromptedMaskedModelingTask(MaskedTokensTask[CaptionedImages]):
             for prompt, dropped in zip(batch.prompts, is_dropped.tolist(), strict=True)
         )
         context = self.base.context(Conditions(batch.labels, batch.labels, batch.labels, prompts), guided=False)
-        features = self.base.features(codes.masked_fill(is_masked, self.base.spec.mask_id), context)[0]
+        features = self.base.features(codes.masked_fill(is_masked, self.base.spec.mask_id), context, Clock(0, 1))[0]
         first = self.base.special.first_code
         head = self.network.head_weight[first : first + self.base.spec.codebook_size]
         return F.linear(features[:, : codes.shape[1]][is_masked], head)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Acceleration, Conditions, Context, FeatureFn, MaskedImageModel, State
+from lit_shortcut.contracts import Acceleration, Clock, Conditions, Context, FeatureFn, MaskedImageModel, State
 from lit_shortcut.metrics.latency import synchronize
 
 
@@ -64,14 +64,18 @@ class TimedBase:
         """The base's own."""
         return self.base.fingerprint
 
+    def identity(self) -> dict[str, Any]:
+        """The base's own."""
+        return self.base.identity()
+
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
         """The base's own."""
         return self.base.context(conditions, guided=guided)
 
-    def features(self, tokens: Tensor, context: Context) -> Tensor:
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """The base's own, timed."""
         self.laps.end("rest")
-        features = self.base.features(tokens, context)
+        features = self.base.features(tokens, context, clock)
         self.laps.end("base", calls=1)
         return features
 
@@ -96,21 +100,22 @@ class TimedAcceleration:
 
     def __init__(self, acceleration: Acceleration, laps: Laps) -> None:
         self.acceleration, self.laps = acceleration, laps
-        self.name = str(acceleration.facts()["method"])
+        self.name = str(acceleration.identity()["method"])
 
-    def facts(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """The acceleration's own."""
-        return self.acceleration.facts()
+        return self.acceleration.identity()
 
-    def start(self, base: MaskedImageModel, context: Context, num_steps: int) -> FeatureFn:
+    def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
         """The acceleration's own, timed."""
-        feature_fn = self.acceleration.start(base, context, num_steps)
+        feature_fn = self.acceleration.start(base, context, counts)
         self.laps.end("rest")
 
-        def timed(state: State) -> tuple[Tensor, bool]:
+        def timed(state: State) -> tuple[Tensor, bool | Tensor]:
             self.laps.end("rest")
             features, is_full = feature_fn(state)
-            self.laps.end("rest" if is_full else self.name, calls=not is_full)
+            is_all_full = bool(torch.as_tensor(is_full).all())
+            self.laps.end("rest" if is_all_full else self.name, calls=not is_all_full)
             return features, is_full
 
         return timed

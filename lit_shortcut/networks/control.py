@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Control, Text
+from lit_shortcut.contracts import Control, Prefix
 from lit_shortcut.interface import Places, TokenInterface
 from lit_shortcut.networks.shortcut import VelocityNet
 from lit_shortcut.weights import WeightsError
@@ -21,32 +21,32 @@ class EmbeddedControl(NamedTuple):
     places: Places
 
 
-def embed_control(interface: TokenInterface, control: Control, text: Text | None, num_rows: int) -> EmbeddedControl:
-    """Embeddings of ``control`` (B, K), behind those of ``text`` where there is one, for features of ``num_rows`` (S).
+def embed_control(interface: TokenInterface, control: Control, prefix: Prefix | None, num_rows: int) -> EmbeddedControl:
+    """Embed ``control`` (B, K), behind the tokens of ``prefix`` if there is one, for features of ``num_rows`` (S).
 
     Where nothing is padded no masks are made, since attention is faster without. A batch of one has no padding; of
-    others it is known where ``text`` tells its lengths on the CPU.
+    others it is known where ``prefix`` tells its lengths on the CPU.
     """
     committed = interface.embed(control.tokens, control.positions)
-    if text is None:
+    if prefix is None:
         return EmbeddedControl(committed, control.is_real, Places(rows=None, control=control.positions))
     device = committed.device
-    rows, row_is_real = interface.row_places(text.lengths, num_rows)
+    rows, row_is_real = interface.row_places(prefix.lengths, num_rows)
     assert interface.row_offsets is not None  # else it has no places
-    num_text_rows, num_text = num_rows - len(interface.row_offsets), text.control.shape[1]
-    text_places = torch.arange(num_text, device=device).expand(len(rows), -1)
+    num_prefix_rows, num_prefix = num_rows - len(interface.row_offsets), prefix.control.shape[1]
+    prefix_places = torch.arange(num_prefix, device=device).expand(len(rows), -1)
     is_real = control.is_real
-    if control.is_real is not None or _is_padded(text.num_control, num_text):
-        text_is_real = text_places < text.num_control.to(device)[:, None]
+    if control.is_real is not None or _is_padded(prefix.num_control, num_prefix):
+        prefix_is_real = prefix_places < prefix.num_control.to(device)[:, None]
         all_real = torch.ones_like(control.tokens, dtype=torch.bool)
-        is_real = torch.cat([text_is_real, all_real if control.is_real is None else control.is_real], dim=1)
+        is_real = torch.cat([prefix_is_real, all_real if control.is_real is None else control.is_real], dim=1)
     return EmbeddedControl(
-        tokens=torch.cat([text.control.to(committed), committed], dim=1),
+        tokens=torch.cat([prefix.control.to(committed), committed], dim=1),
         is_real=is_real,
         places=Places(
             rows=rows,
-            control=torch.cat([text_places, rows.gather(1, control.positions)], dim=1),
-            is_real=row_is_real if _is_padded(text.lengths, num_text_rows) else None,
+            control=torch.cat([prefix_places, rows.gather(1, control.positions)], dim=1),
+            is_real=row_is_real if _is_padded(prefix.lengths, num_prefix_rows) else None,
         ),
     )
 
@@ -66,10 +66,10 @@ def require_kind(network: VelocityNet, interface: TokenInterface, whose: str) ->
         )
 
 
-def text_of_branch(text: Text, branch: int) -> Text:
-    """One guidance branch of a context's ``text`` (G, B, …), its control cut to the longest in it."""
-    lengths, num_control = text.lengths[branch], text.num_control[branch]
-    return Text(lengths, text.control[branch][:, : int(num_control.max())], num_control)
+def prefix_of_branch(prefix: Prefix, branch: int) -> Prefix:
+    """One guidance branch of a context's ``prefix`` (G, B, …), its control cut to the longest in it."""
+    lengths, num_control = prefix.lengths[branch], prefix.num_control[branch]
+    return Prefix(lengths, prefix.control[branch][:, : int(num_control.max())], num_control)
 
 
 def _is_padded(lengths: Tensor, longest: int) -> bool:

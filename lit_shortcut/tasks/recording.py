@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from lit_shortcut.acceleration.planned import Vanilla
-from lit_shortcut.contracts import Conditions, MaskedImageModel, Text, Trajectories
+from lit_shortcut.acceleration.accelerated import Vanilla
+from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.trajectory import FORMAT_VERSION, Card, Dtype, interface_fingerprint, room_like
 
@@ -48,20 +48,19 @@ def record(
         TrajectoryError: if the file cannot be made, or the disk has too little space for it.
     """
     features, tokens = None, conditions.ids
+    context = base.context(conditions, guided=decoding.is_guided)
     committed_at = torch.empty(len(conditions.ids), base.spec.num_tokens, dtype=torch.long, device=tokens.device)
-    for step in sample(base, conditions, decoding, Vanilla()):
+    for step in sample(base, conditions, decoding, Vanilla(), context):
         if features is None:
             branches, batch, *rows = step.features.shape
             shape = (batch, branches, decoding.num_steps, *rows)
             features = room_like(step.features, shape, memory_limit_gb, scratch)
-        features[:, :, step.state.step] = step.features.transpose(0, 1)
+        features[:, :, step.state.clock.step] = step.features.transpose(0, 1)
         tokens = step.tokens
-        committed_at.scatter_(1, step.committed.positions, step.state.step)
+        committed_at.scatter_(1, step.committed.positions, step.state.clock.step)
     assert features is not None
-    text = base.context(conditions, guided=decoding.is_guided).text
-    if text is not None:
-        text = Text(*(part.transpose(0, 1) for part in text))  # (G, B, …) to (B, G, …)
-    return Trajectories(conditions, features, tokens, committed_at, text)
+    prefix = context.prefix and context.prefix.map(lambda part: part.transpose(0, 1))  # (G, B, …) to (B, G, …)
+    return Trajectories(conditions, features, tokens, committed_at, prefix)
 
 
 def card_of(base: MaskedImageModel, decoding: Decoding, asked: Asked, dtype: Dtype) -> Card:

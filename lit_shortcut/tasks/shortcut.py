@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
-from lit_shortcut.contracts import Control, Text, TokenSpec, Trajectories, Transition
+from lit_shortcut.contracts import Control, Prefix, TokenSpec, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import (
     centred_cosine,
@@ -109,7 +109,7 @@ class ShortcutTask(OptimizedTask):
         """The base the network belongs to, and how its trajectories were drawn."""
         return asdict(self.card) if self.card else {}
 
-    def forward(self, features: Tensor, control: Control, masked_share: Tensor, text: Text | None = None) -> Tensor:
+    def forward(self, features: Tensor, control: Control, masked_share: Tensor, text: Prefix | None = None) -> Tensor:
         """Features after one step, (B, S, C), from those before, ``control`` (B, K) and ``masked_share`` (B,)."""
         embedded = embed_control(self.interface, control, text, features.shape[-2])
         following: Tensor = self.network(
@@ -164,7 +164,7 @@ class ShortcutTask(OptimizedTask):
         tokens = batch.tokens.repeat_interleave(branches, dim=0)
         # of a trajectory's own places, whatever the batch
         centre = features[:, :, : tokens.shape[1]].mean(dim=(1, 2), dtype=torch.float32)[:, None]
-        text = None if batch.text is None else Text(*(part.flatten(0, 1) for part in batch.text))
+        text = None if batch.prefix is None else Prefix(*(part.flatten(0, 1) for part in batch.prefix))
         rolled: list[Tensor] = []  # rolled[k]: present features after k consecutive predictions
         for step in range(num_steps - 1):
             rolled = [features[:, step].float(), *rolled][: self.rollout_depth]
@@ -173,7 +173,7 @@ class ShortcutTask(OptimizedTask):
             share = is_masked.float().mean(dim=1)
             depths = len(rolled)
             repeated = Control(*(part.repeat(depths, 1) for part in control[:2]))
-            repeated_text = text and Text(
+            repeated_text = text and Prefix(
                 text.lengths.repeat(depths), text.control.repeat(depths, 1, 1), text.num_control.repeat(depths)
             )
             rolled = list(self(torch.cat(rolled), repeated, share.repeat(depths), repeated_text).chunk(depths))
@@ -200,7 +200,7 @@ class ShortcutTask(OptimizedTask):
     def _advance(self, features: Tensor, batch: Transition, offset: int) -> Tensor:
         is_real = None if batch.control.is_real is None else batch.control.is_real[:, offset]
         control = Control(batch.control.tokens[:, offset], batch.control.positions[:, offset], is_real)
-        following: Tensor = self(features, control, batch.masked_share[:, offset], batch.text)
+        following: Tensor = self(features, control, batch.masked_share[:, offset], batch.prefix)
         return following
 
     def _error(self, prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
@@ -221,9 +221,9 @@ class ShortcutTask(OptimizedTask):
     def _real_rows(self, batch: Transition) -> Tensor:
         """Rows (B, S) that are no padding."""
         count, num_rows = batch.features.shape[:2]
-        if batch.text is None:
+        if batch.prefix is None:
             return torch.ones(count, num_rows, dtype=torch.bool, device=batch.features.device)
-        return self.interface.row_places(batch.text.lengths, num_rows)[1]
+        return self.interface.row_places(batch.prefix.lengths, num_rows)[1]
 
     def _add(self, rolled: list[Tensor], held: list[Tensor], target: Tensor, is_masked: Tensor, centre: Tensor) -> None:
         """Add this step's errors to the running means, weighted by the number of places they are means of."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from lit_shortcut.contracts import Text
+from lit_shortcut.contracts import Prefix
 from lit_shortcut.trajectory.encoding import Encoded
 from lit_shortcut.trajectory.files import AccessError, TrajectoryError
 from lit_shortcut.trajectory.reading import Head, empty_steps
@@ -127,11 +127,11 @@ class _Batch:
             self._all = empty_steps((self._size, steps, head.num_rows, card.spec["width"]), card.dtype)
         return self._all.map(lambda part: part[slot])
 
-    def _padded(self) -> tuple[Encoded, Text]:
+    def _padded(self) -> tuple[Encoded, Prefix]:
         texts = []
         for head, window in zip(self._heads, self._windows, strict=True):
             of_all = branch_texts(head.tensors["text_lengths"], head.tensors["text_control"])
-            texts.append(Text(*(part[window.branch : window.branch + 1] for part in of_all)))
+            texts.append(Prefix(*(part[window.branch : window.branch + 1] for part in of_all)))
         text = joined(texts, torch.cat)
         assert text is not None
         num_rows = max(head.num_rows for head in self._heads)

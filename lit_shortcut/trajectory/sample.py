@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_shortcut.contracts import Conditions, Text, Trajectories
+from lit_shortcut.contracts import Conditions, Prefix, Trajectories
 from lit_shortcut.trajectory.card import Card
 from lit_shortcut.trajectory.encoding import DTYPES, SCALES, Encoded
 from lit_shortcut.trajectory.files import TrajectoryError
@@ -46,7 +46,7 @@ class Trajectory(NamedTuple):
     text_lengths: Tensor | None = None
     text_control: Tensor | None = None
 
-    def text(self) -> Text | None:
+    def text(self) -> Prefix | None:
         """Of all branches, (G, …): control in the first alone."""
         if self.text_lengths is None or self.text_control is None:
             return None
@@ -62,14 +62,14 @@ class Member(NamedTuple):
     stop: int
 
 
-def branch_texts(lengths: Tensor, control: Tensor) -> Text:
+def branch_texts(lengths: Tensor, control: Tensor) -> Prefix:
     """Texts (G, …) of all branches from their ``lengths`` (G,) and the ``control`` (P, C) of the first."""
     lengths = lengths.long()
     of_all = control.new_zeros(len(lengths), int(lengths.max()), control.shape[1])
     of_all[0, : len(control)] = control
     num_control = torch.zeros_like(lengths)
     num_control[0] = len(control)
-    return Text(lengths, of_all, num_control)
+    return Prefix(lengths, of_all, num_control)
 
 
 def parse_header(content: bytes, size: int, where: str) -> dict[str, Member]:
@@ -259,11 +259,11 @@ def padded(rows: Sequence[Tensor]) -> list[Tensor]:
     return [part if part.shape[-2] == longest else pad(part, (0, 0, 0, longest - part.shape[-2])) for part in rows]
 
 
-def joined(texts: Sequence[Text], join: Callable[[list[Tensor]], Tensor]) -> Text | None:
+def joined(texts: Sequence[Prefix], join: Callable[[list[Tensor]], Tensor]) -> Prefix | None:
     """``texts`` joined by ``join``, control padded to the longest; None of none."""
     if not texts:
         return None
-    return Text(
+    return Prefix(
         lengths=join([text.lengths for text in texts]),
         control=join(padded([text.control for text in texts])),
         num_control=join([text.num_control for text in texts]),

@@ -115,8 +115,8 @@ def _parts(trajectories: Trajectories, row: int) -> tuple[Tensor, dict[str, Tens
         "tokens": trajectories.tokens[row].to("cpu", torch.int32),
         "committed_at": trajectories.committed_at[row].to("cpu", torch.int16),
     }
-    if trajectories.text is not None:
-        text = trajectories.text
+    if trajectories.prefix is not None:
+        text = trajectories.prefix
         lengths = text.lengths[row].to("cpu", torch.int32)
         features = features[:, :, : features.shape[2] - (text.control.shape[-2] - int(lengths.max()))]
         small["text_lengths"] = lengths

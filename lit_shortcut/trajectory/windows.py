@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Control, Text, Trajectories, Transition
+from lit_shortcut.contracts import Control, Prefix, Trajectories, Transition
 from lit_shortcut.trajectory.encoding import Encoded
 
 
@@ -91,7 +91,7 @@ class EncodedTransition(NamedTuple):
     masked_share: Tensor
     is_masked: Tensor
     step: Tensor
-    text: Text | None
+    text: Prefix | None
     replaced: Tensor
 
     def decode(self) -> Transition:
@@ -104,7 +104,7 @@ class EncodedTransition(NamedTuple):
             targets=features[:, 1:],
             is_masked=self.is_masked,
             step=self.step,
-            text=self.text,
+            prefix=self.text,
         )
 
 
@@ -144,14 +144,14 @@ def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], w
     features = trajectories.features[row[:, None], branch[:, None], steps]
     control, masked_share, is_masked = course(trajectories.tokens[row], trajectories.committed_at[row], start, window)
     text = None
-    if trajectories.text is not None:
-        text = Text(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.text))
-        padding = trajectories.text.control.shape[-2] - int(text.lengths.max())
+    if trajectories.prefix is not None:
+        text = Prefix(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.prefix))
+        padding = trajectories.prefix.control.shape[-2] - int(text.lengths.max())
         features, text = trimmed(features, text, features.shape[2] - padding)
     return Transition(features[:, 0], control, masked_share, features[:, 1:], is_masked, start, text)
 
 
-def trimmed(features: Tensor, text: Text, num_rows: int) -> tuple[Tensor, Text]:
+def trimmed(features: Tensor, text: Prefix, num_rows: int) -> tuple[Tensor, Prefix]:
     """``features`` (B, R + 1, S, C) and ``text`` without the rows that are padding to all of them.
 
     ``num_rows`` are those of the longest text. What pads shorter ones is set to 0.

@@ -124,7 +124,7 @@ def _facts(trajectories: Trajectories, row: int) -> dict[str, int | str]:
     facts: dict[str, int | str] = {
         name: int(column[row]) for name, column in zip(("id", "seed", "label"), conditions[:3], strict=True)
     }
-    return facts if trajectories.text is None else facts | {"prompt": conditions.prompts[row]}
+    return facts if trajectories.prefix is None else facts | {"prompt": conditions.prompts[row]}
 
 
 def _add(tar: tarfile.TarFile, name: str, size: int, content: BinaryIO) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datamodules.conditions import ClassLabels
 from datamodules.trajectories import TrajectoryDataModule
-from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.accelerated import Planned
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.accelerated_sampling import AcceleratedSampling

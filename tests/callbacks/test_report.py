@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from datamodules.conditions import ClassLabels
-from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.accelerated import Planned
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.report import Report

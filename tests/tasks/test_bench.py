@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datamodules.conditions import ClassLabels
-from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.accelerated import Planned
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import TEMPLATE, UNCONDITION, Frame, PromptTokenizer, SpecialTokens
-from lit_shortcut.contracts import Conditions, Context, ImageDecoder, Text, TokenSpec
+from lit_shortcut.contracts import Clock, Conditions, Context, ImageDecoder, Prefix, TokenSpec, require_prompts
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.weights import fingerprint
+from lit_shortcut.weights import fingerprint, network_fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptContext(Context):
+    """Prompts as token ids, padded to the longest.
+
+    Args:
+        ids: (G, B, P).
+    """
+
+    ids: Tensor
 
 
 class DiMOO(nn.Module):
@@ -34,6 +47,7 @@ class DiMOO(nn.Module):
         patch_size: side in pixels of the square that a token stands for.
         max_prompt_tokens: longest prompt taken, template included.
         template: text around a prompt, which stands at ``{}``.
+        negative: prompt of the unconditional branch.
 
     Raises:
         ValueError: if height or width is no positive multiple of the patch size, a code lies outside the vocabulary, or
@@ -53,6 +67,7 @@ class DiMOO(nn.Module):
         patch_size: int = 16,
         max_prompt_tokens: int = 512,
         template: str = TEMPLATE,
+        negative: str = UNCONDITION,
     ) -> None:
         super().__init__()
         for name, size in (("height", height), ("width", width)):
@@ -60,7 +75,7 @@ class DiMOO(nn.Module):
                 raise ValueError(f"{name} must be a positive multiple of {patch_size} pixels, got {size}")
         self.special = special or SpecialTokens()
         self.transformer, self.tokenizer = transformer, tokenizer
-        self.prompt_tokenizer, self.template = prompt_tokenizer, template
+        self.prompt_tokenizer, self.template, self.negative = prompt_tokenizer, template, negative
         self.eval().requires_grad_(False)
         first, end = self.special.first_code, self.special.first_code + codebook_size
         if end > transformer.wte.num_embeddings:
@@ -87,8 +102,8 @@ class DiMOO(nn.Module):
             grid_height=frame.height,
         )
         self.max_prompt_tokens = max_prompt_tokens
-        self.unconditional = self._tokenized(UNCONDITION)
-        if self.special.uncondition not in self.unconditional.tolist():
+        self.unconditional = self._tokenized(negative)
+        if self.special.uncondition not in prompt_tokenizer.encode(UNCONDITION):
             raise ValueError(
                 f"the prompt tokenizer must know {UNCONDITION} as token {self.special.uncondition}, "
                 f"but makes {prompt_tokenizer.encode(UNCONDITION)} of it: it belongs to another model"
@@ -103,37 +118,47 @@ class DiMOO(nn.Module):
         """Stay in eval mode: a base is frozen."""
         return super().train(False)
 
+    def identity(self) -> dict[str, Any]:
+        """Fingerprints of transformer, image decoder and prompt tokenizer, and how prompts and images are laid out."""
+        return {
+            "class": type(self).__name__,
+            "fingerprint": self.fingerprint,
+            "decoder": network_fingerprint(self.tokenizer),
+            "prompt_tokenizer": self.prompt_tokenizer.identity(),
+            "template": self.template,
+            "negative": self.negative,
+            "special": asdict(self.special),
+            "grid": list(self.spec.grid),
+        }
+
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """Token ids (G, B, P) of the prompts; the unconditional branch has a prompt of its own.
+        """Token ids of the prompts; the unconditional branch has a prompt of its own.
 
         Raises:
             ValueError: if there is not a prompt for each sample, or one is empty or too long.
         """
-        if len(conditions.prompts) != len(conditions.ids):
-            raise ValueError(
-                f"expected a prompt for each of {len(conditions.ids)} samples, got {len(conditions.prompts)}; "
-                "datamodules.prompts.Prompts makes such conditions"
-            )
-        texts = [[self._tokenized(prompt) for prompt in conditions.prompts]]
+        prompts = require_prompts(conditions)
+        texts = [[self._tokenized(prompt) for prompt in prompts]]
         if guided:
-            texts.append([self.unconditional] * len(conditions.prompts))
+            texts.append([self.unconditional] * len(prompts))
         lengths = torch.tensor([[len(ids) for ids in branch] for branch in texts])
-        prompt = pad_sequence([ids for branch in texts for ids in branch], batch_first=True)
-        prompt = prompt.unflatten(0, lengths.shape).to(self.frame_ids.device)
+        padded = pad_sequence([ids for branch in texts for ids in branch], batch_first=True)
+        ids = padded.unflatten(0, lengths.shape).to(self.frame_ids.device)
         num_control = lengths.clone()
         num_control[1:] = 0
-        return Context(prompt, Text(lengths, self.transformer.wte(prompt), num_control))
+        return PromptContext(ids=ids, prefix=Prefix(lengths, self.transformer.wte(ids), num_control))
 
-    def features(self, tokens: Tensor, context: Context) -> Tensor:
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """Features (G, B, S, C); rows behind a shorter prompt are 0.
 
         Branches run one after the other: prompts of one branch are often equally long, and attention is faster
         without a mask.
         """
-        assert context.text is not None
+        assert isinstance(context, PromptContext)
+        assert context.prefix is not None
         ids = torch.where(tokens == self.spec.mask_id, self.special.mask, tokens + self.special.first_code)
         image = torch.cat([ids, self.frame_ids.expand(len(ids), -1)], dim=1)
-        branches = zip(context.prompt, context.text.lengths, strict=True)
+        branches = zip(context.ids, context.prefix.lengths, strict=True)
         return torch.stack([self._features(image, prompt, lengths) for prompt, lengths in branches])
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -151,8 +176,6 @@ class DiMOO(nn.Module):
         return pad(features, (0, 0, 0, prompt.shape[1] - longest))
 
     def _tokenized(self, prompt: str) -> Tensor:
-        if not prompt.strip():
-            raise ValueError("expected a prompt, got an empty one")
         ids = self.prompt_tokenizer.encode(self.template.format(prompt))
         if len(ids) > self.max_prompt_tokens:
             raise ValueError(

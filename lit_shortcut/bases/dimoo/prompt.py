@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +48,9 @@ class PromptTokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``."""
 
+    def identity(self) -> str:
+        """Equal only for tokenizers that encode alike."""
+
 
 class Utf8Tokenizer:
     """Bytes as tokens 0..255, and ``<uncondition>`` as one token: for small bases that ship no vocabulary.
@@ -65,6 +69,10 @@ class Utf8Tokenizer:
         """Token ids of ``text``."""
         first, *others = (list(part.encode()) for part in text.split(UNCONDITION))
         return first + [id_ for part in others for id_ in (self.uncondition, *part)]
+
+    def identity(self) -> str:
+        """Its name and the id."""
+        return f"utf8:{self.uncondition}"
 
 
 class TextTokenizer:
@@ -101,6 +109,10 @@ class TextTokenizer:
         """Token ids of ``text``."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
+
+    def identity(self) -> str:
+        """Digest of vocabulary, merges and settings."""
+        return sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
