@@ -14,12 +14,13 @@ from lit_shortcut.contracts import Clock, Conditions, MaskedImageModel
 BASES = [
     "make_base",
     "make_base_with_vqgan",
+    "make_halton",
     "make_dimoo",
     "make_cross",
 ]  # fixtures: seed to random base
 MakeBase = Callable[[int], MaskedImageModel]
 MakeConditions = Callable[..., Conditions]
-of_classes = pytest.mark.parametrize("maker", ["make_base"], indirect=True)
+of_classes = pytest.mark.parametrize("maker", ["make_base", "make_halton"], indirect=True)
 
 
 @pytest.fixture(params=BASES)
