@@ -245,8 +245,9 @@ class BaseEnds(Protocol):
 class MaskedImageModel(BaseEnds, Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
-    The first L rows of its features are the image tokens, row by row; what follows is the base's own. Where a row
-    stands in the base's sequence is another matter, which ``interface`` answers if it matters.
+    The first rows of its features are the image's, row by row: one for each token, or for a square of them, as
+    ``interface`` says. What follows is the base's own. Where a row stands in the base's sequence is another matter,
+    which ``interface`` answers if it matters.
     """
 
     def identity(self) -> dict[str, Any]:

@@ -161,8 +161,9 @@ def fill(module: nn.Module, state: dict[str, Tensor], names: Names, path: Path) 
     ]
     if problems:
         sizes = ", ".join(f"{name} {value}" for name, value in getattr(module, "hparams", {}).items())
+        kind = type(module).__name__ + (f" with {sizes}" if sizes else "")
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise WeightsError(f"{path}: not the weights of a {type(module).__name__} with {sizes}:\n{listed}")
+        raise WeightsError(f"{path}: not the weights of a {kind}:\n{listed}")
     module.load_state_dict(
         {name: tensor.reshape(expected[name].shape).to(expected[name].dtype) for name, tensor in found.items()},
         assign=True,

@@ -11,7 +11,7 @@ from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.bases.toy_cross import CrossToyBase
 from lit_shortcut.contracts import Conditions
-from lit_shortcut.networks.tokenizer import FSQTokenizer
+from lit_shortcut.fashion.tokenizer import FSQTokenizer
 
 NUM_CLASSES = 5
 PROMPTS = ("a red cat", "two", "three grey cats", "a cat", "größer")  # of 9, 3, 15, 5 and 8 bytes

@@ -138,6 +138,7 @@ class ShortcutNet(VelocityNet):
         grid: side of the square token grid, for the neighbourhood.
         reach: of the :class:`~lit_shortcut.networks.neighbourhood.Neighbourhood` that is added before the blocks; 0
             leaves it out, as published.
+        stride: tokens a side of the square that a row of the features stands for, for the neighbourhood.
 
     Raises:
         ValueError: if the ratio or the number of blocks is below 1 or c is not a multiple of ``num_heads``.
@@ -152,6 +153,7 @@ class ShortcutNet(VelocityNet):
         uses_time: bool = True,
         grid: int = 0,
         reach: int = 0,
+        stride: int = 1,
     ) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
@@ -175,8 +177,10 @@ class ShortcutNet(VelocityNet):
             "uses_time": uses_time,
             "grid": grid,
             "reach": reach,
+            "stride": stride,
         }
-        self.neighbourhood = Neighbourhood(int(width / bottleneck_ratio), grid, reach) if reach else None
+        inner = int(width / bottleneck_ratio)
+        self.neighbourhood = Neighbourhood(inner, grid, reach, stride) if reach else None
 
     @classmethod
     def load(cls, path: Path) -> ShortcutNet:

@@ -11,7 +11,7 @@ from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Acceleration, Clock, Conditions, Context, MaskedImageModel, State
-from lit_shortcut.metrics.parts import Laps, TimedAcceleration, TimedBase, parts_of, timed_layers
+from lit_shortcut.metrics.parts import Laps, TimedAcceleration, TimedBase, parts_of
 from lit_shortcut.sampling import Decoding, generate, sample
 
 CPU = torch.device("cpu")
@@ -118,23 +118,3 @@ def test_parts_are_medians_and_shares_are_taken_within_their_round() -> None:
     assert [part.calls for part in parts] == [4, 0, 0]
     assert [part.ms for part in parts] == pytest.approx([3200, 600, 200])
     assert [part.share for part in parts] == pytest.approx([0.8, 0.15, 0.05])
-
-
-def test_layers_are_timed_apart_from_what_surrounds_them_and_left_as_they_were(clock: Watch) -> None:
-    layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
-    laps = Laps(CPU, clock)
-    for layer in layers:
-        layer.register_forward_hook(lambda *_: setattr(clock, "now", clock.now + 4))
-    with timed_layers(layers, laps):
-        for layer in layers:
-            clock.now += 1  # as an embedding would
-            layer(torch.zeros(1))
-    layers[0](torch.zeros(1))
-    assert laps.seconds == {"base": 3.0, "layer": 12.0}
-    assert laps.calls["layer"] == 3
-
-
-def test_part_may_have_a_name_of_its_own(clock: Watch) -> None:
-    laps = Laps(CPU, clock)
-    assert TimedAcceleration(Vanilla(), laps, "predicted").name == "predicted"
-    assert TimedAcceleration(Vanilla(), laps).name == "vanilla"
