@@ -15,7 +15,7 @@ from lit_shortcut.bases.dimoo.prompt import SpecialTokens, TextTokenizer, Utf8To
 from lit_shortcut.bases.saved import TRANSFORMERS, read_json, read_weights
 from lit_shortcut.bases.vq import VQDecoder
 from lit_shortcut.hub import local_folder
-from lit_shortcut.published import Names, fill
+from lit_shortcut.published import Names, fill, unwrapped
 from lit_shortcut.weights import WeightsError
 
 PATCH_SIZE = 16
@@ -158,7 +158,7 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> LLaDA:
     Raises:
         WeightsError: if a file is missing or damaged, or tensors are missing, unknown or misshapen; all are named.
     """
-    sizes, state = read_sizes(folder / "config.json"), read_weights(folder, TRANSFORMERS, dtype=dtype)
+    sizes, state = read_sizes(folder / "config.json"), unwrapped(read_weights(folder, TRANSFORMERS, dtype=dtype))
     if (table := state.get(f"{_PREFIX}wte.weight")) is not None:
         sizes["vocab_size"] = len(table)  # the release overrides what its configuration says of it
     with torch.device("meta"):
