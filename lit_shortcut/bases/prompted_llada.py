@@ -164,6 +164,15 @@ class PromptedLLaDA(nn.Module, ABC):
         return pad(features, (0, 0, 0, prompt.shape[1] - longest))
 
 
+class Untrained(PromptedLLaDA):
+    """Mixin, before the class of a base: its fingerprint says that its weights are random."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """That of the weights behind ``random-``."""
+        return f"random-{super().fingerprint}"
+
+
 def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
     """Height and width in tokens of images of ``height`` × ``width`` pixels.
 
