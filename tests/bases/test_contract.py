@@ -16,6 +16,7 @@ BASES = [
     "make_base_with_vqgan",
     "make_halton",
     "make_dimoo",
+    "make_mmada",
     "make_cross",
 ]  # fixtures: seed to random base
 MakeBase = Callable[[int], MaskedImageModel]
@@ -37,7 +38,7 @@ def make(maker: str, request: pytest.FixtureRequest) -> MakeBase:
 
 @pytest.fixture
 def conditions(maker: str, conditions: MakeConditions, prompted: MakeConditions) -> MakeConditions:
-    return prompted if maker in ("make_dimoo", "make_cross") else conditions
+    return prompted if maker in ("make_dimoo", "make_mmada", "make_cross") else conditions
 
 
 @pytest.fixture
