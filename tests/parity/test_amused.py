@@ -140,14 +140,14 @@ def test_greedy_runs_equal_the_reference_token_for_token(bases: dict[str, AMUSEd
 
 def greedy(num_steps: int, scale: float) -> Decoding:
     """The reference's guidance is s = 1 + w; its scheduler's Gumbel noise is left out."""
-    options: dict[str, Any] = {"schedule": "cosine_left", "guidance_course": "constant"}
+    options: dict[str, Any] = {"schedule": "cosine_each", "guidance_course": "constant"}
     return Decoding(num_steps, guidance=scale - 1, temperature=0, confidence_noise=0, **options)
 
 
 @pytest.mark.parametrize("case", part("counts."))
 def test_counts_equal_those_of_the_scheduler(case: str) -> None:
     num_tokens, num_steps = (int(number) for number in case.split("_n"))
-    assert tokens_per_step("cosine_left", num_steps, num_tokens) == GOLDEN[f"counts.{case}"].tolist()
+    assert tokens_per_step("cosine_each", num_steps, num_tokens) == GOLDEN[f"counts.{case}"].tolist()
 
 
 def test_noise_on_confidences_falls_as_in_the_scheduler() -> None:
