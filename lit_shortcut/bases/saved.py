@@ -23,10 +23,10 @@ DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 
 
 def file_patterns(folder: str, stem: str, variant: Variant | None) -> list[str]:
-    """What to download of ``folder`` in a repository: its configuration, and weights of one ``variant`` only."""
+    """What to download of ``folder`` in a repository ("" is its root): configuration, weights of one ``variant``."""
     single = _single(stem, variant)
     names = ("config.json", _index(stem, variant), single, f"{single.removesuffix('.safetensors')}-*.safetensors")
-    return [f"{folder}/{name}" for name in names]
+    return [f"{folder}/{name}" if folder else name for name in names]
 
 
 def read_json(path: Path) -> dict[str, Any]:
