@@ -50,6 +50,18 @@ class Conditions(NamedTuple):
         return Conditions(self.ids[:count], self.seeds[:count], self.labels[:count], self.prompts[:count])
 
 
+def require_prompts(conditions: Conditions) -> tuple[str, ...]:
+    """The prompts of ``conditions``; raises ValueError if there is not one for each sample, or one is empty."""
+    if len(conditions.prompts) != len(conditions.ids):
+        raise ValueError(
+            f"expected a prompt for each of {len(conditions.ids)} samples, got {len(conditions.prompts)}; "
+            "datamodules.prompts.Prompts makes such conditions"
+        )
+    if empty := [index for index, prompt in enumerate(conditions.prompts) if not prompt.strip()]:
+        raise ValueError(f"expected a prompt, got an empty one for sample {int(conditions.ids[empty[0]])}")
+    return conditions.prompts
+
+
 class Prefix(NamedTuple):
     """A text prefix as a shortcut network sees it: it offsets all places, and its tokens are extra control tokens.
 
@@ -235,8 +247,9 @@ class BaseEnds(Protocol):
 class MaskedImageModel(BaseEnds, Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
-    The first L rows of its features are the image tokens, row by row; what follows is the base's own. Where a row
-    stands in the base's sequence is another matter, which ``interface`` answers if it matters.
+    The first rows of its features are the image's, row by row: one for each token, or for a square of them, as
+    ``interface`` says. What follows is the base's own. Where a row stands in the base's sequence is another matter,
+    which ``interface`` answers if it matters.
     """
 
     def identity(self) -> dict[str, Any]:

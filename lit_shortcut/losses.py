@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import head_kl, masked_mse
 
 LossRows = Literal["masked", "all"]
+Places = Literal["masked", "all", "tokens"]
 
 
 class Loss(ABC):
@@ -19,18 +20,19 @@ class Loss(ABC):
 
     Args:
         weight: in the sum of all losses.
-        rows: rows that count: image tokens still ``masked``, or ``all`` rows that are not padding.
+        places: what counts: image rows of tokens still ``masked``, ``all`` rows that are not padding, or the masked
+            ``tokens`` themselves, which are as many as their rows in most bases.
 
     Raises:
-        ValueError: if the weight is not positive or ``rows`` is neither.
+        ValueError: if the weight is not positive or ``places`` is none of these.
     """
 
-    def __init__(self, weight: float = 1.0, rows: LossRows = "masked") -> None:
+    def __init__(self, weight: float = 1.0, places: Places = "masked") -> None:
         if not weight > 0:
             raise ValueError(f"weight must be above 0, got {weight}; leave a loss out by its absence")
-        if rows not in ("masked", "all"):
-            raise ValueError(f"rows must be masked or all, got {rows!r}")
-        self.weight, self.rows = weight, rows
+        if places not in get_args(Places):
+            raise ValueError(f"rows must be one of {', '.join(get_args(Places))}; got {places!r}")
+        self.weight, self.places = weight, places
 
     def prepare(self, data: Any) -> None:  # noqa: B027 - most losses need nothing
         """Take what it needs beside the batches from the datamodule ``data``.
@@ -41,12 +43,12 @@ class Loss(ABC):
 
     @abstractmethod
     def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:
-        """Return the mean, a scalar, over the rows that count.
+        """Return the mean, a scalar, over the places that count.
 
         Args:
             prediction: features (B, S, C).
             target: recorded features (B, S, C).
-            where: rows that count, (B, L) or (B, S): true among the first rows.
+            where: places that count: a mask of the first rows, or (B, L) of the tokens.
             interface: of the base.
         """
 
@@ -95,7 +97,7 @@ class HeadKL(Loss):
     """
 
     def __init__(self, weight: float = 1.0, temperature: float = 1.0) -> None:
-        super().__init__(weight)
+        super().__init__(weight, "tokens")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.temperature = temperature
@@ -103,8 +105,9 @@ class HeadKL(Loss):
     def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:
         """Mean over places; the head runs only there."""
         samples, places = where.nonzero(as_tuple=True)
+        rows = interface.rows_of(places)
         wanted, found = (
-            interface.row_logits(features[samples, places], places)
+            interface.row_logits(features[samples, rows], places)
             for features in (target.to(prediction.dtype), prediction)
         )
         return head_kl(wanted, found, self.temperature).sum() / max(1, len(places))

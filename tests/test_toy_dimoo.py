@@ -54,7 +54,7 @@ def test_set_of_other_prompts_is_not_gone_on_with(folder: Path, tmp_path: Path) 
 def test_fit_exports_a_shortcut_tied_to_its_base(folder: Path) -> None:
     exported = Shortcut.load(folder / EXPORTED)
     assert isinstance(exported.network, LLaDAShortcutNet)
-    assert exported.facts() == Shortcut.load(folder / "runs/toy_dimoo/shortcut/last.ckpt").facts()
+    assert exported.identity() == Shortcut.load(folder / "runs/toy_dimoo/shortcut/last.ckpt").identity()
     assert exported.base_fingerprint == toy_dimoo().fingerprint
 
 

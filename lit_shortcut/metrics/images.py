@@ -11,7 +11,6 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lit_shortcut.contracts import Conditions
-from lit_shortcut.networks.classifier import FashionCNN
 from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
 
 
@@ -140,27 +139,6 @@ class ClassAgreement(ImageMean):
         """Move the classifier and its counts to ``device``."""
         super().to(device)
         self.classifier.to(device)
-
-
-class FashionFeatures(nn.Module):
-    """Pooled features of a :class:`~lit_shortcut.networks.classifier.FashionCNN`, an extractor for grey images.
-
-    Args:
-        classifier: whose features to take.
-    """
-
-    def __init__(self, classifier: FashionCNN) -> None:
-        super().__init__()
-        self.classifier, self.num_features = classifier, classifier.num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features (B, num_features) of uint8 ``images`` (B, 1 or 3, H, W)."""
-        return self.classifier.features(images)
-
-    @classmethod
-    def load(cls, path: Path) -> FashionFeatures:
-        """Features of the classifier at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
-        return cls(FashionCNN.load(path))
 
 
 class FeatureStatistics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,15 +27,30 @@ class Seen(NamedTuple):
     centre: Tensor
 
 
-Measure = Callable[[Seen, Seen, Tensor], Tensor]
-"""From guess, truth and masked places (…, L) to the mean over these places, a scalar."""
+class Masked(NamedTuple):
+    """What is still masked: image ``rows`` of the features and ``tokens`` (…, L)."""
 
-MEASURES: dict[str, Measure] = {
-    "mse": lambda guess, truth, masked: masked_mse(guess.features, truth.features, masked),
-    "cosine": lambda guess, truth, masked: masked_cosine(guess.features, truth.features, masked),
-    "cosine_centred": lambda guess, truth, masked: centred_cosine(guess.features, truth.features, masked, truth.centre),
-    "head_kl": lambda guess, truth, masked: masked_mean(head_kl(truth.logits, guess.logits), masked),
-    "token_agreement": lambda guess, truth, masked: token_agreement(guess.logits, truth.logits, masked),
+    rows: Tensor
+    tokens: Tensor
+
+
+class Measure(NamedTuple):
+    """A mean over masked ``places``, a field of :class:`Masked`, of a guess and the truth."""
+
+    places: Literal["rows", "tokens"]
+    mean: Callable[[Seen, Seen, Tensor], Tensor]
+
+
+MEASURES = {
+    "mse": Measure("rows", lambda guess, truth, where: masked_mse(guess.features, truth.features, where)),
+    "cosine": Measure("rows", lambda guess, truth, where: masked_cosine(guess.features, truth.features, where)),
+    "cosine_centred": Measure(
+        "rows", lambda guess, truth, where: centred_cosine(guess.features, truth.features, where, truth.centre)
+    ),
+    "head_kl": Measure("tokens", lambda guess, truth, where: masked_mean(head_kl(truth.logits, guess.logits), where)),
+    "token_agreement": Measure(
+        "tokens", lambda guess, truth, where: token_agreement(guess.logits, truth.logits, where)
+    ),
 }
 
 
@@ -57,10 +72,12 @@ class PlaceMean(Metric):
         self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("places", torch.zeros(()), dist_reduce_fx="sum")
 
-    def update(self, guess: Seen, truth: Seen, is_masked: Tensor) -> None:
-        """Add the measure of ``guess`` at the places ``is_masked`` (…, L)."""
-        places = is_masked.sum()
-        self.total += MEASURES[self.measure](guess, truth, is_masked) * places
+    def update(self, guess: Seen, truth: Seen, masked: Masked) -> None:
+        """Add the measure of ``guess`` at the ``masked`` places."""
+        measure = MEASURES[self.measure]
+        where = getattr(masked, measure.places)
+        places = where.sum()
+        self.total += measure.mean(guess, truth, where) * places
         self.places += places
 
     def compute(self) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_shortcut.contracts import Control, Prefix
 from lit_shortcut.interface import Places, TokenInterface
-from lit_shortcut.networks.rows import ALL_ROWS, RowsAt, RowsWhere
+from lit_shortcut.networks.rows import ALL_ROWS, Rows, RowsAt, RowsWhere
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.weights import WeightsError
 
@@ -51,7 +51,7 @@ def advance(
     rows = ALL_ROWS
     if options.rows == "masked":
         assert masked is not None
-        rows = RowsWhere(masked) if masked.dtype == torch.bool else RowsAt(masked)
+        rows = _rows(interface, masked)
     tokens = embedded.tokens.to(features)
     predicted: Tensor = network(features, tokens, masked_share, embedded.is_real, embedded.places, rows, gap)
     return predicted
@@ -90,6 +90,16 @@ def embed_control(
             is_real=row_is_real if _is_padded(prefix.lengths, num_prefix_rows) else None,
         ),
     )
+
+
+def _rows(interface: TokenInterface, masked: Tensor) -> Rows:
+    """Rows that belong to ``masked`` tokens, (B, M) or a mask (B, L)."""
+    if masked.dtype != torch.bool:
+        if interface.num_rows == interface.num_tokens:
+            return RowsAt(masked)
+        is_masked = torch.zeros(len(masked), interface.num_tokens, dtype=torch.bool, device=masked.device)
+        masked = is_masked.scatter(1, masked, True)
+    return RowsWhere(interface.masked_rows(masked))
 
 
 def require_kind(network: ShortcutNetwork, interface: TokenInterface, whose: str) -> None:

@@ -142,6 +142,7 @@ class ShortcutNet(ShortcutNetwork):
         grid: side of the square token grid, for the neighbourhood.
         reach: of the :class:`~lit_shortcut.networks.neighbourhood.Neighbourhood` that is added before the blocks; 0
             leaves it out, as published.
+        stride: tokens a side of the square that a row of the features stands for, for the neighbourhood.
         uses_control: attend to the tokens just committed.
         rows: see :class:`Options`.
         anchored: see :class:`Options`.
@@ -160,6 +161,7 @@ class ShortcutNet(ShortcutNetwork):
         uses_time: bool = True,
         grid: int = 0,
         reach: int = 0,
+        stride: int = 1,
         uses_control: bool = True,
         rows: RowChoice = "all",
         anchored: bool = False,
@@ -184,9 +186,9 @@ class ShortcutNet(ShortcutNetwork):
         )
         blocks = nn.ModuleList(Block(inner, num_heads, uses_control) for _ in range(num_blocks))
         super().__init__(options, blocks, last)
-        self.hparams = options.hparams() | {"num_heads": num_heads, "grid": grid, "reach": reach}
+        self.hparams = options.hparams() | {"num_heads": num_heads, "grid": grid, "reach": reach, "stride": stride}
         del self.hparams["uses_prefix"]
-        self.neighbourhood = Neighbourhood(inner, grid, reach) if reach else None
+        self.neighbourhood = Neighbourhood(inner, grid, reach, stride) if reach else None
 
     @classmethod
     def load(cls, path: Path) -> ShortcutNet:

@@ -20,12 +20,11 @@ from lit_shortcut.acceleration.replay import RecordedEnds, Replay
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Control, Prefix, TokenSpec, Trajectories, Transition
 from lit_shortcut.decoding.schedules import tokens_per_step
-from lit_shortcut.losses import Loss, LossRows, MaskedMSE, weighted_sum
+from lit_shortcut.losses import Loss, MaskedMSE, Places, weighted_sum
 from lit_shortcut.metrics.functional import gain_over_hold, masked_cosine, masked_mse
-from lit_shortcut.metrics.places import Seen, place_means
+from lit_shortcut.metrics.places import Masked, Seen, place_means
 from lit_shortcut.networks.control import advance, require_kind
 from lit_shortcut.networks.shortcut import ShortcutNetwork
-from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.trajectory import Card
@@ -82,6 +81,7 @@ class ShortcutTask(OptimizedTask):
         self.measures: Any = nn.ModuleDict()  # of a list by depth
         self._ends: tuple[RecordedEnds, ...] = ()
         self._loss: Tensor | None = None
+        self._masked_before: list[int] = []
 
     @property
     def ends(self) -> RecordedEnds:
@@ -128,6 +128,8 @@ class ShortcutTask(OptimizedTask):
                 loss.prepare(data)
             except ValueError as error:
                 raise ValueError(f"model.losses.{name}: {error}") from error
+        counts = tokens_per_step(data.card.decoding["schedule"], data.card.num_steps, spec.num_tokens)
+        self._masked_before = [sum(counts[step:]) for step in range(1 + len(counts))]
         depths = range(1, 1 + min(self.rollout_depth, data.card.num_steps - 1))
         self.measures = nn.ModuleDict(
             {
@@ -171,12 +173,12 @@ class ShortcutTask(OptimizedTask):
         prediction, where = self.predict(batch, last), self.where(batch, last)
         terms = self.terms(prediction, batch.targets[:, last], where)
         shares = self._shares(where, batch, last, batch_idx)
-        terms = {name: term * shares[self.losses[name].rows] for name, term in terms.items()}
+        terms = {name: term * shares[self.losses[name].places] for name, term in terms.items()}
         loss = weighted_sum(self.losses, terms)
         self._loss = loss.detach()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            self._log(terms, self._diagnostics(prediction.detach(), batch, last, shares["masked"]))
+            self._log(terms, self._diagnostics(prediction, batch, last, where["masked"], shares["masked"]))
         return loss
 
     def predict(self, batch: Transition, last: int) -> Tensor:
@@ -189,17 +191,18 @@ class ShortcutTask(OptimizedTask):
                 features = self._advance(features, batch, offset, offset)
         return self._advance(features, batch, last, last)
 
-    def where(self, batch: Transition, last: int) -> dict[LossRows, Tensor]:
-        """Rows that count after step ``last`` of the window: image tokens still masked (B, L), all real rows (B, S)."""
-        where: dict[LossRows, Tensor] = {"masked": batch.is_masked[:, last]}
-        if any(loss.rows == "all" for loss in self.losses.values()):
+    def where(self, batch: Transition, last: int) -> dict[Places, Tensor]:
+        """What counts after step ``last`` of the window, by name; see :class:`~lit_shortcut.losses.Loss`."""
+        tokens = batch.is_masked[:, last]
+        where: dict[Places, Tensor] = {"masked": self.ends.interface.masked_rows(tokens), "tokens": tokens}
+        if any(loss.places == "all" for loss in self.losses.values()):
             where["all"] = self._real_rows(batch)
         return where
 
-    def terms(self, prediction: Tensor, target: Tensor, where: dict[LossRows, Tensor]) -> dict[str, Tensor]:
+    def terms(self, prediction: Tensor, target: Tensor, where: dict[Places, Tensor]) -> dict[str, Tensor]:
         """Each loss of ``prediction``, by name and without its weight."""
         interface = self.ends.interface
-        return {name: loss(prediction, target, where[loss.rows], interface) for name, loss in self.losses.items()}
+        return {name: loss(prediction, target, where[loss.places], interface) for name, loss in self.losses.items()}
 
     @torch.no_grad()
     def validation_step(self, batch: Trajectories, batch_idx: int) -> None:
@@ -212,20 +215,21 @@ class ShortcutTask(OptimizedTask):
             name: Accelerated(Even(1), predictor)
             for name, predictor in (("shortcut", Shortcut(self.network)), ("hold", Hold()))
         }
-        num_tokens, interface = self.ends.spec.num_tokens, self.ends.interface
+        interface = self.ends.interface
         # of a trajectory's own places, whatever the batch
-        centre = torch.stack([features[:, :, :num_tokens].mean(2) for _, features in replay.steps()]).mean(0)[
+        centre = torch.stack([features[:, :, : interface.num_rows].mean(2) for _, features in replay.steps()]).mean(0)[
             :, :, None
         ]
         rolled: list[dict[str, Any]] = []  # rolled[k]: runs whose last base features are k + 1 steps old
         for state, features in replay.steps():
             truth = Seen(features, interface.logits(features), centre)
-            is_masked = (state.tokens == self.ends.spec.mask_id).expand(len(features), -1, -1)
+            tokens = (state.tokens == self.ends.spec.mask_id).expand(len(features), -1, -1)
+            masked = Masked(interface.masked_rows(tokens), tokens)
             for depth, runs in enumerate(rolled):
                 for name, run in runs.items():
                     guess, _ = run(state)
                     logits = interface.logits(guess) if depth == 0 else truth.logits
-                    self.measures[name][depth].update(Seen(guess, logits, centre), truth, is_masked)
+                    self.measures[name][depth].update(Seen(guess, logits, centre), truth, masked)
             begun = {name: method.start(replay, replay.recorded, replay.counts) for name, method in methods.items()}
             for run in begun.values():
                 run(state)
@@ -277,43 +281,42 @@ class ShortcutTask(OptimizedTask):
         return self.ends.interface.row_places(batch.prefix.lengths, num_rows)[1]
 
     def _shares(
-        self, where: dict[LossRows, Tensor], batch: Transition, last: int, batch_idx: int
-    ) -> dict[LossRows, float | Tensor]:
-        """Rows of each kind in this rank's batch, relative to the mean over ranks: gradients are means over ranks.
+        self, where: dict[Places, Tensor], batch: Transition, last: int, batch_idx: int
+    ) -> dict[Places, float | Tensor]:
+        """Places of each kind in this rank's batch, relative to the mean over ranks: gradients are means over ranks.
 
         The schedule fixes how many tokens are masked after each step, and the order of the batches which steps the
-        other ranks train on, so that nothing is sent. Where windows may stand in for damaged ones, or prefixes differ
-        in length, the numbers are summed over ranks in each step.
+        other ranks train on, so that nothing is sent. Where that is not so the numbers are summed over ranks in each
+        step: where windows may stand in for damaged ones, where a row of the features stands for several tokens, and
+        for all rows where prefixes differ in length.
         """
-        ranks = self.trainer.world_size
-        shares: dict[LossRows, float | Tensor] = dict.fromkeys(where, 1.0)
+        ranks, interface = self.trainer.world_size, self.ends.interface
+        shares: dict[Places, float | Tensor] = dict.fromkeys(where, 1.0)
         if ranks == 1:
             return shares
-        assert self.card is not None
         steps_of: Any = getattr(self.trainer.datamodule, "steps_of_batch", None)  # type: ignore[attr-defined]
         steps = steps_of(self.current_epoch, batch_idx) if steps_of else None
-        if steps is not None:
-            counts = tokens_per_step(
-                Decoding(**self.card.decoding).schedule, self.card.num_steps, self.ends.spec.num_tokens
-            )
-            left = [[sum(counts[step + last + 1 :]) for step in own] for own in steps]
-            shares["masked"] = sum(left[self.trainer.global_rank]) * ranks / max(1, sum(map(sum, left)))
-        sent: list[LossRows] = ["masked"] if steps is None else []
-        sent += ["all"] if "all" in where and batch.prefix is not None else []
+        sent: list[Places] = ["all"] if "all" in where and batch.prefix is not None else []
+        if steps is None or interface.num_rows != interface.num_tokens:
+            sent += ["masked", "tokens"]
+        else:
+            left = [sum(self._masked_before[step + 1 + last] for step in own) for own in steps]
+            share = left[self.trainer.global_rank] * ranks / max(1, sum(left))
+            shares |= {"masked": share, "tokens": share}
         if sent:
-            own = torch.stack([where[rows].sum() for rows in sent]).float()
+            own = torch.stack([where[places].sum() for places in sent]).float()
             shares |= dict(zip(sent, own * ranks / sum_over_ranks(own).clamp(min=1), strict=True))
         return shares
 
     @torch.no_grad()
     def _diagnostics(
-        self, prediction: Tensor, batch: Transition, last: int, share: float | Tensor
+        self, prediction: Tensor, batch: Transition, last: int, where: Tensor, share: float | Tensor
     ) -> dict[str, Tensor]:
-        """Errors and cosines at masked places of the prediction and of hold."""
-        target, is_masked = batch.targets[:, last], batch.is_masked[:, last]
+        """Errors and cosines at masked rows of the prediction and of hold."""
+        target = batch.targets[:, last]
         guesses = {"": prediction, "_hold": batch.features}
-        return {f"mse{suffix}": masked_mse(guess, target, is_masked) * share for suffix, guess in guesses.items()} | {
-            f"cosine{suffix}": masked_cosine(guess, target, is_masked) * share for suffix, guess in guesses.items()
+        return {f"mse{suffix}": masked_mse(guess, target, where) * share for suffix, guess in guesses.items()} | {
+            f"cosine{suffix}": masked_cosine(guess, target, where) * share for suffix, guess in guesses.items()
         }
 
     def _log(self, terms: dict[str, Tensor], diagnostics: dict[str, Tensor]) -> None:

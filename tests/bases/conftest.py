@@ -3,7 +3,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
+from lit_shortcut.bases.halton.llamagen import llamagen_decoder
+from lit_shortcut.bases.halton.transformer import HaltonTransformer
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.vqgan import VQGAN
 
@@ -13,3 +16,19 @@ def make_base_with_vqgan(make_base: Callable[[int], MaskGIT]) -> Callable[[int],
     """The tiny random MaskGIT with a colour tokenizer."""
     vqgan = VQGAN(codebook_size=8, code_width=4, latent_width=4, width=32, multipliers=[1, 1], attention_levels=[])
     return lambda seed: MaskGIT(make_base(seed).transformer, vqgan)
+
+
+@pytest.fixture(scope="session")
+def make_halton() -> Callable[[int], MaskGIT]:
+    """A tiny random Halton-MaskGIT for each seed, whose heads do not divide its width."""
+
+    def make(seed: int) -> MaskGIT:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformer = HaltonTransformer(8, 5, grid=4, width=32, depth=2, num_heads=3, mlp_width=64)
+            vq = llamagen_decoder(
+                codebook_size=8, code_width=4, latent_width=4, width=32, multipliers=[1], num_blocks=[1]
+            )
+        return MaskGIT(transformer, vq)
+
+    return make

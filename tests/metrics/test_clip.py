@@ -18,8 +18,8 @@ from lit_shortcut import hub
 from lit_shortcut.metrics.clip import CLIPScore
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.weights import WeightsError
+from tests.fashion.small_clip import write_clip
 from tests.metrics.asked import asked
-from tests.metrics.small_clip import write_clip
 
 PROMPTS = ("a dark coat", "one bag", "größer", "a bright coat", "x", "of a photo", "a coat")
 IMAGES = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from lit_shortcut.metrics.images import ClassAgreement, FashionFeatures, FrechetDistance, ImageMetric
-from lit_shortcut.networks.classifier import FashionCNN
+from lit_shortcut.fashion.classifier import FashionCNN, FashionFeatures
+from lit_shortcut.metrics.images import ClassAgreement, FrechetDistance, ImageMetric
 from lit_shortcut.weights import WeightsError, load_tensors, save_module, save_tensors
 from tests.metrics.asked import asked
 from tests.metrics.reference import write_reference
@@ -201,8 +201,8 @@ def test_metrics_are_built_from_yaml(tmp_path: Path) -> None:
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--metrics", type=dict[str, ImageMetric])
     classifier = {"init_args": {"path": str(tmp_path / "classifier.safetensors")}}
-    features = {"class_path": "lit_shortcut.metrics.images.FashionFeatures.load"} | classifier
-    network = {"class_path": "lit_shortcut.networks.classifier.FashionCNN.load"} | classifier
+    features = {"class_path": "lit_shortcut.fashion.classifier.FashionFeatures.load"} | classifier
+    network = {"class_path": "lit_shortcut.fashion.classifier.FashionCNN.load"} | classifier
     config = parser.parse_object(
         {
             "metrics": {

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import TEMPLATE, UNCONDITION, Frame, PromptTokenizer, SpecialTokens
-from lit_shortcut.contracts import Clock, Conditions, Context, ImageDecoder, Prefix, TokenSpec
+from lit_shortcut.contracts import Clock, Conditions, Context, ImageDecoder, Prefix, TokenSpec, require_prompts
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.weights import fingerprint, network_fingerprint
 
@@ -137,14 +137,10 @@ class DiMOO(nn.Module):
         Raises:
             ValueError: if there is not a prompt for each sample, or one is empty or too long.
         """
-        if len(conditions.prompts) != len(conditions.ids):
-            raise ValueError(
-                f"expected a prompt for each of {len(conditions.ids)} samples, got {len(conditions.prompts)}; "
-                "datamodules.prompts.Prompts makes such conditions"
-            )
-        texts = [[self._tokenized(prompt) for prompt in conditions.prompts]]
+        prompts = require_prompts(conditions)
+        texts = [[self._tokenized(prompt) for prompt in prompts]]
         if guided:
-            texts.append([self.unconditional] * len(conditions.prompts))
+            texts.append([self.unconditional] * len(prompts))
         lengths = torch.tensor([[len(ids) for ids in branch] for branch in texts])
         padded = pad_sequence([ids for branch in texts for ids in branch], batch_first=True)
         ids = padded.unflatten(0, lengths.shape).to(self.frame_ids.device)
@@ -180,8 +176,6 @@ class DiMOO(nn.Module):
         return pad(features, (0, 0, 0, prompt.shape[1] - longest))
 
     def _tokenized(self, prompt: str) -> Tensor:
-        if not prompt.strip():
-            raise ValueError("expected a prompt, got an empty one")
         ids = self.prompt_tokenizer.encode(self.template.format(prompt))
         if len(ids) > self.max_prompt_tokens:
             raise ValueError(
