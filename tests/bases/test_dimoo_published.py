@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import VQModel
+from lit_shortcut.bases.dimoo.decoder import VQDecoder
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
