@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import VQModel
-from lit_shortcut.bases.dimoo.decoder import VQDecoder
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
