@@ -178,13 +178,15 @@ class State(NamedTuple):
     """What a step of the decoding loop knows before its features are computed.
 
     ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step committed (K = 0 at step 0);
-    ``masked_share`` (B,) is the share of image tokens still masked, r in the paper.
+    ``masked_share`` (B,) is the share of image tokens still masked, r in the paper; ``masked`` (B, M) are their places,
+    in no particular order.
     """
 
     clock: Clock
     tokens: Tensor
     control: Control
     masked_share: Tensor
+    masked: Tensor
 
 
 class Step(NamedTuple):
@@ -253,8 +255,9 @@ class BaseEnds(Protocol):
 class MaskedImageModel(BaseEnds, Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
-    The first L rows of its features are the image tokens, row by row; what follows is the base's own. Where a row
-    stands in the base's sequence is another matter, which ``interface`` answers if it matters.
+    The first rows of its features are the image's, row by row: one for each token, or for a square of them, as
+    ``interface`` says. What follows is the base's own. Where a row stands in the base's sequence is another matter,
+    which ``interface`` answers if it matters.
     """
 
     def identity(self) -> dict[str, Any]:

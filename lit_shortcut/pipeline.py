@@ -24,7 +24,11 @@ BASES = {
     "fashion": "lit_shortcut.fashion.embedded:fashion",
     "fashion_text": "lit_shortcut.fashion.embedded:fashion_text",
     "maskgit": "lit_shortcut.bases.maskgit.imagenet:published",
+    "halton": "lit_shortcut.bases.halton.imagenet:published",
     "dimoo": "lit_shortcut.bases.dimoo.published:published",
+    "mmada": "lit_shortcut.bases.mmada.published:published",
+    "amused": "lit_shortcut.bases.amused:published",
+    "meissonic": "lit_shortcut.bases.meissonic.published:published",
 }
 """Functions that build a base, by the name a shortcut's ``config.json`` gives; nothing else is imported for one."""
 
