@@ -6,8 +6,8 @@
     pipe(["a dark, wide coat"], seeds=[1]).images
 
 The public names are :func:`load` (a base with its shortcut, ready to draw), :class:`Pipeline` and :class:`Pictures`
-(what it returns, and what that returns), and :class:`Shortcut` (``from_pretrained``, ``save_pretrained``,
-``push_to_hub``).
+(what it returns, and what that returns), :class:`Shortcut` (``from_pretrained``, ``save_pretrained``, ``push_to_hub``),
+and :func:`enable_shortcut` and :func:`disable_shortcut` for pipelines of diffusers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_shortcut.acceleration.shortcut import Shortcut
+    from lit_shortcut.diffusers_pipeline import disable_shortcut, enable_shortcut
     from lit_shortcut.pipeline import Pictures, Pipeline, load
 
-__all__ = ["Pictures", "Pipeline", "Shortcut", "load"]
+__all__ = ["Pictures", "Pipeline", "Shortcut", "disable_shortcut", "enable_shortcut", "load"]
 
 _MODULES = {
     "Pictures": "pipeline",
     "Pipeline": "pipeline",
     "Shortcut": "acceleration.shortcut",
+    "disable_shortcut": "diffusers_pipeline",
+    "enable_shortcut": "diffusers_pipeline",
     "load": "pipeline",
 }
 

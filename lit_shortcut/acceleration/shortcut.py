@@ -226,8 +226,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
                 anchor = step
                 since.clear()
             since.append(state.control)
-            tokens, positions = (torch.cat(parts, dim=1) for parts in list(zip(*since, strict=True))[:2])
-            return features, Control(tokens, positions), torch.full_like(state.masked_share, state.clock.step - step)
+            return features, _joined(since), torch.full_like(state.masked_share, state.clock.step - step)
 
         def following(
             features: Tensor, control: Control, state: State, gap: Tensor | None, prefix: Prefix | None
@@ -240,7 +239,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
             features, control, gap = source(past, state)
             branches, num_rows = features.shape[0], features.shape[-2]
             if context.prefix is None:
-                control = Control(control.tokens.repeat(branches, 1), control.positions.repeat(branches, 1))
+                control = _repeated(control, branches)
                 share, masked = state.masked_share.repeat(branches), state.masked.repeat(branches, 1)
                 repeated = state._replace(masked_share=share, masked=masked)
                 gap = None if gap is None else gap.repeat(branches)
@@ -258,14 +257,39 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
     def require_fit(self, base: BaseEnds) -> None:
         """Refuse a ``base`` it was not trained for; raises WeightsError."""
         # a base may have to read all its weights for its fingerprint: ask only where there is one to compare with
-        if self.base_fingerprint is not None and self.base_fingerprint != base.fingerprint:
-            at = self.origin.base.revision
-            raise WeightsError(
-                f"this shortcut was trained on trajectories of base {self.base_fingerprint}"
-                f"{f' (revision {at})' * bool(at)}, it cannot accelerate base {base.fingerprint}"
-            )
+        if self.base_fingerprint is not None:
+            self.require_base(base.fingerprint)
         require_kind(self.network, base.interface, type(base).__name__)
         if (width := self.network.hparams["width"]) != base.spec.width:
             raise WeightsError(
                 f"the base's features are {base.spec.width} wide, but the shortcut network was built for width {width}"
             )
+        grid = self.network.hparams.get("grid", 0)
+        if self.network.hparams.get("reach") and base.spec.grid != (grid, grid):
+            raise WeightsError(f"the base's tokens lie on a grid of {base.spec.grid}, the shortcut's on {(grid, grid)}")
+
+    def require_base(self, fingerprint: str) -> None:
+        """Refuse a base of another ``fingerprint``; raises WeightsError."""
+        if self.base_fingerprint not in (None, fingerprint):
+            at = self.origin.base.revision
+            raise WeightsError(
+                f"this shortcut was trained on trajectories of base {self.base_fingerprint}"
+                f"{f' (revision {at})' * bool(at)}, it cannot accelerate base {fingerprint}"
+            )
+
+
+def _repeated(control: Control, times: int) -> Control:
+    """``control`` of B samples for as many guidance branches."""
+    is_real = None if control.is_real is None else control.is_real.repeat(times, 1)
+    return Control(control.tokens.repeat(times, 1), control.positions.repeat(times, 1), is_real)
+
+
+def _joined(controls: list[Control]) -> Control:
+    """What several steps committed, as one; padding is told apart where there is any."""
+    tokens, positions = (torch.cat(parts, dim=1) for parts in list(zip(*controls, strict=True))[:2])
+    if all(one.is_real is None for one in controls):
+        return Control(tokens, positions)
+    is_real = [
+        torch.ones_like(one.tokens, dtype=torch.bool) if one.is_real is None else one.is_real for one in controls
+    ]
+    return Control(tokens, positions, torch.cat(is_real, dim=1))
