@@ -18,6 +18,7 @@ from lit_shortcut.bases.saved import (
     Precision,
     Variant,
     build,
+    cast,
     file_patterns,
     read_weights,
     take,
@@ -185,7 +186,7 @@ def published(
         ],
     )
     own_dtype = getattr(torch, dtype)
-    transformer = build(UVit2DModel, folder / "transformer").to(own_dtype)
+    transformer = build(UVit2DModel, folder / "transformer", own_dtype)
     take(transformer, read_weights(folder / "transformer", DIFFUSERS, variant, own_dtype), folder / "transformer")
     vqvae = load_vqvae(folder / "vqvae", variant)
     if vqvae.config.num_vq_embeddings != transformer.config.codebook_size:
@@ -235,7 +236,7 @@ def random_weights(
     words = Bytes(begin=text.config.bos_token_id, end=text.config.eos_token_id)
     own_dtype = getattr(torch, dtype)
     return _assembled(
-        _RandomAMUSEd, transformer.to(own_dtype), vqvae, CLIPText(text.to(own_dtype), words), None, None, ""
+        _RandomAMUSEd, cast(transformer, own_dtype), vqvae, CLIPText(text.to(own_dtype), words), None, None, ""
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -151,7 +152,7 @@ class CLIPText(nn.Module):
             config = config["text_config"] | {"projection_dim": config.get("projection_dim", 512)}
         try:
             model = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)).to(dtype)
-        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, StrictDataclassError) as error:
             raise WeightsError(f"{path}: not the configuration of a CLIP text encoder ({error})") from error
         take(model, state, folder, but_for=(_POSITIONS, *_NO_TEXT))
         return cls(model, CLIPWords.load(tokenizer))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from lit_shortcut.bases.amused import AMUSEd
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import Utf8Tokenizer
 from lit_shortcut.bases.halton.llamagen import llamagen_decoder
@@ -13,6 +14,7 @@ from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.vqgan import VQGAN
 from lit_shortcut.bases.mmada.adapter import MMaDA, MMaDATokens
 from lit_shortcut.bases.mmada.magvit import magvit_decoder
+from tests.published_amused import tiny_amused
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +56,9 @@ def make_mmada() -> Callable[[int], MMaDA]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_amused() -> Callable[[int], AMUSEd]:
+    """A tiny random aMUSEd for each seed: 4×4 tokens of 8 codes, width 32, prompts in bytes."""
+    return tiny_amused

@@ -217,10 +217,7 @@ def test_configuration_of_another_network_is_refused(tmp_path: Path, change: dic
         ("config.json", r"config\.json: no such file; expected a folder of the published checkpoint"),
         ("tokenizer.json", r"tokenizer\.json: no such file; expected a text tokenizer"),
         ("vqvae/config.json", r"vqvae/config\.json: no such file"),
-        (
-            "vqvae/diffusion_pytorch_model.safetensors",
-            "vqvae: 1 of 1 weight files are missing: diffusion_pytorch_model",
-        ),
+        ("vqvae/diffusion_pytorch_model.safetensors", "vqvae: 1 of 1 weight files are missing: diffusion_"),
     ],
 )
 def test_missing_file_is_named(folder: Path, name: str, message: str) -> None:
