@@ -3,11 +3,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from lit_shortcut.bases.amused import AMUSEd
+from lit_shortcut.bases.halton.llamagen import llamagen_decoder
+from lit_shortcut.bases.halton.transformer import HaltonTransformer
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.vqgan import VQGAN
+from lit_shortcut.bases.meissonic.adapter import Meissonic
 from tests.published_amused import tiny_amused
+from tests.published_meissonic import tiny_meissonic
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +26,31 @@ def make_base_with_vqgan(make_base: Callable[[int], MaskGIT]) -> Callable[[int],
 def make_amused() -> Callable[[int], AMUSEd]:
     """A tiny random aMUSEd for each seed: 4×4 tokens of 8 codes, width 32, prompts in bytes."""
     return tiny_amused
+
+
+@pytest.fixture(scope="session")
+def make_meissonic() -> Callable[[int], Meissonic]:
+    """A tiny random Meissonic for each seed: 4×4 tokens of 8 codes in 2×2 rows, width 24, prompts in bytes."""
+    return lambda seed: tiny_meissonic(seed, 64, downsample=True, upsample=True)
+
+
+@pytest.fixture(scope="session")
+def make_monetico() -> Callable[[int], Meissonic]:
+    """The same without resampling: as many rows as tokens."""
+    return tiny_meissonic
+
+
+@pytest.fixture(scope="session")
+def make_halton() -> Callable[[int], MaskGIT]:
+    """A tiny random Halton-MaskGIT for each seed, whose heads do not divide its width."""
+
+    def make(seed: int) -> MaskGIT:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            transformer = HaltonTransformer(8, 5, grid=4, width=32, depth=2, num_heads=3, mlp_width=64)
+            vq = llamagen_decoder(
+                codebook_size=8, code_width=4, latent_width=4, width=32, multipliers=[1], num_blocks=[1]
+            )
+        return MaskGIT(transformer, vq)
+
+    return make
