@@ -181,11 +181,10 @@ def test_size_that_fits_no_grid_is_refused(whole: Path, pixels: int) -> None:
 # ---- sizes without weights
 
 
-def test_random_weights_are_labelled_and_repeatable() -> None:
-    one, same, other = (random_weights(depth=0, single_depth=1, text_depth=1, seed=seed) for seed in (3, 3, 4))
-    assert one.fingerprint.startswith("random-")
-    assert one.fingerprint == same.fingerprint != other.fingerprint
-    assert one.spec[:5] == (4096, 1024, 1024, 8192, 8255)
+def test_random_weights_are_labelled_and_of_published_sizes() -> None:
+    base = random_weights(depth=0, single_depth=1, text_depth=1)
+    assert base.fingerprint.startswith("random-")
+    assert base.spec[:5] == (4096, 1024, 1024, 8192, 8255)
 
 
 def test_published_sizes_have_about_a_billion_parameters() -> None:
