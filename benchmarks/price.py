@@ -18,6 +18,7 @@ from benchmarks.table import Table
 from datamodules.conditions import ClassLabels
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
+from lit_shortcut.losses import HeadKL, Loss, MaskedMSE
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.generation import GenerationTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
@@ -97,7 +98,8 @@ def _trained(folder: Path, exact: Path) -> dict[str, float]:
         return AdamW(parameters, lr=1e-3, weight_decay=1e-2)
 
     network: nn.Module = ShortcutNet(width=128, num_heads=1, bottleneck_ratio=2.0, grid=14, reach=3)
-    task = ShortcutTask(network, kl_weight=1.0, optimizer=adamw, scheduler=scheduled)  # type: ignore[arg-type]
+    losses: dict[str, Loss] = {"mse": MaskedMSE(), "kl": HeadKL()}
+    task = ShortcutTask(network, losses=losses, optimizer=adamw, scheduler=scheduled)  # type: ignore[arg-type]
     trainer = L.Trainer(**QUIET, max_steps=STEPS, limit_val_batches=0, gradient_clip_val=1.0)
     trainer.fit(task, datamodule=TrajectoryDataModule(str(folder), 64, validation_shards=VALIDATION_SHARDS))
     judge = L.Trainer(**QUIET)

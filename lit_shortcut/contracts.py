@@ -173,13 +173,15 @@ class State(NamedTuple):
     """What a step of the decoding loop knows before its features are computed.
 
     ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step committed (K = 0 at step 0);
-    ``masked_share`` (B,) is the share of image tokens still masked, r in the paper.
+    ``masked_share`` (B,) is the share of image tokens still masked, r in the paper; ``masked`` (B, M) are their places,
+    in no particular order.
     """
 
     clock: Clock
     tokens: Tensor
     control: Control
     masked_share: Tensor
+    masked: Tensor
 
 
 class Step(NamedTuple):

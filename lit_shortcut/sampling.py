@@ -146,7 +146,7 @@ def sample(
     tokens = torch.full_like(masked, base.spec.mask_id)
     committed = Control(tokens[:, :0], masked[:, :0])
     for index, count in enumerate(counts):
-        state = State(Clock(index, decoding.num_steps), tokens, committed, shares[index])
+        state = State(Clock(index, decoding.num_steps), tokens, committed, shares[index], masked)
         features, is_full = feature_fn(state)
         committed, masked = _choose(base, features, masked, decoding, noise, index, count)
         tokens = tokens.scatter(1, committed.positions, committed.tokens)

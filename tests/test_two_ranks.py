@@ -113,7 +113,7 @@ def metrics(tmp_path: Path) -> str:
             }
         },
     }
-    metric = {"class_path": "lit_shortcut.metrics.images.FrechetDistance", "init_args": arguments}
+    metric = {"class_path": "lit_shortcut.metrics.distances.FrechetDistance", "init_args": arguments}
     return json.dumps({"fid": metric, "class_agreement": agreement})
 
 

@@ -20,7 +20,7 @@ from lit_shortcut.evaluation import Row, add_images, images_of, require_feasible
 from lit_shortcut.loggers import log_picture
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import measure_latency, speedups
-from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.report import grids, pixels
 from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.tasks.shortcut import ShortcutTask
@@ -94,7 +94,7 @@ class AcceleratedSampling(L.Callback):
             metric.to(pl_module.device)
         self._sample(trainer, pl_module)
 
-    def _rows(self, network: VelocityNet) -> list[Row]:
+    def _rows(self, network: ShortcutNetwork) -> list[Row]:
         shortcut = Shortcut(network)
         return [Row(num_steps, Accelerated(Even(budget), shortcut)) for num_steps, budget in self.plans]
 

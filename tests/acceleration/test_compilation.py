@@ -12,7 +12,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
-from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
+from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.sampling import Decoding, generate
 
 
@@ -39,7 +39,9 @@ def test_compiled_networks_give_the_same_tokens_under_the_same_names() -> None:
     [ShortcutNet(16, num_heads=2), LLaDAShortcutNet(16, num_heads=2, mlp_width=8)],
     ids=lambda n: type(n).__name__,
 )
-def test_shortcut_networks_of_every_kind_are_compiled(network: VelocityNet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shortcut_networks_of_every_kind_are_compiled(
+    network: ShortcutNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled: list[torch.nn.Module] = []
 
     def compile_in_place(module: torch.nn.Module) -> None:

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 from lit_shortcut.acceleration.accelerated import Accelerated
 from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.bases.dimoo.adapter import DiMOO, PromptContext
+from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import TextTokenizer
 from lit_shortcut.bases.dimoo.published import load_transformer, published, random_weights, read_sizes
+from lit_shortcut.bases.prompted_llada import PromptContext
 from lit_shortcut.bases.vq import VQDecoder
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet

@@ -17,7 +17,8 @@ from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.evaluation import Row, images_of
 from lit_shortcut.fashion.classifier import FashionCNN, FashionFeatures
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
-from lit_shortcut.metrics.images import ClassAgreement, FrechetDistance
+from lit_shortcut.metrics.distances import FrechetDistance
+from lit_shortcut.metrics.images import ClassAgreement
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import Card, is_complete, load_interface, read_shard
 from tests.command_line import CONFIGS, lightning
