@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.trajectory import Card, Trajectory, read_shard
+from lit_shortcut.contracts import Trajectories
+from lit_shortcut.trajectory import Card, read_shard
 from tests.command_line import CONFIGS, lightning
 
 FASHION = CONFIGS / "fashion"
@@ -25,7 +26,7 @@ def record(folder: Path, *words: object) -> Path:
     return folder / SET
 
 
-def samples(source: Path) -> list[Trajectory]:
+def samples(source: Path) -> list[Trajectories]:
     card = Card.read(source)
     return [one for shard in range(card.num_shards) for one in read_shard(source, shard, card)]
 

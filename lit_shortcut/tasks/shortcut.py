@@ -107,7 +107,7 @@ class ShortcutTask(OptimizedTask):
 
     def network_facts(self) -> dict[str, Any]:
         """The base the network belongs to, and how its trajectories were drawn."""
-        return asdict(self.card) if self.card else {}
+        return asdict(self.card) | {"base_fingerprint": self.card.base_fingerprint} if self.card else {}
 
     def forward(self, features: Tensor, control: Control, masked_share: Tensor, text: Text | None = None) -> Tensor:
         """Features after one step, (B, S, C), from those before, ``control`` (B, K) and ``masked_share`` (B,)."""

@@ -1,15 +1,20 @@
-"""Files of a set: their names, opened where they are, written whole or not at all."""
+"""Files of a set: their names, read where they are, written whole or not at all."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
-from webdataset.gopen import gopen
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+from lit_shortcut.weights import replacing
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
 class TrajectoryError(ValueError):
@@ -26,15 +31,8 @@ def shard_name(index: int) -> str:
 
 
 def locate(source: str | Path, name: str) -> str:
-    """Path or URL of file ``name`` of the set at ``source``.
-
-    Raises:
-        TrajectoryError: if ``source`` would have WebDataset run a command.
-    """
-    source = str(source)
-    if source.startswith("pipe:") or "::" in source:
-        raise TrajectoryError(f"{source}: expected a folder or a URL prefix; 'pipe:' and '::' are refused")
-    return f"{source.rstrip('/')}/{name}"
+    """Path or URL of file ``name`` of the set at ``source``."""
+    return f"{str(source).rstrip('/')}/{name}"
 
 
 def is_remote(source: str | Path) -> bool:
@@ -42,82 +40,69 @@ def is_remote(source: str | Path) -> bool:
     return "://" in str(source)
 
 
-@contextmanager
-def opened(where: str) -> Iterator[IO[bytes]]:
-    """The file at path or URL ``where``, to be read from its beginning.
+def read_bytes(where: str) -> bytes:
+    """Content of the small file at path or URL ``where``.
 
     Raises:
-        OSError: if it is a path and cannot be opened or read.
+        OSError: if it is a path and cannot be read.
         AccessError: if it is a URL and cannot be fetched.
     """
     if not is_remote(where):
-        with Path(where).open("rb") as file:
-            yield file
-        return
-    try:
-        stream = gopen(where)
-    except ValueError as error:
-        raise AccessError(
-            f"{where}: WebDataset opens no such URL ({error}); the environment variable GOPEN_REWRITE can turn its "
-            "beginning into another"
-        ) from error
-    try:
-        with stream:
-            yield stream
-    except OSError as error:  # of WebDataset's, which names its whole command line and its streams
-        command = re.search(r"\['(\w+)'.* exit (\d+)", str(error))
-        reason = f"{command[1]} ended with exit code {command[2]}" if command else error
-        raise AccessError(f"{where}: cannot be fetched ({reason})") from error
-
-
-def read_small(where: str, limit: int) -> bytes:
-    """Content of the file at path or URL ``where``.
-
-    Raises:
-        TrajectoryError: if it has more than ``limit`` bytes.
-        AccessError: if it is a URL and cannot be fetched.
-        OSError: if it cannot be opened or read.
-    """
-    with opened(where) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise TrajectoryError(f"{where}: expected at most {limit} bytes, found more")
+        return Path(where).read_bytes()
+    with _remote(where) as (files, path):
+        content: bytes = files.cat_file(path)
     return content
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in ``folder`` outlive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fetch(url: str, path: Path) -> None:
+    """Copy the file at ``url`` to ``path``, whole or not at all; an :class:`AccessError` if that fails."""
+    with _remote(url) as (files, name), replacing(path) as aside:
+        files.get_file(name, str(aside))
+
+
+@contextmanager
+def _remote(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+    """The file system that ``url`` belongs to, and the path in it."""
+    protocol = url.partition("://")[0]
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield url_to_fs(url)
+    except ImportError as error:
+        way_out = f"pip install 'lit-shortcut[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else error
+        raise AccessError(f"{url}: {protocol}:// needs a package that is not installed: {way_out}") from error
+    except Exception as error:  # every file system has its own
+        raise AccessError(f"{url}: cannot be fetched ({type(error).__name__}: {error})") from error
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
     """A file that is at ``path`` once the block has ended well, and leaves nothing otherwise.
 
-    Written aside, synchronised to the disk and renamed, so that a process killed at any moment leaves no part of it
-    under its name.
-
-    Raises:
-        AccessError: if it cannot be written.
+    Written aside, synchronised to the disk and renamed, so that a process killed at any moment, or a power failure,
+    leaves no part of it under its name. An :class:`AccessError` if it cannot be written.
     """
-    aside = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        with replacing(path) as aside, aside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-        sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     except OSError as error:
         raise AccessError(
             f"{path}: cannot be written ({error.strerror or error}). Finished shards remain valid; "
             "running the same command again goes on with the missing ones"
         ) from error
-    finally:
-        with suppress(OSError):
-            aside.unlink()
+
+
+@contextmanager
+def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold ``folder`` against all that ask for it in this way, until a kill at the latest.
+
+    Raises:
+        BlockingIOError: if another process or thread holds it and ``wait`` is false.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

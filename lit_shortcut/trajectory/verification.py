@@ -1,25 +1,27 @@
-"""Check a whole set: every byte against its checksum, every sample against the card."""
+"""Check a whole set: every byte against its checksum, every sample against the card and the others."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+
+from xxhash import xxh3_64
 
 from lit_shortcut.trajectory.card import Card
 from lit_shortcut.trajectory.files import TrajectoryError, is_remote, shard_name
+from lit_shortcut.trajectory.index import numbered
 from lit_shortcut.trajectory.interface_file import load_interface
-from lit_shortcut.trajectory.sidecar import Sidecar
+from lit_shortcut.trajectory.reading import Shard
 from lit_shortcut.trajectory.source import Source
 from lit_shortcut.weights import WeightsError
-
-_ABSENT = 1000
 
 
 def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
     """What is wrong with the set at folder or URL prefix ``source``, each with its file; nothing of a sound set.
 
-    A damaged shard is told once, by its sha256, and each of its damaged samples after it. Shards of a URL come into
+    A damaged shard is named once, by its checksum, and each of its damaged samples after it. Shards of a URL come into
     ``cache``.
     """
     try:
@@ -32,46 +34,37 @@ def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
     except (TrajectoryError, WeightsError) as error:
         yield str(error)
     if not is_remote(source):
-        yield from _strangers(Path(source), card)
+        strangers = [path for path, number in numbered(Path(source), card).items() if number is None]
+        yield from (f"{path}: no shard of this set, which has {card.num_shards}" for path in strangers)
     opened = Source(source, card, kept=1, cache=cache)
-    absent = 0  # a card may claim more shards than anyone wants to see listed
+    frames: set[int] = set()
     for index in range(card.num_shards):
-        path = opened.folder / shard_name(index)
-        if is_remote(source) or path.exists():
-            yield from _problems_of(opened, index, path)
-            continue
-        absent += 1
-        yield f"{path}: no such shard"
-        if absent == _ABSENT:
-            yield f"{source}: {absent} of {card.num_shards} shards were missing when this check gave up"
-            return
-
-
-def _problems_of(source: Source, index: int, path: Path) -> Iterator[str]:
-    try:
-        shard = source.shard(index)
-    except TrajectoryError as error:
-        yield str(error)
-        return
-    sidecar = Sidecar.read(str(path.with_suffix(".json")), index, source.card)
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        yield f"{shard.where}: not readable ({error.strerror})"
-        return
-    if digest != sidecar.sha256:
-        yield f"{shard.where}: its sha256 differs from {path.with_suffix('.json').name}"
-    for row in range(len(source.card.ids(index))):
         try:
-            shard.trajectory(row)
+            yield from opened.read(index, partial(_whole, path=opened.folder / shard_name(index)))
         except TrajectoryError as error:
             yield str(error)
+            continue
+        for row, number in enumerate(card.ids(index)):
+            try:
+                frames.add(opened.read(index, partial(_frame, row=row)))
+            except TrajectoryError as error:
+                yield str(error)
+            if len(frames) > 1:
+                yield f"{opened.source}/{shard_name(index)}: sample {number:08d}: other rows beside its text than before"
+                frames.clear()
 
 
-def _strangers(folder: Path, card: Card) -> Iterator[str]:
-    """Shards in ``folder`` that ``card`` does not count."""
-    for path in sorted(folder.glob("shard-*.tar")):
-        number = path.stem.removeprefix("shard-")
-        if not number.isdecimal() or path.name != shard_name(int(number)) or int(number) >= card.num_shards:
-            yield f"{path}: no shard of this set, which has {card.num_shards}"
+def _whole(shard: Shard, path: Path) -> list[str]:
+    """What is wrong with the shard as a file."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, xxh3_64).hexdigest()
+    except OSError as error:
+        return [f"{shard.where}: not readable ({error.strerror})"]
+    return [] if digest == shard.index.checksum else [f"{shard.where}: its checksum differs from {path.stem}.json"]
+
+
+def _frame(shard: Shard, row: int) -> int:
+    """Rows of the sample at ``row`` beside its text; the whole sample is checked."""
+    found = shard.trajectory(row)
+    return found.features.shape[-2] - (0 if found.text is None else int(found.text.lengths.max()))

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import chain
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lit_shortcut.contracts import Control, Text, Trajectories, Transition
-from lit_shortcut.trajectory.encoding import Encoded
+from lit_shortcut.contracts import Conditions, Control, Text, Trajectories, Transition
+from lit_shortcut.trajectory.encoding import Encoded, encode
 
 
 class Window(NamedTuple):
@@ -26,7 +28,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """The windows of full shards 0 … ``num_shards`` − 1, in an order that ``seed`` and epoch alone decide.
+    """The windows of full shards 0 … ``num_shards`` − 1, in an order that depends only on ``seed`` and epoch.
 
     Shards are shuffled and taken ``group`` at a time; the windows of a group are shuffled among themselves. So
     consecutive batches mix the trajectories of a group, and no more shards are needed at a time. The order is
@@ -83,7 +85,7 @@ def _permutation(count: int, *key: int) -> Tensor:
 class EncodedTransition(NamedTuple):
     """A :class:`Transition` as it leaves the loader: ``features``, of all R + 1 steps (B, R + 1, S, C), still encoded.
 
-    ``replaced`` (B,) tells which windows stand in for damaged ones.
+    ``replaced`` (B,) marks windows that stand in for damaged ones.
     """
 
     features: Encoded
@@ -93,6 +95,30 @@ class EncodedTransition(NamedTuple):
     step: Tensor
     text: Text | None
     replaced: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        features: Encoded,
+        tokens: Tensor,
+        committed_at: Tensor,
+        step: Tensor,
+        text: Text | None = None,
+        replaced: Tensor | None = None,
+    ) -> EncodedTransition:
+        """The windows from ``step`` (B,) on, out of trajectories ``tokens``, ``committed_at`` (B, L)."""
+        window = next(iter(features.parts.values())).shape[1] - 1
+        steps = step[:, None, None] + torch.arange(window, device=step.device)[:, None]
+        committed_at = committed_at[:, None]
+        is_masked, is_now = committed_at > steps, committed_at == steps
+        counts = is_now.sum(-1, keepdim=True)
+        is_real = torch.arange(int(counts.max()), device=step.device) < counts
+        positions = torch.zeros(is_real.shape, dtype=torch.long, device=step.device)
+        positions[is_real] = is_now.nonzero()[:, -1]
+        codes = tokens.long()[:, None].expand(-1, window, -1).gather(2, positions).where(is_real, 0)
+        control = Control(codes, positions, None if bool(is_real.all()) else is_real)
+        replaced = torch.zeros(len(step), dtype=torch.bool) if replaced is None else replaced
+        return cls(features, control, is_masked.float().mean(-1), is_masked, step, text, replaced)
 
     def decode(self) -> Transition:
         """The batch with its features as numbers, on the device it lies on."""
@@ -108,56 +134,38 @@ class EncodedTransition(NamedTuple):
         )
 
 
-class Course(NamedTuple):
-    """What happens to the tokens in a window; see :class:`Transition`."""
-
-    control: Control
-    masked_share: Tensor
-    is_masked: Tensor
-
-
-def course(tokens: Tensor, committed_at: Tensor, start: Tensor, window: int) -> Course:
-    """The ``window`` (R) steps after ``start`` (B,) of trajectories ``tokens``, ``committed_at`` (B, L)."""
-    steps = start[:, None, None] + torch.arange(window, device=start.device)[:, None]
-    committed_at = committed_at[:, None]
-    is_masked, is_now = committed_at > steps, committed_at == steps
-    counts = is_now.sum(-1, keepdim=True)
-    is_real = torch.arange(int(counts.max()), device=start.device) < counts
-    positions = torch.zeros(is_real.shape, dtype=torch.long, device=start.device)
-    positions[is_real] = is_now.nonzero()[:, -1]
-    codes = tokens.long()[:, None].expand(-1, window, -1).gather(2, positions).where(is_real, 0)
-    padding = None if bool(is_real.all()) else is_real
-    return Course(Control(codes, positions, padding), is_masked.float().mean(-1), is_masked)
-
-
-def transitions(trajectories: Trajectories, window: int = 1) -> Transition:
-    """All windows of ``window`` (R) steps in ``trajectories``: B · G · (N − R), start by start within each branch."""
-    count, branches, num_steps = trajectories.features.shape[:3]
-    places = [(b, g, s) for b in range(count) for g in range(branches) for s in range(num_steps - window)]
-    return select(trajectories, places, window)
-
-
 def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], window: int = 1) -> Transition:
     """The windows of ``window`` (R) steps at ``places``: row, branch and the step before the window."""
-    row, branch, start = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
-    steps = start[:, None] + torch.arange(window + 1, device=start.device)
-    features = trajectories.features[row[:, None], branch[:, None], steps]
-    control, masked_share, is_masked = course(trajectories.tokens[row], trajectories.committed_at[row], start, window)
-    text = None
-    if trajectories.text is not None:
+    row, branch, step = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
+    features, text = trajectories.features, None
+    if trajectories.text is not None:  # rows that are padding to all are left out, others set to 0
+        frame = features.shape[3] - trajectories.text.control.shape[-2]
         text = Text(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.text))
-        padding = trajectories.text.control.shape[-2] - int(text.lengths.max())
-        features, text = trimmed(features, text, features.shape[2] - padding)
-    return Transition(features[:, 0], control, masked_share, features[:, 1:], is_masked, start, text)
+        text = text._replace(control=text.control[:, : int(text.num_control.max())])
+        features = features[:, :, :, : frame + int(text.lengths.max())]
+    steps = step[:, None] + torch.arange(window + 1, device=step.device)
+    features = features[row[:, None], branch[:, None], steps]
+    if text is not None:
+        is_real = torch.arange(features.shape[2], device=step.device) < frame + text.lengths.to(step.device)[:, None]
+        features = features.where(is_real[:, None, :, None], 0)
+    encoded = encode(features, str(features.dtype).removeprefix("torch."))
+    return EncodedTransition.of(encoded, trajectories.tokens[row], trajectories.committed_at[row], step, text).decode()
 
 
-def trimmed(features: Tensor, text: Text, num_rows: int) -> tuple[Tensor, Text]:
-    """``features`` (B, R + 1, S, C) and ``text`` without the rows that are padding to all of them.
+def concatenated(batches: Sequence[Trajectories]) -> Trajectories:
+    """``batches`` as one, rows padded by zeros to the longest."""
+    if len(batches) == 1:
+        return batches[0]
+    ids, seeds, labels = (torch.cat(column) for column in zip(*(one.conditions[:3] for one in batches), strict=True))
+    prompts = tuple(chain.from_iterable(one.conditions.prompts for one in batches))
+    features, tokens, committed_at = zip(*(one[1:4] for one in batches), strict=True)
+    texts = [one.text for one in batches if one.text is not None]
+    text = Text(*map(_joined, zip(*texts, strict=True))) if texts else None
+    conditions = Conditions(ids, seeds, labels, prompts)
+    return Trajectories(conditions, _joined(features), torch.cat(tokens), torch.cat(committed_at), text)
 
-    ``num_rows`` are those of the longest text. What pads shorter ones is set to 0.
-    """
-    longest = int(text.lengths.max())
-    own = num_rows - longest + text.lengths.to(features.device)
-    is_real = torch.arange(num_rows, device=features.device) < own[:, None]
-    features = features[:, :, :num_rows].where(is_real[:, None, :, None], 0)
-    return features, text._replace(control=text.control[:, : int(text.num_control.max())])
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` (B, …, S, C), or (B, G), one behind the other; S is padded by zeros to the longest."""
+    longest = max(part.shape[-2] for part in parts)
+    return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[-2])) if part.ndim > 2 else part for part in parts])
