@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 from datamodules.conditions import InTurn, sample_seed
 from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
+from datamodules.windows import Order
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import card_of, record
-from lit_shortcut.trajectory import Card, Order, TrajectoryError, concatenated, select
-from lit_shortcut.trajectory.encoding import require_finite
+from lit_shortcut.trajectory import Card, TrajectoryError, concatenated, require_finite, select
 
 
 @dataclass(eq=False)

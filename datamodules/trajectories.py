@@ -15,21 +15,18 @@ from torch.utils.data import Dataset
 
 from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
+from datamodules.windows import OnCorrupt, Order, WindowReader
 from lit_shortcut.contracts import Trajectories
+from lit_shortcut.files import is_remote
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.trajectory import (
-    AccessError,
     Card,
     EncodedTransition,
-    OnCorrupt,
-    Order,
     Source,
     TrajectoryError,
-    WindowReader,
     check_shards,
     concatenated,
-    is_remote,
     load_interface,
 )
 
@@ -71,7 +68,7 @@ class _Validation(Dataset[Trajectories | None]):
         try:
             return self.source.read(shard, lambda opened: opened.trajectory(row))
         except TrajectoryError as error:
-            if self.on_corrupt == "raise" or isinstance(error, AccessError):
+            if self.on_corrupt == "raise":
                 raise
             _log.warning("skipped: %s", error)
             return None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_shortcut.weights import WeightsError, load_tensors, read_pickle, replacing
+from lit_shortcut.files import replacing
+from lit_shortcut.weights import WeightsError, load_tensors, read_pickle
 
 _STATE_KEYS = ("model_state_dict", "state_dict")  # of MaskGIT's checkpoint and of a Lightning one
 

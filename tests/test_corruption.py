@@ -19,9 +19,9 @@ from torch import Tensor
 
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.cli import main
+from lit_shortcut.files import AccessError
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.trajectory import (
-    AccessError,
     Card,
     TrajectoryError,
     load_interface,

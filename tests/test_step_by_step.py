@@ -27,7 +27,7 @@ from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.generation import GenerationTask
 from lit_shortcut.tasks.recording import record
 from lit_shortcut.tasks.room import room_like
-from lit_shortcut.trajectory import ENCODINGS, TrajectoryError, encode, problems, read_shard, write_shard
+from lit_shortcut.trajectory import ENCODINGS, TrajectoryError, problems, read_shard, write_shard
 from tests.tiny_trajectories import SPEC, card, trajectories
 
 STATUS = Path("/proc/self/status")
@@ -127,18 +127,18 @@ def test_members_are_the_same_however_many_steps_are_encoded_at_once(
     monkeypatch.setattr("lit_shortcut.trajectory.writing._AT_ONCE", at_once)
     recorded, changes = odd(encoding)
     write_shard(tmp_path, 0, recorded, card(**changes))
-    found, expected = members(tmp_path, "00000001"), encode(recorded.features[1], encoding)
+    found, expected = members(tmp_path, "00000001"), ENCODINGS[encoding].encode(recorded.features[1])
     assert found.keys() == {
-        *(f"c{step:02d}.{part}" for step in range(3) for part in expected.parts),
+        *(f"c{step:02d}.{part}" for step in range(3) for part in expected),
         *("tokens.npy", "committed_at.npy"),
     }
-    for part, values in expected.parts.items():
+    for part, values in expected.items():
         stored = torch.stack([torch.from_numpy(found[f"c{step:02d}.{part}"]) for step in range(3)])
         assert torch.equal(stored.view(values.dtype), values[0])
     assert found["tokens.npy"].tolist() == recorded.tokens[1].tolist()
     assert found["committed_at.npy"].tolist() == recorded.committed_at[1].tolist()
     (_, one, _) = read_shard(tmp_path, 0, card(**changes))
-    assert torch.equal(one.features[0], expected.decode())
+    assert torch.equal(one.features[0], ENCODINGS[encoding].decode(expected))
 
 
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])

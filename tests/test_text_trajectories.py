@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datamodules.prompts import Prompts
 from datamodules.trajectories import TrajectoryDataModule
+from datamodules.windows import Order, WindowReader
 from lit_shortcut.acceleration.planned import Planned
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
@@ -30,10 +31,8 @@ from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     FORMAT_VERSION,
     Card,
-    Order,
     Source,
     TrajectoryError,
-    WindowReader,
     concatenated,
     interface_fingerprint,
     load_interface,

@@ -17,13 +17,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_shortcut.background import Background
 from lit_shortcut.contracts import MaskedImageModel, Trajectories
+from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import Asked, card_of
 from lit_shortcut.trajectory import (
     ENCODINGS,
     Card,
     TrajectoryError,
-    exclusive,
     finished_shards,
     save_interface,
     write_shard,
@@ -130,8 +130,10 @@ class TrajectoryWriter(BasePredictionWriter):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write what was generated before the run failed."""
         try:
+            if self.jobs is not None:
+                _log.warning("%s: finished shards remain valid; the same command goes on with the others", self.folder)
             self._finish()
-        except TrajectoryError as error:
+        except (TrajectoryError, OSError) as error:
             if error is not exception:
                 _log.warning("%s", error)
         finally:
@@ -168,8 +170,6 @@ class TrajectoryWriter(BasePredictionWriter):
             raise TrajectoryError(
                 f"{self.folder}: another predict is recording into it; wait for its end or take another folder"
             ) from error
-        except OSError as error:
-            raise TrajectoryError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
     def _is_replaced(self) -> bool:
         """Whether what lies in the folder is to be deleted first."""

@@ -18,42 +18,37 @@ own digest and names the interface's fingerprint. So any byte that reaches a tra
 files of two sets do not mix. Nothing is pickled.
 """
 
-from lit_shortcut.trajectory.batches import OnCorrupt, WindowReader
-from lit_shortcut.trajectory.card import FORMAT_VERSION, Card
-from lit_shortcut.trajectory.encoding import ENCODINGS, Encoded, Encoding, encode, register
-from lit_shortcut.trajectory.files import AccessError, TrajectoryError, exclusive, is_remote, shard_name
+from lit_shortcut.trajectory.card import FORMAT_VERSION, Card, TrajectoryError, shard_name
+from lit_shortcut.trajectory.encoding import ENCODINGS, Encoding, Parts, register, require_finite
 from lit_shortcut.trajectory.index import check_shards, finished_shards
 from lit_shortcut.trajectory.interface_file import interface_fingerprint, load_interface, save_interface
+from lit_shortcut.trajectory.reading import Head, Shard, room_for
 from lit_shortcut.trajectory.source import Source, read_shard
+from lit_shortcut.trajectory.transitions import EncodedTransition, concatenated, select
 from lit_shortcut.trajectory.verification import problems
-from lit_shortcut.trajectory.windows import EncodedTransition, Order, Window, concatenated, select
 from lit_shortcut.trajectory.writing import write_shard
 
 __all__ = [
     "ENCODINGS",
     "FORMAT_VERSION",
-    "AccessError",
     "Card",
-    "Encoded",
     "EncodedTransition",
     "Encoding",
-    "OnCorrupt",
-    "Order",
+    "Head",
+    "Parts",
+    "Shard",
     "Source",
     "TrajectoryError",
-    "Window",
-    "WindowReader",
     "check_shards",
     "concatenated",
-    "encode",
-    "exclusive",
     "finished_shards",
     "interface_fingerprint",
-    "is_remote",
     "load_interface",
     "problems",
     "read_shard",
     "register",
+    "require_finite",
+    "room_for",
     "save_interface",
     "select",
     "shard_name",

@@ -7,9 +7,7 @@ the shard, and back. A new one is a subclass of :class:`Encoding` and a call of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from math import isfinite
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,26 +102,6 @@ def register(encoding: Encoding) -> None:
 
 for _known in (Int8(), Plain(torch.bfloat16), Plain(torch.float16), Plain(torch.float32)):
     register(_known)
-
-
-class Encoded(NamedTuple):
-    """Features on their way: ``parts`` by ``encoding``, a key of :data:`ENCODINGS`."""
-
-    encoding: str
-    parts: Parts
-
-    def decode(self) -> Tensor:
-        """Features (…, S, C) on the device that the parts lie on."""
-        return ENCODINGS[self.encoding].decode(self.parts)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Encoded:
-        """``function`` of every part."""
-        return Encoded(self.encoding, {ending: function(part) for ending, part in self.parts.items()})
-
-
-def encode(features: Tensor, encoding: str) -> Encoded:
-    """``features`` (…, S, C) in ``encoding``, a key of :data:`ENCODINGS`."""
-    return Encoded(encoding, ENCODINGS[encoding].encode(features))
 
 
 def require_finite(name: str, values: Tensor) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xxhash import xxh3_64
 
-from lit_shortcut.trajectory.card import Card
-from lit_shortcut.trajectory.files import TrajectoryError, read_bytes, shard_name, whole
+from lit_shortcut.files import read_bytes, whole
+from lit_shortcut.trajectory.card import Card, TrajectoryError, shard_name
 
 Member = tuple[int, int, str]
 """Of an array, or of JSON: first byte in the tar, number of bytes, xxh3_64 in hex."""
@@ -35,7 +36,11 @@ class Index:
 
     @classmethod
     def read(cls, shard: Path, index: int, card: Card) -> Index:
-        """That beside ``shard``, number ``index``; a :class:`TrajectoryError` if missing, damaged, or of another set."""
+        """The index beside ``shard``, number ``index``.
+
+        Raises:
+            TrajectoryError: if it is missing, damaged, or of another set.
+        """
         where = shard.with_suffix(".json")
         try:
             found = cls(**json.loads(read_bytes(str(where))))
@@ -56,30 +61,14 @@ def step_ending(branch: int, step: int, part: str) -> str:
     return f"{'cu'[branch]}{step:02d}.{part}"
 
 
-def numbered(folder: Path, card: Card) -> dict[Path, int | None]:
-    """The shards in ``folder`` and their numbers; None for those that ``card`` does not count."""
-    paths = sorted(folder.glob("shard-*.tar"))
-    names = {path: path.stem.removeprefix("shard-") for path in paths}
-    numbers = {path: int(name) for path, name in names.items() if name.isdecimal()}
-    return {
-        path: number
-        if (number := numbers.get(path, -1)) in range(card.num_shards) and path.name == shard_name(number)
-        else None
-        for path in paths
-    }
-
-
 def finished_shards(folder: Path, card: Card) -> dict[int, int]:
     """Size of each shard of ``card`` that lies in ``folder`` as it was written, by number."""
+    sizes = {path.name: path.stat().st_size for path in folder.glob("shard-*.tar")}
     finished = {}
-    for path, number in numbered(folder, card).items():
-        if number is not None:
-            try:
-                size = Index.read(path, number, card).bytes
-            except TrajectoryError:  # not whole, which is what is asked; reading it says why
-                continue
-            if path.stat().st_size == size:
-                finished[number] = size
+    for number, name in enumerate(map(shard_name, range(card.num_shards))):
+        with suppress(TrajectoryError):  # not whole, which is what is asked; reading it says why
+            if name in sizes and Index.read(folder / name, number, card).bytes == sizes[name]:
+                finished[number] = sizes[name]
     return finished
 
 

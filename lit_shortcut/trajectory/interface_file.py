@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from lit_shortcut.files import is_remote, read_bytes, whole
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.trajectory.card import Card
-from lit_shortcut.trajectory.files import TrajectoryError, is_remote, locate, read_bytes, whole
+from lit_shortcut.trajectory.card import Card, TrajectoryError, locate
 from lit_shortcut.weights import fingerprint, load_tensors
 
 _INTERFACE = "interface.safetensors"

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from lit_shortcut.contracts import Conditions, Text, Trajectories
-from lit_shortcut.trajectory.card import Card
+from lit_shortcut.trajectory.card import Card, TrajectoryError
 from lit_shortcut.trajectory.encoding import Parts
-from lit_shortcut.trajectory.files import TrajectoryError
 from lit_shortcut.trajectory.index import Index, checksum, step_ending
 from lit_shortcut.trajectory.writing import require_values
 

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from lit_shortcut.background import Background
 from lit_shortcut.contracts import Trajectories
-from lit_shortcut.trajectory.card import Card
-from lit_shortcut.trajectory.files import AccessError, TrajectoryError, exclusive, fetch, is_remote, locate, shard_name
+from lit_shortcut.files import AccessError, exclusive, fetch, is_remote
+from lit_shortcut.trajectory.card import Card, TrajectoryError, locate, shard_name
 from lit_shortcut.trajectory.reading import Shard
 
 CACHE = Path("~/.cache/lit-shortcut")
@@ -50,8 +50,6 @@ class Source:
         """
         try:
             return use(self._shard(index))
-        except AccessError:
-            raise
         except TrajectoryError:
             if not self.is_remote:
                 raise
@@ -85,7 +83,7 @@ class Source:
         return Shard(self.folder / shard_name(index), index, self.card, locate(self.source, shard_name(index)))
 
     def _fetch_quietly(self, index: int) -> None:
-        with suppress(TrajectoryError):  # whoever reads the shard meets the error and reports it
+        with suppress(AccessError):  # whoever reads the shard meets the error and reports it
             self._fetch(index)
 
     def _fetch(self, index: int) -> None:

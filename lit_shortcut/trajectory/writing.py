@@ -16,9 +16,9 @@ from webdataset import TarWriter
 from xxhash import xxh3_64
 
 from lit_shortcut.contracts import Trajectories
-from lit_shortcut.trajectory.card import Card
+from lit_shortcut.files import whole
+from lit_shortcut.trajectory.card import Card, TrajectoryError, shard_name
 from lit_shortcut.trajectory.encoding import require_finite
-from lit_shortcut.trajectory.files import TrajectoryError, shard_name, whole
 from lit_shortcut.trajectory.index import Index, Member, checksum, step_ending
 
 _AT_ONCE = 2**22  # bytes of features that are encoded together, one step at least

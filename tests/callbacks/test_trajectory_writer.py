@@ -15,8 +15,9 @@ from lit_shortcut.background import Background
 from lit_shortcut.callbacks import trajectory_writer
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Context, Trajectories
+from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, TrajectoryError, exclusive, finished_shards, load_interface, read_shard
+from lit_shortcut.trajectory import Card, TrajectoryError, finished_shards, load_interface, read_shard
 from lit_shortcut.trajectory.writing import _Hashing
 from tests.tiny_trajectories import SPEC, interface, trajectories
 
@@ -195,7 +196,7 @@ def test_full_disk_ends_the_run_and_leaves_what_was_written_valid(
     module = Recorder()
     with monkeypatch.context() as patch:
         patch.setattr(_Hashing, "write", full)
-        with pytest.raises(TrajectoryError, match=r"shard-\d+\.tar: cannot be written \(No space left on device\)"):
+        with pytest.raises(OSError, match=r"shard-\d+\.tar: cannot be written \(No space left on device\)"):
             predict(tmp_path / "set", module, num_images=30)
     assert module.batches < 10  # it did not go on to the end
     found = contents(tmp_path / "set")

@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from datamodules.loading import EpochLoader
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.contracts import Trajectories, Transition
-from lit_shortcut.trajectory import AccessError, TrajectoryError, problems
+from lit_shortcut.files import AccessError
+from lit_shortcut.trajectory import TrajectoryError, problems
 from tests.forged_shards import edit_index
 from tests.tiny_trajectories import SPEC, adopt, interface, trajectories, write_set
 
@@ -472,5 +473,5 @@ def test_batches_made_ahead_are_pinned_where_there_is_a_gpu(folder: Path, monkey
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
     batch = next(iter(make(folder, num_workers=1).train_dataloader()))
-    assert batch.features.parts["npy"].shape in pinned
+    assert batch.features["npy"].shape in pinned
     assert batch.control.tokens.shape in pinned

@@ -1,4 +1,4 @@
-"""Files of a set: their names, read where they are, written whole or not at all."""
+"""Files anywhere: written whole or not at all, read from paths and URLs, folders held against others."""
 
 from __future__ import annotations
 
@@ -12,32 +12,16 @@ from typing import BinaryIO
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from lit_shortcut.weights import replacing
-
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
-class TrajectoryError(ValueError):
-    """A set of trajectories is missing, damaged, not writable, or not the one asked for."""
-
-
-class AccessError(TrajectoryError):
+class AccessError(OSError):
     """A file cannot be fetched or written; this says nothing of what is in it."""
 
 
-def shard_name(index: int) -> str:
-    """File name of shard ``index``."""
-    return f"shard-{index:06d}.tar"
-
-
-def locate(source: str | Path, name: str) -> str:
-    """Path or URL of file ``name`` of the set at ``source``."""
-    return f"{str(source).rstrip('/')}/{name}"
-
-
-def is_remote(source: str | Path) -> bool:
-    """Whether ``source`` is a URL prefix and no folder."""
-    return "://" in str(source)
+def is_remote(where: str | Path) -> bool:
+    """Whether ``where`` is a URL and no path."""
+    return "://" in str(where)
 
 
 def read_bytes(where: str) -> bytes:
@@ -61,16 +45,15 @@ def fetch(url: str, path: Path) -> None:
 
 
 @contextmanager
-def _remote(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
-    """The file system that ``url`` belongs to, and the path in it."""
-    protocol = url.partition("://")[0]
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, whose folder is made; it takes that name once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield url_to_fs(url)
-    except ImportError as error:
-        way_out = f"pip install 'lit-shortcut[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else error
-        raise AccessError(f"{url}: {protocol}:// needs a package that is not installed: {way_out}") from error
-    except Exception as error:  # every file system has its own
-        raise AccessError(f"{url}: cannot be fetched ({type(error).__name__}: {error})") from error
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -78,7 +61,10 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     """A file that is at ``path`` once the block has ended well, and leaves nothing otherwise.
 
     Written aside, synchronised to the disk and renamed, so that a process killed at any moment, or a power failure,
-    leaves no part of it under its name. An :class:`AccessError` if it cannot be written.
+    leaves no part of it under its name.
+
+    Raises:
+        AccessError: if it cannot be written.
     """
     try:
         with replacing(path) as aside, aside.open("wb") as file:
@@ -88,11 +74,10 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+    except AccessError:  # of another file, written meanwhile
+        raise
     except OSError as error:
-        raise AccessError(
-            f"{path}: cannot be written ({error.strerror or error}). Finished shards remain valid; "
-            "running the same command again goes on with the missing ones"
-        ) from error
+        raise AccessError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextmanager
@@ -106,3 +91,16 @@ def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
     with (folder / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+
+@contextmanager
+def _remote(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+    """The file system that ``url`` belongs to, and the path in it."""
+    protocol = url.partition("://")[0]
+    try:
+        yield url_to_fs(url)
+    except ImportError as error:
+        way_out = f"pip install 'lit-shortcut[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else error
+        raise AccessError(f"{url}: {protocol}:// needs a package that is not installed: {way_out}") from error
+    except Exception as error:  # every file system has its own
+        raise AccessError(f"{url}: cannot be fetched ({type(error).__name__}: {error})") from error

@@ -1,21 +1,86 @@
-"""Batches of training windows, read from shards at any place."""
+"""Training windows of a recorded set: in which order an epoch goes through them, and batches of them."""
 
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lit_shortcut.contracts import Text
-from lit_shortcut.trajectory.encoding import Encoded, Parts
-from lit_shortcut.trajectory.files import AccessError, TrajectoryError
-from lit_shortcut.trajectory.reading import Head, Shard, room_for
-from lit_shortcut.trajectory.source import Source
-from lit_shortcut.trajectory.windows import EncodedTransition, Order, Window
+from lit_shortcut.trajectory import EncodedTransition, Head, Parts, Shard, Source, TrajectoryError, room_for
 
 OnCorrupt = Literal["raise", "skip"]
 _log = logging.getLogger(__name__)
+
+
+class Window(NamedTuple):
+    """Place of a training window: ``row`` in ``shard``, guidance ``branch``, ``start``, the step before it."""
+
+    shard: int
+    row: int
+    branch: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """The windows of full shards 0 … ``num_shards`` − 1, in an order that depends only on ``seed`` and epoch.
+
+    Shards are shuffled and taken ``group`` at a time; the windows of a group are shuffled among themselves. So
+    consecutive batches mix the trajectories of a group, and no more shards are needed at a time. The order is
+    arithmetic: any part of it is known without reading or going through what comes before.
+
+    Args:
+        num_shards: shards to draw from, all full.
+        rows: trajectories in a shard.
+        branches: G.
+        starts: windows in a trajectory's branch, N − R.
+        group: shards that are shuffled together.
+        seed: of the order.
+    """
+
+    num_shards: int
+    rows: int
+    branches: int
+    starts: int
+    group: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.num_shards * self._per_shard
+
+    def shards(self, epoch: int, group: int) -> list[int]:
+        """Shards of the ``group``-th group of ``epoch``; none behind the last."""
+        return _permutation(self.num_shards, self.seed, epoch)[group * self.group : (group + 1) * self.group].tolist()
+
+    def group_at(self, position: int) -> int:
+        """The group that the window at ``position`` of an epoch is in."""
+        return position // (self.group * self._per_shard)
+
+    def at(self, epoch: int, position: int) -> Window:
+        """The window at ``position`` in ``epoch``."""
+        group = self.group_at(position)
+        shards = self.shards(epoch, group)
+        shuffled = _permutation(len(shards) * self._per_shard, self.seed, epoch, group)
+        number, start = divmod(int(shuffled[position - group * self.group * self._per_shard]), self.starts)
+        number, branch = divmod(number, self.branches)
+        shard, row = divmod(number, self.rows)
+        return Window(shards[shard], row, branch, start)
+
+    @property
+    def _per_shard(self) -> int:
+        return self.rows * self.branches * self.starts
+
+
+@lru_cache(maxsize=4)  # of the shards, and of the groups that a batch and its neighbours lie in
+def _permutation(count: int, *key: int) -> Tensor:
+    seed = int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big", signed=True)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 class WindowReader:
@@ -61,8 +126,7 @@ class WindowReader:
             text = _text(heads, windows)
         tokens, committed_at = (torch.stack(grids) for grids in zip(*(head[:2] for head in heads), strict=True))
         step = torch.tensor([window.start for window in windows])
-        features = Encoded(card.encoding, parts)
-        return EncodedTransition.of(features, tokens, committed_at, step, text, torch.tensor(replaced))
+        return EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, text, torch.tensor(replaced))
 
     def _read_one(self, room: Parts, epoch: int, position: int) -> tuple[Window, Head]:
         """Read the window at ``position``, or the next readable one, into ``room``."""
@@ -76,7 +140,7 @@ class WindowReader:
             try:
                 return window, self.source.read(window.shard, read)
             except TrajectoryError as error:
-                if self.on_corrupt == "raise" or isinstance(error, AccessError):
+                if self.on_corrupt == "raise":
                     raise
                 if window[:2] not in self._known:
                     self._known.add(window[:2])
