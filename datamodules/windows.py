@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from threading import Lock
 from typing import Literal, NamedTuple
 
 import torch
@@ -100,6 +101,7 @@ class WindowReader:
         self.source, self.order, self.window, self.on_corrupt = source, order, window, on_corrupt
         self._known: set[tuple[int, int]] = set()
         self._ahead: list[int] = []
+        self._lock = Lock()
 
     def read(self, epoch: int, positions: range) -> EncodedTransition:
         """The windows at ``positions`` of ``epoch``, as one batch.
@@ -126,7 +128,8 @@ class WindowReader:
             text = _text(heads, windows)
         tokens, committed_at = (torch.stack(grids) for grids in zip(*(head[:2] for head in heads), strict=True))
         step = torch.tensor([window.start for window in windows])
-        return EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, text, torch.tensor(replaced))
+        batch = EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, text)
+        return batch._replace(replaced=torch.tensor(replaced))
 
     def _read_one(self, room: Parts, epoch: int, position: int) -> tuple[Window, Head]:
         """Read the window at ``position``, or the next readable one, into ``room``."""
@@ -153,9 +156,10 @@ class WindowReader:
         """Fetch the shards of the group behind that of ``position`` beside what is read."""
         group = self.order.group_at(position)
         shards = self.order.shards(epoch, group + 1) or self.order.shards(epoch + 1, 0)
-        if shards != self._ahead:
-            self._ahead = shards
-            self.source.fetch_ahead(shards)
+        with self._lock:
+            if shards != self._ahead:
+                self._ahead = shards
+                self.source.fetch_ahead(shards)
 
 
 def _text(heads: list[Head], windows: list[Window]) -> Text:

@@ -14,8 +14,8 @@ WebDataset's convention, uncompressed, with an index ``shard-000000.json`` besid
 counts them and ``prefix.control.npy`` (P, C) are the embeddings that are control; S is each branch's own.
 
 The index holds where every member's array lies and its checksum (xxh3_64), and the digest of the card; the card has its
-own digest and names the interface's fingerprint. So any byte that reaches a training step was checked, and
-files of two sets do not mix. Nothing is pickled.
+own digest and names the interface's fingerprint. So any byte that reaches a training step was checked, and files of two
+sets do not mix. Nothing is pickled.
 """
 
 from lit_shortcut.trajectory.card import FORMAT_VERSION, Card, TrajectoryError, shard_name

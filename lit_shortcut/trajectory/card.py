@@ -90,8 +90,7 @@ class Card:
     @property
     def base_fingerprint(self) -> str:
         """Fingerprint of the base's weights."""
-        fingerprint: str = self.base["fingerprint"]
-        return fingerprint
+        return str(self.base["fingerprint"])
 
     @property
     def encoder(self) -> Encoding:
@@ -131,7 +130,7 @@ class Card:
         """The card of the set at ``source``.
 
         Raises:
-            TrajectoryError: if it is missing, of another version, changed since it was written, or does not make sense.
+            TrajectoryError: if it is missing, of another version, changed since it was written, or makes no sense.
             AccessError: if it cannot be fetched.
         """
         where = locate(source, _CARD)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from lit_shortcut.files import is_remote, read_bytes, whole
+from lit_shortcut.files import fetch, is_remote, whole
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.trajectory.card import Card, TrajectoryError, locate
 from lit_shortcut.weights import fingerprint, load_tensors
@@ -38,19 +38,13 @@ def load_interface(source: str | Path, card: Card) -> TokenInterface:
     where = locate(source, _INTERFACE)
     with TemporaryDirectory() as scratch:
         path = Path(where)
-        if is_remote(source):
+        if is_remote(where):
             path = Path(scratch) / _INTERFACE
-            path.write_bytes(read_bytes(where))
+            fetch(where, path)
         tensors, _ = load_tensors(path)
-    found = fingerprint(tensors)
-    if found != card.interface:
+    if (found := fingerprint(tensors)) != card.interface:
         raise TrajectoryError(f"{where}: expected the interface {card.interface} that the card names, found {found}")
-    try:
-        num_tokens = tensors.pop("num_tokens")
-        interface = TokenInterface(int(num_tokens), **tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise TrajectoryError(f"{where}: expected num_tokens, embedding and head of image tokens ({error})") from error
-    return interface
+    return TokenInterface(int(tensors.pop("num_tokens")), **tensors)
 
 
 def _tensors(interface: TokenInterface) -> dict[str, Tensor]:

@@ -37,16 +37,10 @@ class Head(NamedTuple):
 
 
 class Shard:
-    """An open shard of a set in a local folder; its file is closed with the last use of the object.
+    """Shard ``index`` of the set of ``card``, open at ``path``, its index beside it; messages call it ``where``.
 
-    Args:
-        path: of the tar; its index lies beside it.
-        index: number of the shard.
-        card: of the set.
-        where: what messages call the shard; a fetched one is called by its URL.
-
-    Raises:
-        TrajectoryError: if file or index is missing, or they do not fit one another.
+    A :class:`TrajectoryError` if file or index is missing, or they do not fit one another. The file is closed with the
+    last use of the object.
     """
 
     def __init__(self, path: Path, index: int, card: Card, where: str) -> None:
@@ -72,7 +66,7 @@ class Shard:
         """Copy consecutive steps of the sample at ``row`` into ``out``, parts (R, ≥ S, …), from step ``first``.
 
         Raises:
-            TrajectoryError: naming the sample, if its bytes are not those that were written.
+            TrajectoryError: naming the sample, if its bytes are not those that were written, or do not fit the card.
         """
         num_rows = self.head(row).rows[branch]
         with self._named(row):
@@ -81,11 +75,7 @@ class Shard:
                     self._fill(row, step_ending(branch, first + step, part), values)
 
     def trajectory(self, row: int) -> Trajectories:
-        """The whole sample at ``row``, decoded: a batch of one, its grids int64.
-
-        Raises:
-            TrajectoryError: naming the sample, if it is damaged or does not fit the card.
-        """
+        """The whole sample at ``row``, decoded: a batch of one. Errors as in :meth:`read_steps`."""
         head, card = self.head(row), self._card
         parts = room_for(card, (card.branches, card.num_steps), max(head.rows))
         for branch in range(card.branches):
@@ -113,21 +103,22 @@ class Shard:
 
     def _head(self, row: int) -> Head:
         card = self._card
-        grids = torch.empty(card.spec["num_tokens"], dtype=torch.int32), torch.empty(card.spec["num_tokens"]).short()
-        lengths, control = torch.zeros(card.branches, dtype=torch.int32), torch.empty(0, card.spec["width"])
-        for grid, name in zip(grids, ("tokens.npy", "committed_at.npy"), strict=True):
-            self._fill(row, name, grid)
+        length, width = card.spec["num_tokens"], card.spec["width"]
+        grids = {"tokens": torch.empty(length).int(), "committed_at": torch.empty(length).short()}
+        lengths, control = torch.zeros(card.branches).int(), torch.empty(0, width)
+        for name, grid in grids.items():
+            self._fill(row, f"{name}.npy", grid)
         if card.text_rows:
             self._fill(row, "prefix.lengths.npy", lengths)
-            control = self._load(row, "prefix.control.npy").view(torch.float32).view(-1, card.spec["width"])
+            control = self._load(row, "prefix.control.npy").view(torch.float32).view(-1, width)
             if len(control) not in (0, lengths[0]):
                 raise ValueError(f"prefix.control.npy: expected {int(lengths[0])} rows, found {len(control)}")
-        part, (dtype, shape) = next(iter(card.encoder.members(1, card.spec["width"]).items()))
+        part, (dtype, shape) = next(iter(card.encoder.members(1, width).items()))
         row_bytes = torch.empty(shape, dtype=dtype).nbytes
         sizes = [self._size(row, step_ending(branch, 0, part)) for branch in range(card.branches)]
         rows = [size // row_bytes for size in sizes]
-        require_values(*grids, rows, lengths.tolist(), card)
-        return Head(*grids, rows, lengths.long(), control)
+        require_values(grids, rows, lengths.tolist(), card)
+        return Head(**grids, rows=rows, lengths=lengths.long(), control=control)
 
     @contextmanager
     def _named(self, row: int) -> Iterator[None]:

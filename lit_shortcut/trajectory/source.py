@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from hashlib import sha256
@@ -17,25 +18,22 @@ from lit_shortcut.files import AccessError, exclusive, fetch, is_remote
 from lit_shortcut.trajectory.card import Card, TrajectoryError, locate, shard_name
 from lit_shortcut.trajectory.reading import Shard
 
-CACHE = Path("~/.cache/lit-shortcut")
+_CACHE = Path("~/.cache/lit-shortcut")
 _OPEN = 64  # shards whose files and sample heads are kept; some MB
 Result = TypeVar("Result")
 
 
 class Source:
-    """Shards of the set at ``source``, by number.
+    """Shards of the set of ``card`` at ``source``, a folder or a URL prefix that fsspec opens.
 
-    Args:
-        source: folder, or URL prefix that fsspec opens.
-        card: of the set.
-        kept: shards of a URL that lie in the cache at most; the longest unused is deleted for the next.
-        cache: folder of the cache, shared by all processes of the machine; a set has a folder of its own in it.
+    At most ``kept`` shards of a URL lie in a folder below ``cache``, which all processes of the machine share; the
+    longest unused is deleted for the next.
     """
 
     def __init__(self, source: str | Path, card: Card, *, kept: int = 32, cache: Path | None = None) -> None:
         self.source, self.card, self.kept, self.is_remote = source, card, kept, is_remote(source)
         name = sha256(f"{source} {card.digest}".encode()).hexdigest()[:16]
-        self.folder = (cache or CACHE).expanduser() / name if self.is_remote else Path(source)
+        self.folder = (cache or _CACHE).expanduser() / name if self.is_remote else Path(source)
         # an open file takes the disk's room, deleted or not
         self._shard = lru_cache(min(_OPEN, kept) if self.is_remote else _OPEN)(self._opened)
         self._again: set[int] = set()
@@ -55,21 +53,19 @@ class Source:
                 raise
         if index not in self._again:
             self._again.add(index)
-            self._remove(self.folder / shard_name(index))
+            with exclusive(self.folder, wait=True):
+                self._remove(self.folder / shard_name(index))
         self._shard.cache_clear()  # another thread may have fetched it again
         return use(self._shard(index))
 
     def trajectories(self, index: int) -> Iterator[Trajectories]:
-        """All samples of shard ``index``, each a batch of one.
-
-        Raises:
-            TrajectoryError: if the shard or a sample is missing or damaged.
-        """
+        """All samples of shard ``index``, each a batch of one. Errors as in :meth:`read`."""
         for row in range(len(self.card.ids(index))):
             yield self.read(index, methodcaller("trajectory", row))
 
-    def fetch_ahead(self, indices: Iterable[int]) -> None:
-        """Fetch shards of a URL into the cache, in the background."""
+    def fetch_ahead(self, indices: Sequence[int]) -> None:
+        """Fetch shards of a URL into the cache, in the background, behind those asked for before."""
+        deque(self._ahead.results(leave=len(indices)), maxlen=0)
         for index in indices:
             self._ahead.submit(self._fetch_quietly, index)
 
@@ -106,9 +102,5 @@ class Source:
 
 
 def read_shard(source: str | Path, index: int, card: Card) -> Iterator[Trajectories]:
-    """All samples of shard ``index`` of the set at ``source``, each a batch of one.
-
-    Raises:
-        TrajectoryError: if the shard or a sample is missing or damaged.
-    """
+    """All samples of shard ``index`` of the set at ``source``, as :meth:`Source.trajectories` gives them."""
     yield from Source(source, card).trajectories(index)

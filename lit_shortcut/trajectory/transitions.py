@@ -31,14 +31,7 @@ class EncodedTransition(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        encoding: str,
-        features: Parts,
-        tokens: Tensor,
-        committed_at: Tensor,
-        step: Tensor,
-        text: Text | None = None,
-        replaced: Tensor | None = None,
+        cls, encoding: str, features: Parts, tokens: Tensor, committed_at: Tensor, step: Tensor, text: Text | None
     ) -> EncodedTransition:
         """The windows from ``step`` (B,) on, out of trajectories ``tokens``, ``committed_at`` (B, L)."""
         window = next(iter(features.values())).shape[1] - 1
@@ -51,21 +44,14 @@ class EncodedTransition(NamedTuple):
         positions[is_real] = is_now.nonzero()[:, -1]
         codes = tokens.long()[:, None].expand(-1, window, -1).gather(2, positions).where(is_real, 0)
         control = Control(codes, positions, None if bool(is_real.all()) else is_real)
-        replaced = torch.zeros(len(step), dtype=torch.bool) if replaced is None else replaced
-        return cls(encoding, features, control, is_masked.float().mean(-1), is_masked, step, text, replaced)
+        none = torch.zeros(len(step), dtype=torch.bool)
+        return cls(encoding, features, control, is_masked.float().mean(-1), is_masked, step, text, none)
 
     def decode(self) -> Transition:
         """The batch with its features as numbers, on the device it lies on."""
         features = ENCODINGS[self.encoding].decode(self.features)
-        return Transition(
-            features=features[:, 0],
-            control=self.control,
-            masked_share=self.masked_share,
-            targets=features[:, 1:],
-            is_masked=self.is_masked,
-            step=self.step,
-            text=self.text,
-        )
+        before, targets = features[:, 0], features[:, 1:]
+        return Transition(before, self.control, self.masked_share, targets, self.is_masked, self.step, self.text)
 
 
 def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], window: int = 1) -> Transition:

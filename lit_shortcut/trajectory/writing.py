@@ -56,13 +56,10 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
         made.write(path)  # before the shard, whose presence says that both are there
 
 
-def require_values(tokens: Tensor, committed_at: Tensor, rows: list[int], lengths: list[int], card: Card) -> None:
-    """Raise a :class:`ValueError` unless the grids, and ``rows`` and text ``lengths`` of each branch, fit ``card``."""
-    for name, grid, end in (
-        ("tokens", tokens, card.spec["codebook_size"]),
-        ("committed_at", committed_at, card.num_steps),
-    ):
-        low, high = (int(bound) for bound in torch.aminmax(grid))
+def require_values(grids: dict[str, Tensor], rows: list[int], lengths: list[int], card: Card) -> None:
+    """Raise a :class:`ValueError` unless ``grids``, and ``rows`` and text ``lengths`` of each branch, fit ``card``."""
+    for name, end in (("tokens", card.spec["codebook_size"]), ("committed_at", card.num_steps)):
+        low, high = (int(bound) for bound in torch.aminmax(grids[name]))
         if low < 0 or high >= end:
             raise ValueError(f"{name}: expected values in 0..{end - 1}, found {low}..{high}")
     frames = {own - length for own, length in zip(rows, lengths, strict=True)}
@@ -79,28 +76,27 @@ def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple
         raise ValueError(f"expected text_rows: {card.text_rows}, prompts: {bool(card.prompts)}, as the card says")
     if features.shape[1::2] != (card.num_steps, card.spec["width"]):
         raise ValueError(f"features: expected {card.num_steps} steps of {card.spec['width']}, found {features.shape}")
-    tokens, committed_at = trajectories.tokens[row].to("cpu", torch.int32), trajectories.committed_at[row].cpu().short()
-    others = {"tokens.npy": tokens, "committed_at.npy": committed_at}
+    others = {"tokens": trajectories.tokens[row].int(), "committed_at": trajectories.committed_at[row].short()}
     lengths = torch.zeros(len(features), dtype=torch.int32)
     rows = lengths + features.shape[2]
     if text is not None:
-        lengths = text.lengths[row].to("cpu", torch.int32)
+        lengths = text.lengths[row].int().cpu()
         rows += lengths - text.control.shape[-2]
-        control = text.control[row, 0, : int(text.num_control[row, 0])].cpu().float()
-        require_finite("prefix.control", control)
-        others |= {"prefix.lengths.npy": lengths, "prefix.control.npy": control}
-    require_values(tokens, committed_at, rows.tolist(), lengths.tolist(), card)
+        others["prefix.lengths"] = lengths
+        others["prefix.control"] = text.control[row, 0, : int(text.num_control[row, 0])].float()
+        require_finite("prefix.control", others["prefix.control"])
+    require_values(others, rows.tolist(), lengths.tolist(), card)
     for branch, own in enumerate(rows.tolist()):
-        steps, first = features[branch, :, :own], 0
-        for block in steps.split(max(1, _AT_ONCE // max(1, steps[0].numel() * steps.dtype.itemsize))):
-            parts = {part: values.cpu() for part, values in card.encoder.encode(block).items()}
+        steps = features[branch, :, :own]
+        at_once = max(1, _AT_ONCE // max(1, steps[0].nbytes))
+        for first in range(0, card.num_steps, at_once):
+            parts = {part: all_.cpu() for part, all_ in card.encoder.encode(steps[first : first + at_once]).items()}
             card.encoder.check(parts)
-            for step in range(len(block)):
-                for part, values in parts.items():
-                    yield step_ending(branch, first + step, part), *_npy(values[step])
-            first += len(block)
-    for ending, tensor in others.items():
-        yield ending, *_npy(tensor)
+            for step, values in enumerate(zip(*parts.values(), strict=True), start=first):
+                for part, value in zip(parts, values, strict=True):
+                    yield step_ending(branch, step, part), *_npy(value)
+    for name, tensor in others.items():
+        yield f"{name}.npy", *_npy(tensor.cpu())
     names = zip(("id", "seed", "label"), trajectories.conditions[:3], strict=True)
     facts = {name: int(column[row]) for name, column in names} | ({"prompt": prompts[row]} if prompts else {})
     yield "json", b"", json.dumps(facts).encode()
