@@ -170,6 +170,8 @@ class TrajectoryWriter(BasePredictionWriter):
             raise TrajectoryError(
                 f"{self.folder}: another predict is recording into it; wait for its end or take another folder"
             ) from error
+        except OSError as error:
+            _log.warning("%s: cannot be locked (%s); start no second predict into it", self.folder, error)
 
     def _is_replaced(self) -> bool:
         """Whether what lies in the folder is to be deleted first."""

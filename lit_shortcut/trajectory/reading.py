@@ -93,13 +93,9 @@ class Shard:
             of_all = head.control.new_zeros(card.branches, int(head.lengths.max()), head.control.shape[1])
             of_all[0, : len(head.control)] = head.control
             text = Text(head.lengths[None], of_all[None], num_control[None])
-        return Trajectories(
-            Conditions(ids, seeds, labels, (facts["prompt"],) if card.prompts else ()),
-            card.encoder.decode(parts)[None],
-            head.tokens.long()[None],
-            head.committed_at.long()[None],
-            text,
-        )
+        conditions = Conditions(ids, seeds, labels, (facts["prompt"],) if card.prompts else ())
+        tokens, committed_at = head.tokens.long()[None], head.committed_at.long()[None]
+        return Trajectories(conditions, card.encoder.decode(parts)[None], tokens, committed_at, text)
 
     def _head(self, row: int) -> Head:
         card = self._card
@@ -111,12 +107,11 @@ class Shard:
         if card.text_rows:
             self._fill(row, "prefix.lengths.npy", lengths)
             control = self._load(row, "prefix.control.npy").view(torch.float32).view(-1, width)
-            if len(control) not in (0, lengths[0]):
+            if len(control) != lengths[0]:
                 raise ValueError(f"prefix.control.npy: expected {int(lengths[0])} rows, found {len(control)}")
         part, (dtype, shape) = next(iter(card.encoder.members(1, width).items()))
         row_bytes = torch.empty(shape, dtype=dtype).nbytes
-        sizes = [self._size(row, step_ending(branch, 0, part)) for branch in range(card.branches)]
-        rows = [size // row_bytes for size in sizes]
+        rows = [self._size(row, step_ending(branch, 0, part)) // row_bytes for branch in range(card.branches)]
         require_values(grids, rows, lengths.tolist(), card)
         return Head(**grids, rows=rows, lengths=lengths.long(), control=control)
 

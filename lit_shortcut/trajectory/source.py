@@ -19,23 +19,21 @@ from lit_shortcut.trajectory.card import Card, TrajectoryError, locate, shard_na
 from lit_shortcut.trajectory.reading import Shard
 
 _CACHE = Path("~/.cache/lit-shortcut")
-_OPEN = 64  # shards whose files and sample heads are kept; some MB
 Result = TypeVar("Result")
 
 
 class Source:
-    """Shards of the set of ``card`` at ``source``, a folder or a URL prefix that fsspec opens.
+    """Shards of the set of ``card`` at ``source``, a folder or a URL prefix that fsspec opens; ``kept`` stay open.
 
-    At most ``kept`` shards of a URL lie in a folder below ``cache``, which all processes of the machine share; the
-    longest unused is deleted for the next.
+    As many of a URL lie in a folder below ``cache``, which all processes of the machine share; the longest unused is
+    deleted for the next.
     """
 
     def __init__(self, source: str | Path, card: Card, *, kept: int = 32, cache: Path | None = None) -> None:
         self.source, self.card, self.kept, self.is_remote = source, card, kept, is_remote(source)
         name = sha256(f"{source} {card.digest}".encode()).hexdigest()[:16]
         self.folder = (cache or _CACHE).expanduser() / name if self.is_remote else Path(source)
-        # an open file takes the disk's room, deleted or not
-        self._shard = lru_cache(min(_OPEN, kept) if self.is_remote else _OPEN)(self._opened)
+        self._shard = lru_cache(kept)(self._opened)  # open files, indices and sample heads, some MB
         self._again: set[int] = set()
         self._ahead: Background[None] = Background()
 
