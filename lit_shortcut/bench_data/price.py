@@ -19,7 +19,7 @@ from lit_shortcut.bench_data import fashion
 from lit_shortcut.bench_data.table import Table
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.tasks.generation import GenerationTask
+from lit_shortcut.tasks.recording import RecordingTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     Card,
@@ -47,7 +47,7 @@ def measure() -> Table:
     with TemporaryDirectory() as scratch:
         exact = Path(scratch) / "float32"
         trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(exact, "float32")])
-        task = GenerationTask(fashion.base(), decoding=fashion.DECODING)
+        task = RecordingTask(fashion.base(), decoding=fashion.DECODING)
         trainer.predict(task, datamodule=ClassLabels(NUM_IMAGES, SHARD, seed=1), return_predictions=False)
         errors, sizes = {}, {}
         for dtype in ("float32", "bfloat16", "int8"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,16 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.classifier import FashionCNN
-from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
+from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, network_fingerprint, save_tensors
 
 
 class ImageMetric(Protocol):
     """Gathers images batch by batch; ``compute`` is called on all ranks and counts the images of all of them."""
+
+    higher_is_better: bool
+
+    def identity(self) -> dict[str, Any]:
+        """Return JSON values that the measure depends on besides the images: class, weights, reference."""
 
     def update(self, images: Tensor, conditions: Conditions) -> None:
         """Take in uint8 ``images`` (B, 3, H, W), made for ``conditions``."""
@@ -45,6 +50,11 @@ def prompts_of(conditions: Conditions) -> tuple[str, ...]:
     return conditions.prompts
 
 
+def _identity(metric: object) -> dict[str, Any]:
+    networks = {name: part for name, part in vars(metric).items() if isinstance(part, nn.Module)}
+    return {"class": type(metric).__name__} | {name: network_fingerprint(part) for name, part in networks.items()}
+
+
 class FrechetDistance:
     """Fréchet distance between features of generated images and reference statistics (Heusel et al., arXiv 1706.08500).
 
@@ -58,6 +68,8 @@ class FrechetDistance:
     Raises:
         WeightsError: if the file is missing or damaged, or was made with another extractor.
     """
+
+    higher_is_better = False
 
     def __init__(self, extractor: nn.Module, reference: Path) -> None:
         self.extractor = _frozen(extractor)
@@ -74,6 +86,11 @@ class FrechetDistance:
                 f"found {metadata.get('extractor')}; FeatureStatistics makes them"
             )
         self.distance = _DistanceToReference(tensors["mean"], tensors["covariance"], metadata["num_images"])
+        self.reference = fingerprint(tensors)
+
+    def identity(self) -> dict[str, Any]:
+        """Return class, extractor and reference."""
+        return _identity(self) | {"reference": self.reference}
 
     @torch.inference_mode()
     def update(self, images: Tensor, conditions: Conditions) -> None:
@@ -103,8 +120,14 @@ class ImageMean:
         gathered: gathers it; a plain mean by default.
     """
 
+    higher_is_better = True
+
     def __init__(self, gathered: Metric | None = None) -> None:
         self.gathered = MeanMetric() if gathered is None else gathered
+
+    def identity(self) -> dict[str, Any]:
+        """Return class and networks."""
+        return _identity(self)
 
     def compute(self) -> Tensor:
         """The mean."""
