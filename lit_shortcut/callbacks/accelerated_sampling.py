@@ -14,7 +14,7 @@ from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
 from lit_shortcut.evaluation.drawing import draw, require_feasible, strip_of
-from lit_shortcut.evaluation.rows import NamedPlan, Row, build_rows
+from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows
 from lit_shortcut.evaluation.tally import Tally
 from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.loggers import carry_on, log_picture
@@ -58,7 +58,7 @@ class AcceleratedSampling(L.Callback):
         self,
         base: MaskedImageModel,
         decoding: Decoding,
-        rows: list[list[Any]],
+        rows: list[RowEntry],
         conditions: ConditionSource,
         *,
         methods: dict[str, Predictor] | None = None,

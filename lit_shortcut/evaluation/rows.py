@@ -15,8 +15,11 @@ from lit_shortcut.acceleration.plans import Even, EvenTokens, Steps
 from lit_shortcut.contracts import Acceleration
 from lit_shortcut.sampling import Decoding
 
-NamedPlan = Callable[[int], Plan] | Plan
-"""A plan that leaves its budget to the row, or one whose budget is its own."""
+NamedPlan = Plan | Callable[[int], Plan]
+"""A plan whose budget is its own, or one that takes the budget of each row."""
+
+RowEntry = tuple[Any, ...]
+"""A row as YAML spells it. A tuple, since ``rows+:`` in a second YAML would append to inner lists, too."""
 
 VANILLA = "vanilla"
 EVEN = "even"

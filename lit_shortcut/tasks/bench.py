@@ -19,7 +19,7 @@ from lit_shortcut.acceleration.compilation import compile_networks
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import require_feasible
 from lit_shortcut.evaluation.identity import dtype_of
-from lit_shortcut.evaluation.rows import NamedPlan, Row, build_rows, modules_of
+from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, modules_of
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of
 from lit_shortcut.sampling import Decoding, sample
@@ -48,7 +48,7 @@ class BenchTask(L.LightningModule):
         self,
         base: MaskedImageModel,
         *,
-        rows: list[list[Any]],
+        rows: list[RowEntry],
         decoding: Decoding | None = None,
         methods: dict[str, Predictor] | None = None,
         plans: dict[str, NamedPlan] | None = None,

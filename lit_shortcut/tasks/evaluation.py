@@ -16,7 +16,7 @@ from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import draw, require_feasible
 from lit_shortcut.evaluation.identity import loop_identities, row_identity
 from lit_shortcut.evaluation.results import Results
-from lit_shortcut.evaluation.rows import NamedPlan, Row, build_rows, modules_of
+from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, modules_of
 from lit_shortcut.evaluation.tally import Tally
 from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.metrics.images import ImageMetric
@@ -59,7 +59,7 @@ class EvaluationTask(L.LightningModule):
         self,
         base: MaskedImageModel,
         *,
-        rows: list[list[Any]],
+        rows: list[RowEntry],
         decoding: Decoding | None = None,
         methods: dict[str, Predictor] | None = None,
         plans: dict[str, NamedPlan] | None = None,
