@@ -91,6 +91,7 @@ class EvaluationTask(L.LightningModule):
         if self.reference.name not in (names := [row.name for row in self.rows]):
             raise ValueError(f"rows must hold {self.reference.name}, which speed-up refers to; got {names}")
         self.stored = Results(results)
+        self.trial_folder: TemporaryDirectory[str] | None = None
 
     @property
     def run_seeds(self) -> list[int]:
@@ -164,6 +165,11 @@ class EvaluationTask(L.LightningModule):
             measured = time_rows(self.base, self.rows, self.decoding, self.timed, self.latency_rounds)
         if self.trainer.is_global_zero:
             self.stored.set_latency(identity, measured)
+
+    def teardown(self, stage: str) -> None:
+        """Delete what a trial run wrote."""
+        if self.trial_folder is not None:
+            self.trial_folder.cleanup()
 
     def _unfinished(self) -> dict[int, list[str]]:
         """Return names of the rows to be drawn, by run seed."""
