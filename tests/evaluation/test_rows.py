@@ -43,7 +43,11 @@ def test_name_says_all_that_the_row_spells(entry: list[Any], name: str) -> None:
 
 def test_row_decodes_as_it_says() -> None:
     vanilla, held, tokens, listed, own = build(
-        [8], [16, 4, "hold"], [16, 4, "hold", "even_tokens"], [16, [0, 3], "hold"], [5, {"guidance": 1, "order": "halton"}]
+        [8],
+        [16, 4, "hold"],
+        [16, 4, "hold", "even_tokens"],
+        [16, [0, 3], "hold"],
+        [5, {"guidance": 1, "order": "halton"}],
     )
     assert isinstance(vanilla.acceleration, Vanilla)
     assert vanilla.decoding == DECODING.at(8)

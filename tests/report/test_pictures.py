@@ -13,7 +13,7 @@ from lit_shortcut.report.grids import grids, read_strips
 from lit_shortcut.report.plot import front, pareto, pixels
 from tests.report.made import HOLD, LATENCIES, ROWS, VANILLA, add, collected, make, row, set_latencies
 
-DOLLARS = "signs \"$5\" and \"$10\" \\frac{1 $x^$"
+DOLLARS = 'signs "$5" and "$10" \\frac{1 $x^$'
 
 
 @pytest.fixture(autouse=True)

@@ -277,7 +277,12 @@ def test_rows_that_cannot_be_run_are_refused_before_any_is(
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"latency_rounds": -1}, {"grid_images": -1}, {"latency_batch_size": 0}, {"latency_rounds": 0, "random_weights": True}],
+    [
+        {"latency_rounds": -1},
+        {"grid_images": -1},
+        {"latency_batch_size": 0},
+        {"latency_rounds": 0, "random_weights": True},
+    ],
     ids=str,
 )
 def test_number_that_is_too_small_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
