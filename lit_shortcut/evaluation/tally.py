@@ -162,8 +162,8 @@ class Tally:
 def _metrics_in(metric: object) -> list[Metric]:
     if isinstance(metric, Metric):
         return [part for part in metric.modules() if isinstance(part, Metric)]
-    return [part for part in vars(metric).values() if isinstance(part, Metric)]
+    return list({id(part): part for part in vars(metric).values() if isinstance(part, Metric)}.values())
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
