@@ -16,7 +16,7 @@ def read_prompts(path: Path) -> list[str]:
     """Prompts in the file ``path``, at least one, none empty.
 
     ``.txt`` has a prompt a line; ``.jsonl`` a JSON value a line, ``.json`` a list of them: strings, or objects with the
-    key ``prompt``.
+    key ``prompt``. Text is UTF-8, with or without a byte order mark; blank lines at the end are left out.
 
     Raises:
         ValueError: if the file is missing, unreadable or of another kind, or a prompt is empty; the message names it.
@@ -24,7 +24,7 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix not in _READERS:
         raise ValueError(f"{path}: expected a file of prompts ending in {', '.join(_READERS)}")
     try:
-        values = _READERS[path.suffix](path.read_text(encoding="utf-8"))
+        values = _READERS[path.suffix](path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable file of prompts ({error})") from error
     if not isinstance(values, list):
@@ -69,14 +69,20 @@ class Prompts(InTurn):
 
 def _lines(text: str) -> list[str]:
     """Not ``splitlines``, which also cuts at separators that a text may hold."""
-    return text.removesuffix("\n").split("\n") if text else []
+    return text.rstrip().split("\n") if text.strip() else []
 
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    ".txt": _lines,
-    ".json": json.loads,
-    ".jsonl": lambda text: [json.loads(line) for line in _lines(text)],
-}
+def _json_lines(text: str) -> list[Any]:
+    values = []
+    for number, line in enumerate(_lines(text), start=1):
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+    return values
+
+
+_READERS: dict[str, Callable[[str], Any]] = {".txt": _lines, ".json": json.loads, ".jsonl": _json_lines}
 
 
 def _prompt(value: Any, where: str) -> str:

@@ -50,6 +50,18 @@ class Conditions(NamedTuple):
         return Conditions(self.ids[:count], self.seeds[:count], self.labels[:count], self.prompts[:count])
 
 
+def require_prompts(conditions: Conditions) -> tuple[str, ...]:
+    """The prompts of ``conditions``; raises ValueError if there is not one for each sample, or one is empty."""
+    if len(conditions.prompts) != len(conditions.ids):
+        raise ValueError(
+            f"expected a prompt for each of {len(conditions.ids)} samples, got {len(conditions.prompts)}; "
+            "datamodules.prompts.Prompts makes such conditions"
+        )
+    if empty := [index for index, prompt in enumerate(conditions.prompts) if not prompt.strip()]:
+        raise ValueError(f"expected a prompt, got an empty one for sample {int(conditions.ids[empty[0]])}")
+    return conditions.prompts
+
+
 class Prefix(NamedTuple):
     """A text prefix as a shortcut network sees it: it offsets all places, and its tokens are extra control tokens.
 
@@ -161,13 +173,15 @@ class State(NamedTuple):
     """What a step of the decoding loop knows before its features are computed.
 
     ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step committed (K = 0 at step 0);
-    ``masked_share`` (B,) is the share of image tokens still masked, r in the paper.
+    ``masked_share`` (B,) is the share of image tokens still masked, r in the paper; ``masked`` (B, M) are their places,
+    in no particular order.
     """
 
     clock: Clock
     tokens: Tensor
     control: Control
     masked_share: Tensor
+    masked: Tensor
 
 
 class Step(NamedTuple):
@@ -233,8 +247,9 @@ class BaseEnds(Protocol):
 class MaskedImageModel(BaseEnds, Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
-    The first L rows of its features are the image tokens, row by row; what follows is the base's own. Where a row
-    stands in the base's sequence is another matter, which ``interface`` answers if it matters.
+    The first rows of its features are the image's, row by row: one for each token, or for a square of them, as
+    ``interface`` says. What follows is the base's own. Where a row stands in the base's sequence is another matter,
+    which ``interface`` answers if it matters.
     """
 
     def identity(self) -> dict[str, Any]:

@@ -105,23 +105,6 @@ def run_random(folder: Path, config: str, *words: str) -> None:
     lightning(folder, "test", "--config", DIMOO / config, *cpu, *small, *words)
 
 
-def test_plan_is_of_the_published_depth_and_runs(tmp_path: Path) -> None:
-    small = [f"--model.published.init_args.{size}" for size in SMALL]
-    small += [f"--model.predictor.init_args.network.init_args.{size}={value}" for size, value in PREDICTOR.items()]
-    run_random(tmp_path, "plan.yaml", *small, "--model.decoding.num_steps=14")
-    plan = json.loads((tmp_path / "runs/dimoo/plan.json").read_text())
-    assert (plan["facts"]["layers"], plan["facts"]["layers_timed"]) == (32, 1)
-    assert plan["facts"]["dtype"] == "bfloat16"
-    assert [(run["method"], run["budget"]) for run in plan["runs"]] == [
-        ("vanilla", 14),
-        ("shortcut", 14),
-        ("shortcut", 11),
-        ("shortcut", 9),
-    ]
-    assert all(run["seconds_an_image"] > 0 for run in plan["runs"])
-    assert plan["runs"][0]["operations_an_image"] == plan["runs"][1]["operations_an_image"]
-
-
 def test_latency_of_random_weights_needs_no_files(tmp_path: Path) -> None:
     rows = yaml.safe_load((DIMOO / "latency.yaml").read_text())["model"]["init_args"]["rows"]
     assert rows == [[64], *([64, budget, "shortcut"] for budget in (14, 11, 9))]

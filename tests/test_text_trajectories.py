@@ -18,7 +18,7 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.contracts import Conditions, Control, Trajectories
 from lit_shortcut.networks.control import embed_control
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
-from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
+from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.tasks.recording import record
 from lit_shortcut.tasks.shortcut import ShortcutTask
@@ -100,7 +100,7 @@ def trained() -> LLaDAShortcutNet:
     return network.eval()
 
 
-def task(network: VelocityNet, dimoo: DiMOO, **arguments: str) -> ShortcutTask:
+def task(network: ShortcutNetwork, dimoo: DiMOO, **arguments: str) -> ShortcutTask:
     made = ShortcutTask(network, **arguments)  # type: ignore[arg-type]
     made.interface = dimoo.interface
     made.register_buffer("channel_scale", torch.ones(16))

@@ -14,8 +14,7 @@ import torch
 
 import lit_shortcut.tasks.recording
 from lit_shortcut.contracts import Conditions, Trajectories
-from lit_shortcut.metrics.images import FashionFeatures
-from lit_shortcut.networks.classifier import FashionCNN
+from lit_shortcut.fashion.classifier import FashionCNN, FashionFeatures
 from lit_shortcut.weights import save_module
 from tests.command_line import TOY, fresh_process, lightning
 from tests.metrics.reference import write_reference
@@ -101,7 +100,7 @@ def metrics(tmp_path: Path) -> str:
     pixels = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     write_reference(tmp_path / "reference.safetensors", FashionFeatures(classifier), [pixels], "random pixels")
     extractor = {
-        "class_path": "lit_shortcut.metrics.images.FashionFeatures.load",
+        "class_path": "lit_shortcut.fashion.classifier.FashionFeatures.load",
         "init_args": {"path": str(tmp_path / "classifier.safetensors")},
     }
     arguments = {"extractor": extractor, "reference": str(tmp_path / "reference.safetensors")}
@@ -109,12 +108,12 @@ def metrics(tmp_path: Path) -> str:
         "class_path": "lit_shortcut.metrics.images.ClassAgreement",
         "init_args": {
             "classifier": {
-                "class_path": "lit_shortcut.networks.classifier.FashionCNN.load",
+                "class_path": "lit_shortcut.fashion.classifier.FashionCNN.load",
                 "init_args": {"path": str(tmp_path / "classifier.safetensors")},
             }
         },
     }
-    metric = {"class_path": "lit_shortcut.metrics.images.FrechetDistance", "init_args": arguments}
+    metric = {"class_path": "lit_shortcut.metrics.distances.FrechetDistance", "init_args": arguments}
     return json.dumps({"fid": metric, "class_agreement": agreement})
 
 

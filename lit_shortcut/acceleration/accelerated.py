@@ -111,7 +111,7 @@ class Accelerated(nn.Module):
             if past is None or is_full is True:
                 latest = base.features(state.tokens, context, state.clock)
                 full.append((state.clock.step, latest))
-                del full[: len(full) - memory]
+                del full[: max(0, len(full) - memory)]
             else:
                 latest = predict(past, state)
                 if isinstance(is_full, Tensor):

@@ -19,7 +19,7 @@ from lit_shortcut.evaluation.tally import Tally
 from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.loggers import carry_on, log_picture
 from lit_shortcut.metrics.images import ImageMetric
-from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.report.grids import grids
 from lit_shortcut.report.plot import pixels
 from lit_shortcut.sampling import Decoding
@@ -83,7 +83,7 @@ class AcceleratedSampling(L.Callback):
         self.grid_images = grid_images
         self.validations = 0
         self.vanilla: tuple[dict[str, float], Tensor] | None = None  # the base is frozen: once suffices
-        self.copy: VelocityNet | None = None
+        self.copy: ShortcutNetwork | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of validations so far."""
@@ -117,13 +117,13 @@ class AcceleratedSampling(L.Callback):
         with trainer.precision_plugin.forward_context():
             self._sample(trainer, pl_module)
 
-    def _rows(self, network: VelocityNet) -> list[Row]:
+    def _rows(self, network: ShortcutNetwork) -> list[Row]:
         """Return vanilla and all other rows."""
         rows = build_rows(self.rows, self.decoding, self.methods | {_TRAINED: Shortcut(network)}, self.plans)
         (vanilla,) = build_rows([[self.decoding.num_steps]], self.decoding)
         return [vanilla, *(row for row in rows if row.name != vanilla.name)]
 
-    def _network(self, task: ShortcutTask) -> VelocityNet:
+    def _network(self, task: ShortcutTask) -> ShortcutNetwork:
         """Return the network in the precision of this base, as it will run; training goes on in its own."""
         dtype = self.base.interface.code_embedding.dtype
         if dtype == next(task.network.parameters()).dtype:

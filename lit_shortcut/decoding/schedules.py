@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Schedule = Literal["root", "linear", "square", "cosine", "arccos", "cosine_left", "arccos_left"]
+Schedule = Literal["root", "linear", "square", "cosine", "arccos", "cosine_left", "cosine_each", "arccos_left"]
 
 
 def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
             return 1 - progress
         case "square":
             return 1 - progress**2
-        case "cosine" | "cosine_left":
+        case "cosine" | "cosine_left" | "cosine_each":
             return (progress * (math.pi / 2)).cos()
         case "arccos" | "arccos_left":
             return progress.arccos() / (math.pi / 2)
@@ -35,32 +35,38 @@ def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
 def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list[int]:
     """Tokens committed at each of ``num_steps`` steps; they sum to ``num_tokens``.
 
-    Each step gets its share of the schedule, rounded, at least 1; the last step takes what remains. The schedules
-    ``cosine_left`` and ``arccos_left`` instead say how many tokens are left masked after each step:
+    Each step gets its share of the schedule, rounded, at least 1; the last step takes what remains. Three schedules
+    instead say how many tokens are left masked after each step:
 
-    - ``cosine_left`` rounds down, commits at least one token a step and keeps the last one for the last step
-      (aMUSEd, arXiv 2401.01808; Lumina-DiMOO, arXiv 2510.06308; MMaDA, arXiv 2505.15809). With more steps than tokens
-      some steps commit none.
+    - ``cosine_left`` rounds down and keeps a token for the last step; a step may commit none (Lumina-DiMOO, arXiv
+      2510.06308).
+    - ``cosine_each`` does the same but commits at least one token a step while more than one is masked (aMUSEd, arXiv
+      2401.01808; Meissonic, MMaDA). Only with more steps than tokens do some steps commit none.
     - ``arccos_left`` rounds up and commits at least one token a step (Halton-MaskGIT, arXiv 2503.17076).
 
     >>> tokens_per_step("arccos", num_steps=8, num_tokens=64)
     [1, 5, 6, 8, 9, 11, 12, 12]
     >>> tokens_per_step("cosine_left", num_steps=4, num_tokens=64)
     [5, 14, 21, 24]
-    >>> tokens_per_step("cosine_left", num_steps=5, num_tokens=3)
+    >>> tokens_per_step("cosine_each", num_steps=5, num_tokens=3)
     [1, 1, 0, 0, 1]
 
     Raises:
         ValueError: if there is no step, there are more steps than tokens, or the rounded counts overspend so that
             nothing remains for the last step.
     """
-    if schedule == "cosine_left" and num_steps >= 1:
-        return _spent(num_tokens, _cosine_left(num_steps, num_tokens))
+    if schedule == "cosine_each" and num_steps >= 1:
+        masked, left = num_tokens, []
+        for wanted in _cosine_left(num_steps, num_tokens):
+            masked = max(1, min(masked - 1, wanted))
+            left.append(masked)
+        return _spent(num_tokens, left)
     if not 1 <= num_steps <= num_tokens:
         raise ValueError(f"num_steps must lie in 1..{num_tokens}, at least one token a step; got {num_steps}")
+    if schedule == "cosine_left":
+        return _spent(num_tokens, [max(1, left) for left in _cosine_left(num_steps, num_tokens)])
     if schedule == "arccos_left":
-        shares = (math.acos(step / num_steps) / (math.pi / 2) for step in range(1, num_steps))
-        return _spent(num_tokens, [min(num_tokens - k, math.ceil(num_tokens * s)) for k, s in enumerate(shares, 1)])
+        return _spent(num_tokens, _arccos_left(num_steps, num_tokens))
     if num_steps == 1:  # the schedule starts at 0, so there are no shares to divide by
         return [num_tokens]
     weights = share_masked(schedule, torch.linspace(1, 0, num_steps, dtype=torch.float32))
@@ -75,14 +81,19 @@ def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list
 
 
 def _cosine_left(num_steps: int, num_tokens: int) -> list[int]:
-    # float32, in which published counts were computed: it differs from float64 where the cosine is exact
-    progress = torch.arange(1, num_steps, dtype=torch.float32) / num_steps
-    left = (num_tokens * share_masked("cosine_left", progress)).floor().long().tolist()
-    masked, clamped = num_tokens, []
-    for wanted in left:
-        masked = max(1, min(masked - 1, wanted))
-        clamped.append(masked)
-    return clamped
+    """Tokens left after each step but the last, rounded down."""
+    left: list[int] = (num_tokens * share_masked("cosine_left", _progress(num_steps))).floor().long().tolist()
+    return left
+
+
+def _arccos_left(num_steps: int, num_tokens: int) -> list[int]:
+    known = ((1 - share_masked("arccos_left", _progress(num_steps))) * num_tokens).floor().long().tolist()
+    return [num_tokens - max(step, wanted) for step, wanted in enumerate(known, start=1)]
+
+
+def _progress(num_steps: int) -> Tensor:
+    """Progress after each step but the last, in float32, in which published counts were computed."""
+    return torch.arange(1, num_steps, dtype=torch.float32) / num_steps
 
 
 def _spent(num_tokens: int, left: list[int]) -> list[int]:

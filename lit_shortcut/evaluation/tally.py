@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.evaluation.drawing import Drawn
 from lit_shortcut.evaluation.identity import differences
-from lit_shortcut.metrics.images import ImageMetric
+from lit_shortcut.metrics.images import ImageMetric, collection
 from lit_shortcut.weights import WeightsError, load_tensors, save_tensors
 
 _UPDATES = "updates"
@@ -71,21 +71,21 @@ class Tally:
         path: Path | None = None,
         key: dict[str, Any] | None = None,
     ) -> None:
-        self.metrics, self.full_steps, self.path, self.key = deepcopy(dict(metrics)), FullSteps(num_steps), path, key
+        self.metrics = collection(deepcopy(dict(metrics))).to(device)
+        self.full_steps, self.path, self.key = FullSteps(num_steps).to(device), path, key
         self.parts: dict[str, Metric] = {"full_steps": self.full_steps}
-        for name, metric in self.metrics.items():
-            self.parts |= {f"{name}/{index}": part for index, part in enumerate(_metrics_in(metric))}
-            metric.to(device)
-        self.full_steps.to(device)
-        self.batches = 0
+        for first, *_ in self.metrics.compute_groups.values():  # the others share its states
+            part = getattr(self.metrics, first)  # indexing would give each a copy
+            assert isinstance(part, Metric)
+            self.parts[f"metrics/{first}"] = part
+        self.names, self.batches = list(metrics), 0
         if path is not None and path.exists():
             self._resume(path)
 
     def add(self, drawn: Drawn, conditions: Conditions) -> None:
         """Take in one batch, and keep it."""
         known = {name: len(elements) for name, elements in self._lists().items()}
-        for metric in self.metrics.values():
-            metric.update(drawn.images, conditions)
+        self.metrics.update(drawn.images, conditions)
         self.full_steps.update(drawn.full_steps)
         gained = {
             f"{name}/{index}": element
@@ -100,7 +100,8 @@ class Tally:
 
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:
         """Return the values of the metrics and the base passes over all ranks, which must call it in one order."""
-        return {name: float(metric.compute()) for name, metric in self.metrics.items()}, self.full_steps.compute()
+        values = {name: float(value) for name, value in self.metrics.compute().items()}
+        return {name: values[name] for name in self.names}, self.full_steps.compute()
 
     def drop(self) -> None:
         """Delete the files."""
@@ -157,12 +158,6 @@ class Tally:
     @staticmethod
     def _batch_path(path: Path, index: int) -> Path:
         return path.with_suffix(f".batch{index:06d}.safetensors")
-
-
-def _metrics_in(metric: object) -> list[Metric]:
-    if isinstance(metric, Metric):
-        return [part for part in metric.modules() if isinstance(part, Metric)]
-    return list({id(part): part for part in vars(metric).values() if isinstance(part, Metric)}.values())
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_shortcut.contracts import Acceleration, Clock, Conditions, Context, FeatureFn, MaskedImageModel, State
 from lit_shortcut.metrics.latency import synchronize
@@ -24,7 +23,7 @@ class Laps:
 
     Args:
         device: that the parts run on.
-        clock: seconds that pass, or another count that grows, as of operations.
+        clock: seconds that pass.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -97,12 +96,11 @@ class TimedAcceleration:
     Args:
         acceleration: is what runs.
         laps: where time is booked.
-        name: of the part; None takes the name of its method.
     """
 
-    def __init__(self, acceleration: Acceleration, laps: Laps, name: str | None = None) -> None:
+    def __init__(self, acceleration: Acceleration, laps: Laps) -> None:
         self.acceleration, self.laps = acceleration, laps
-        self.name = str(acceleration.identity()["method"]) if name is None else name
+        self.name = str(acceleration.identity()["method"])
 
     def identity(self) -> dict[str, Any]:
         """The acceleration's own."""
@@ -121,28 +119,6 @@ class TimedAcceleration:
             return features, is_full
 
         return timed
-
-
-@contextmanager
-def timed_layers(layers: Iterable[nn.Module], laps: Laps) -> Iterator[None]:
-    """Within, each of a base's ``layers`` books its passes under ``layer``, and what came before under ``base``."""
-
-    def before(*_: object) -> None:
-        laps.end("base")
-
-    def after(*_: object) -> None:
-        laps.end("layer", calls=1)
-
-    handles = [
-        handle
-        for layer in layers
-        for handle in (layer.register_forward_pre_hook(before), layer.register_forward_hook(after))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Part(NamedTuple):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lit_shortcut.contracts import Control, Prefix
 from lit_shortcut.interface import Places, TokenInterface
-from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.networks.rows import ALL_ROWS, Rows, RowsAt, RowsWhere
+from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.weights import WeightsError
 
 
@@ -21,11 +22,49 @@ class EmbeddedControl(NamedTuple):
     places: Places
 
 
-def embed_control(interface: TokenInterface, control: Control, prefix: Prefix | None, num_rows: int) -> EmbeddedControl:
+def advance(
+    network: ShortcutNetwork,
+    interface: TokenInterface,
+    features: Tensor,
+    control: Control,
+    masked_share: Tensor,
+    prefix: Prefix | None = None,
+    *,
+    masked: Tensor | None = None,
+    gap: Tensor | None = None,
+) -> Tensor:
+    """Predict features (B, S, C) by ``network`` from those before; training and sampling both go through here.
+
+    Args:
+        network: the shortcut.
+        interface: of the base.
+        features: (B, S, C), in the network's dtype.
+        control: (B, K), tokens committed since.
+        masked_share: (B,) r, before the step that is predicted.
+        prefix: of the samples, (B, …).
+        masked: places still masked, for a network that predicts those: (B, M), or a mask (B, L) where samples differ in
+            number.
+        gap: (B,) steps between ``features`` and the prediction, for an anchored network.
+    """
+    options = network.options
+    embedded = embed_control(interface, control, prefix, features.shape[-2], options.uses_prefix)
+    rows = ALL_ROWS
+    if options.rows == "masked":
+        assert masked is not None
+        rows = _rows(interface, masked)
+    tokens = embedded.tokens.to(features)
+    predicted: Tensor = network(features, tokens, masked_share, embedded.is_real, embedded.places, rows, gap)
+    return predicted
+
+
+def embed_control(
+    interface: TokenInterface, control: Control, prefix: Prefix | None, num_rows: int, uses_prefix: bool = True
+) -> EmbeddedControl:
     """Embed ``control`` (B, K), behind the tokens of ``prefix`` if there is one, for features of ``num_rows`` (S).
 
-    Where nothing is padded no masks are made, since attention is faster without. A batch of one has no padding; of
-    others it is known where ``prefix`` tells its lengths on the CPU.
+    With ``uses_prefix`` false a prefix only says where rows stand. Where nothing is padded no masks are made, since
+    attention is faster without. A batch of one has no padding; of others it is known where ``prefix`` has its lengths
+    on the CPU.
     """
     committed = interface.embed(control.tokens, control.positions)
     if prefix is None:
@@ -33,6 +72,8 @@ def embed_control(interface: TokenInterface, control: Control, prefix: Prefix | 
     device = committed.device
     rows, row_is_real = interface.row_places(prefix.lengths, num_rows)
     assert interface.row_offsets is not None  # else it has no places
+    if not uses_prefix:
+        prefix = prefix._replace(control=prefix.control[:, :0], num_control=torch.zeros_like(prefix.num_control))
     num_prefix_rows, num_prefix = num_rows - len(interface.row_offsets), prefix.control.shape[1]
     prefix_places = torch.arange(num_prefix, device=device).expand(len(rows), -1)
     is_real = control.is_real
@@ -51,7 +92,17 @@ def embed_control(interface: TokenInterface, control: Control, prefix: Prefix | 
     )
 
 
-def require_kind(network: VelocityNet, interface: TokenInterface, whose: str) -> None:
+def _rows(interface: TokenInterface, masked: Tensor) -> Rows:
+    """Rows that belong to ``masked`` tokens, (B, M) or a mask (B, L)."""
+    if masked.dtype != torch.bool:
+        if interface.num_rows == interface.num_tokens:
+            return RowsAt(masked)
+        is_masked = torch.zeros(len(masked), interface.num_tokens, dtype=torch.bool, device=masked.device)
+        masked = is_masked.scatter(1, masked, True)
+    return RowsWhere(interface.masked_rows(masked))
+
+
+def require_kind(network: ShortcutNetwork, interface: TokenInterface, whose: str) -> None:
     """Refuse a ``network`` made for another kind of base than the one whose ``interface`` this is.
 
     Raises:

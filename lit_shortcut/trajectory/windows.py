@@ -69,6 +69,17 @@ class Order:
         shard, row = divmod(number, self.rows)
         return Window(shards[shard], row, branch, start)
 
+    def steps_before(self, epoch: int, positions: range) -> list[int]:
+        """``start`` of the windows at ``positions`` in ``epoch``."""
+        found: list[int] = []
+        size = self.group * self._per_shard
+        for group in range(self.group_at(positions[0]), self.group_at(positions[-1]) + 1):
+            count = len(self.shards(epoch, group)) * self._per_shard
+            own = slice(max(0, positions.start - group * size), positions.stop - group * size)
+            shuffled = _permutation(count, self.seed, epoch, group)
+            found += (shuffled[own] % self.starts).tolist()
+        return found
+
     @property
     def _per_shard(self) -> int:
         return self.rows * self.branches * self.starts

@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchmetrics import CatMetric, MeanMetric
 
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.evaluation.drawing import Drawn
 from lit_shortcut.evaluation.tally import FullSteps, Tally
-from lit_shortcut.metrics.images import ImageMean
+from lit_shortcut.metrics.images import ImageMetric
 from tests.metrics.asked import asked
 from tests.metrics.brightness import Brightness
 
@@ -19,21 +18,29 @@ KEY = {"seed": 0, "base": {"template": "{}"}}
 CPU = torch.device("cpu")
 
 
-class Median(ImageMean):
+class Median(ImageMetric):
     """A metric whose state is a list: it needs all images at once."""
 
-    def __init__(self) -> None:
-        super().__init__(CatMetric())
+    higher_is_better = True
+    means: list[Tensor]
+
+    def __init__(self, power: int = 1) -> None:
+        super().__init__()
+        self.power = power
+        self.add_state("means", [], dist_reduce_fx="cat")
 
     def update(self, images: Tensor, conditions: Conditions) -> None:
-        self.gathered.update(images.float().flatten(1).mean(1))
+        self.means.append(images.float().flatten(1).mean(1))
 
     def compute(self) -> Tensor:
-        return self.gathered.compute().median()
+        return torch.cat(self.means).median() ** self.power
+
+    def gathers(self) -> object:
+        return "means"
 
 
 def tally(path: Path | None, **changes: Any) -> Tally:
-    return Tally({"brightness": Brightness(), "median": Median()}, 6, CPU, path, KEY | changes)
+    return Tally({"median": Median(), "brightness": Brightness(), "squared": Median(2)}, 6, CPU, path, KEY | changes)
 
 
 def batch(index: int) -> tuple[Drawn, Conditions]:
@@ -102,9 +109,7 @@ def test_rows_share_no_state() -> None:
     one, two = (Tally(metrics, 6, CPU) for _ in range(2))
     one.add(*batch(0))
     two.add(*batch(1))
-    alone = MeanMetric()
-    alone.update(batch(1)[0].images.float())
-    assert two.compute()[0]["brightness"] == pytest.approx(float(alone.compute()))
+    assert two.compute()[0]["brightness"] == pytest.approx(float(batch(1)[0].images.float().mean()))
 
 
 def test_passes_are_summed_up_by_mean_and_range() -> None:

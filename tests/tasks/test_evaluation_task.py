@@ -17,8 +17,8 @@ from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import Drawn, draw
 from lit_shortcut.evaluation.rows import Row, build_rows
+from lit_shortcut.fashion.classifier import FashionCNN
 from lit_shortcut.metrics.images import ClassAgreement
-from lit_shortcut.networks.classifier import FashionCNN
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.evaluation import EvaluationTask
@@ -139,7 +139,7 @@ def test_other_weights_under_one_metrics_name_measure_again_and_the_log_says_whi
     measure(tmp_path / "fresh", metrics={"agreement": classifier(1)})
     assert stored(tmp_path) == stored(tmp_path / "fresh")
     assert len(said) == len(NAMES)
-    assert all("metrics.agreement.classifier was" in line for line in said)
+    assert all("metrics.agreement.classifier.weights was" in line for line in said)
 
 
 def test_batch_size_changes_nothing_that_is_stored(tmp_path: Path) -> None:

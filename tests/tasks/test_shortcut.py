@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.contracts import Trajectories, Transition
+from lit_shortcut.losses import HeadKL, MaskedMSE
 from lit_shortcut.metrics.functional import head_kl, masked_mse
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
@@ -61,8 +63,15 @@ class Task(ShortcutTask):
         super().__init__(made, **arguments)
         self.data = TrajectoryDataModule(str(folder))
         self.logged: dict[str, Tensor] = {}
-        strategy = SingleDeviceStrategy("cpu")
-        self.stand_in = SimpleNamespace(datamodule=self.data, current_epoch=0, global_step=7, strategy=strategy)
+        self.stand_in = SimpleNamespace(
+            datamodule=self.data,
+            current_epoch=0,
+            global_step=7,
+            log_every_n_steps=4,
+            world_size=1,
+            precision="32-true",
+            strategy=SingleDeviceStrategy("cpu"),
+        )
         self.trainer = self.stand_in  # type: ignore[assignment]
         self.setup("fit")
 
@@ -101,7 +110,7 @@ def test_untrained_network_has_the_loss_of_hold_and_no_gain(folder: Path) -> Non
     ]
     assert loss.item() == pytest.approx(torch.cat(errors).mean().item(), rel=1e-5)
     assert task.logged["train/gain"] == 0
-    assert task.logged["train/mse"] == task.logged["train/loss"] == loss
+    assert task.logged["train/mse"] == task.logged["train/loss"] == loss.detach()
 
 
 def test_training_logs_the_cosine_over_masked_places_and_its_gain_over_hold(folder: Path) -> None:
@@ -144,7 +153,7 @@ def test_padding_of_the_control_does_not_change_the_loss(folder: Path) -> None:
 def test_kl_is_added_by_its_weight(folder: Path, temperature: float) -> None:
     batch = batch_of(folder)
     plain = Task(folder, network(1)).training_step(batch, 0)
-    task = Task(folder, network(1), kl_weight=0.7, kl_temperature=temperature)
+    task = Task(folder, network(1), losses={"mse": MaskedMSE(), "kl": HeadKL(0.7, temperature)})
     loss = task.training_step(batch, 0)
     prediction = task(
         batch.features, type(batch.control)(*(part[:, 0] for part in batch.control)), batch.masked_share[:, 0]
@@ -153,12 +162,12 @@ def test_kl_is_added_by_its_weight(folder: Path, temperature: float) -> None:
     kl = head_kl(ends.logits(batch.targets[:, 0]), ends.logits(prediction), temperature)[batch.is_masked[:, 0]].mean()
     assert kl > 0.01
     torch.testing.assert_close(loss, plain + 0.7 * kl)
-    torch.testing.assert_close(task.logged["train/head_kl"], kl)
+    torch.testing.assert_close(task.logged["train/kl"], kl.detach())
 
 
 def test_standardised_loss_divides_each_channel_by_the_scale_of_its_velocity(folder: Path) -> None:
     batch = batch_of(folder)
-    task = Task(folder, network(), standardised=True)
+    task = Task(folder, network(), losses={"mse": MaskedMSE(standardised=True)})
     scale = task.data.velocity_scale()
     assert scale.std() > 0
     expected = masked_mse(batch.features / scale, batch.targets[:, 0] / scale, batch.is_masked[:, 0])
@@ -168,7 +177,9 @@ def test_standardised_loss_divides_each_channel_by_the_scale_of_its_velocity(fol
 def test_all_rows_count_when_asked_for(folder: Path) -> None:
     batch = batch_of(folder)
     expected = (batch.features - batch.targets[:, 0]).square().mean()
-    torch.testing.assert_close(Task(folder, network(), rows="all").training_step(batch, 0), expected)
+    torch.testing.assert_close(
+        Task(folder, network(), losses={"mse": MaskedMSE(rows="all")}).training_step(batch, 0), expected
+    )
     assert not torch.isclose(Task(folder, network()).training_step(batch, 0), expected)
 
 
@@ -203,7 +214,7 @@ def test_depth_is_drawn_within_the_window_and_the_gradient_runs_through_its_last
 def test_loss_that_is_not_finite_is_refused_with_step_and_batch(folder: Path) -> None:
     made = network()
     torch.nn.init.constant_(made.widen.bias, float("nan"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"training loss is nan at optimiser step 7, in a batch of steps \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match="training loss is nan at optimiser step 7"):
         Task(folder, made).training_step(batch_of(folder), 0)
 
 
@@ -298,19 +309,22 @@ def test_untrained_network_gains_exactly_nothing_at_any_depth(folder: Path) -> N
     assert logged["val/token_agreement"] == logged["val/token_agreement_hold"] < 1
 
 
-def test_perfect_predictions_reach_the_upper_end_of_every_measure(folder: Path) -> None:
+def test_perfect_predictions_reach_the_upper_end_of_every_measure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, shown = network(), deque[Tensor]()
+
     class Oracle(ShortcutTask):
-        """Answers with the recorded features of the next step."""
+        """Shows the network the recorded features of the steps to come, for each depth in turn."""
 
         def validation_step(self, batch: Trajectories, batch_idx: int) -> None:
-            self.recorded, self.asked = batch.features.flatten(0, 1), 0
+            for step in range(1, batch.features.shape[2]):
+                shown.extend([batch.features[:, :, step].transpose(0, 1).flatten(0, 1)] * step)
             super().validation_step(batch, batch_idx)
 
-        def forward(self, features: Tensor, *_: Any) -> Tensor:
-            self.asked += 1
-            return self.recorded[:, self.asked].repeat(len(features) // len(self.recorded), 1, 1)
-
-    logged = validate(folder, Oracle(network()))
+    monkeypatch.setattr(made, "forward", lambda *_: shown.popleft())
+    logged = validate(folder, Oracle(made))
+    assert not shown
     assert logged["val/mse"] == logged["val/rollout_mse_3"] == logged["val/head_kl"] == 0
     for name in ("val/gain", "val/rollout_gain_2", "val/rollout_gain_3", "val/head_kl_gain", "val/token_agreement"):
         assert logged[name] == 1
@@ -318,7 +332,7 @@ def test_perfect_predictions_reach_the_upper_end_of_every_measure(folder: Path) 
     assert logged["val/cosine_centred"] == pytest.approx(1)
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric MeanMetric")  # of the rank that has nothing
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric PlaceMean")  # of the rank that has nothing
 def test_ranks_share_validation_even_when_one_has_nothing(tmp_path: Path) -> None:
     write_set(tmp_path, num_samples=10)  # the last shard holds one trajectory
     alone = validate(tmp_path, ShortcutTask(network(1)), validation_shards=1)
