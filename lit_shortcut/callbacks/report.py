@@ -17,14 +17,15 @@ from lit_shortcut.report.grids import grids, read_strips
 from lit_shortcut.report.plot import pareto, pixels, series_name
 from lit_shortcut.report.table import collect, current_latencies
 from lit_shortcut.tasks.evaluation import EvaluationTask
+from lit_shortcut.trials import is_trial
 
 
 class Report(L.Callback):
     """Table (``report.md``, ``report.json``), Pareto plot (``pareto.png``) and grids (``grids.png``) of finished rows.
 
     They are written to the task's results folder, the table is printed, and all go to the loggers. Of random weights
-    there is the table only, with latencies only, and it says so. A picture or a logger that fails is logged as an error
-    and leaves the rest as it is.
+    there is the table only, with latencies only, and it says so. A trial run prints the table and writes nothing. A
+    picture or a logger that fails is logged as an error and leaves the rest as it is.
 
     Args:
         quality: the metric on the plot's vertical axis; with random weights there is none.
@@ -72,6 +73,9 @@ class Report(L.Callback):
             latency=results.latency() if latencies else None,
             identities=task.identities,
         )
+        if is_trial(trainer, "test"):
+            rank_zero_info(f"\n{text}\na trial run: nothing is written or logged")
+            return
         folder = results.folder
         (folder / "report.md").write_text(text)
         (folder / "report.json").write_text(figures)

@@ -23,7 +23,8 @@ from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, m
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of
 from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.weights import require_writable
+from lit_shortcut.trials import is_trial
+from lit_shortcut.weights import replacing, require_writable
 
 
 class BenchTask(L.LightningModule):
@@ -89,13 +90,16 @@ class BenchTask(L.LightningModule):
         measured = {
             row.name: parts_of(list(laps)) for row, laps in zip(self.rows, zip(*rounds, strict=True), strict=True)
         }
-        facts = self.facts(batch)
-        if self.trainer.is_global_zero:
+        facts, where = self.facts(batch), f"written to {self.path}"
+        if is_trial(self.trainer, "test"):
+            where = "a trial run: nothing is written"
+        elif self.trainer.is_global_zero:
             rows = {name: [part._asdict() for part in parts] for name, parts in measured.items()}
-            self.path.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+            with replacing(self.path) as aside:
+                aside.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
         said = ", ".join(f"{name} {value}" for name, value in facts.items())
         tables = "\n\n".join(f"{name}\n{_table(parts)}" for name, parts in measured.items())
-        rank_zero_info(f"\n{tables}\n\n{said}\nwritten to {self.path}")
+        rank_zero_info(f"\n{tables}\n\n{said}\n{where}")
 
     def facts(self, batch: Conditions) -> dict[str, Any]:
         """What the figures depend on, and the peak of memory."""

@@ -156,3 +156,17 @@ def test_loggers_get_table_and_pictures(tmp_path: Path) -> None:
     measure(tmp_path / "results", logger=CSVLogger(tmp_path, name="logs"))
     found = {path.name for path in (tmp_path / "logs" / "version_0").iterdir()}
     assert {"report_table.csv", "report_grids_step0.png", "report_pareto_step0.png"} <= found
+
+
+def test_trial_run_prints_the_table_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_shortcut.callbacks.report.rank_zero_info", said.append)
+    task = EvaluationTask(
+        ToyBase(), decoding=Decoding(num_steps=5), rows=[(5,)], metrics={"count": Count()}, results=tmp_path
+    )
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, fast_dev_run=True, callbacks=[Report("count")]
+    )
+    trainer.test(task, datamodule=ClassLabels(6, batch_size=4), verbose=False)
+    assert list(tmp_path.iterdir()) == []
+    assert any("| vanilla" in line and "nothing is written" in line for line in said)

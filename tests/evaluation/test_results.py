@@ -10,14 +10,18 @@ import torchvision
 from datamodules.conditions import ClassLabels
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bases.dimoo.toy import toy_dimoo
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.evaluation.drawing import draw, require_feasible
 from lit_shortcut.evaluation.identity import differences, loop_identities, row_identity
 from lit_shortcut.evaluation.results import Results
 from lit_shortcut.evaluation.rows import Row, build_rows
+from lit_shortcut.fashion.classifier import FashionCNN, FashionFeatures
+from lit_shortcut.metrics.distances import FrechetDistance
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding, generate
 from tests.metrics.brightness import Brightness
+from tests.metrics.reference import write_reference
 
 IDENTITY = {"base": {"fingerprint": "0123"}, "decoding": {"guidance": 2.8}, "conditions": {"num_images": 10}}
 PASSES = {"mean": 6.0, "low": 6, "high": 6}
@@ -100,6 +104,24 @@ def test_identity_holds_what_values_depend_on_and_says_what_differs(changed: Any
     same = identity(row_of(6, 2, "hold"))
     assert identity(row_of(6, 2, "hold")) == same
     assert what in "; ".join(differences(same, changed()))
+
+
+@pytest.mark.parametrize("field", ["template", "negative"])
+def test_prompt_template_is_part_of_the_identity(field: str) -> None:
+    one, other = toy_dimoo(), toy_dimoo()
+    setattr(other, field, "a blurry {}" if field == "template" else "blurry")
+    changes = differences(identity(row_of(6), one), identity(row_of(6), other))
+    assert [change.split(" was ")[0] for change in changes] == [f"base.{field}"]
+
+
+def test_reference_of_a_metric_is_part_of_the_identity(tmp_path: Path) -> None:
+    metrics, extractor = [], FashionFeatures(FashionCNN(width=2))
+    for seed in (0, 1):
+        images = torch.randint(256, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        write_reference(tmp_path / f"{seed}.safetensors", extractor, [images], "noise")
+        metrics.append({"fid": FrechetDistance(extractor, tmp_path / f"{seed}.safetensors")})
+    one, other = (row_identity({}, {}, measured) for measured in metrics)
+    assert [change.split(" was ")[0] for change in differences(one, other)] == ["metrics.fid.reference"]
 
 
 def test_shortcuts_of_one_name_differ_in_identity_when_their_weights_do() -> None:

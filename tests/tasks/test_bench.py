@@ -64,3 +64,10 @@ def test_row_that_cannot_be_run_is_refused_before_any_is(tmp_path: Path) -> None
 def test_rounds_must_be_positive() -> None:
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         BenchTask(ToyBase(), rows=[[3]], rounds=0)
+
+
+def test_trial_run_writes_nothing(tmp_path: Path) -> None:
+    task = BenchTask(ToyBase(), rows=[[3]], path=tmp_path / "bench.json", rounds=1)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, fast_dev_run=True)
+    trainer.test(task, datamodule=ClassLabels(6, batch_size=3), verbose=False)
+    assert list(tmp_path.iterdir()) == []
