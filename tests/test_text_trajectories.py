@@ -27,8 +27,7 @@ from lit_shortcut.networks.control import embed_control
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.tasks.generation import GenerationTask
-from lit_shortcut.tasks.recording import record
+from lit_shortcut.tasks.recording import RecordingTask, record
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     FORMAT_VERSION,
@@ -252,7 +251,7 @@ def test_base_with_prompts_and_no_text_rows_is_recorded_and_trained_from(tmp_pat
     (tmp_path / "prompts.txt").write_text("a cat\ntwo cats\n")
     quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     trainer = L.Trainer(**quiet, callbacks=[TrajectoryWriter(tmp_path / "set")])
-    task = GenerationTask(CrossToyBase(), decoding=Decoding(num_steps=4))
+    task = RecordingTask(CrossToyBase(), decoding=Decoding(num_steps=4))
     trainer.predict(task, datamodule=Prompts(tmp_path / "prompts.txt", num_images=8, batch_size=2))
     made = Card.read(tmp_path / "set")
     assert (bool(made.prompts), made.text_rows) == (True, False)
