@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor
 
 from datamodules.trajectories import TrajectoryDataModule
-from lit_shortcut.acceleration.accelerated import Planned
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.replay import RecordedEnds
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.contracts import Conditions, Control, Trajectories
+from lit_shortcut.losses import MaskedMSE
 from lit_shortcut.networks.control import embed_control
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
-from lit_shortcut.sampling import Decoding, sample
+from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import record
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
@@ -91,19 +95,18 @@ def read_set(folder: Path, card: Card) -> list[Trajectory]:
     return [one for shard in range(card.num_shards) for one in read_shard(folder, shard, card)]
 
 
-def trained() -> LLaDAShortcutNet:
+def trained(**options: Any) -> LLaDAShortcutNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        network = LLaDAShortcutNet(16, num_heads=2, mlp_width=32)
+        network = LLaDAShortcutNet(16, num_heads=2, mlp_width=32, **options)
         assert isinstance(network.widen, torch.nn.Linear)
         torch.nn.init.normal_(network.widen.weight, std=0.3)
     return network.eval()
 
 
-def task(network: ShortcutNetwork, dimoo: DiMOO, **arguments: str) -> ShortcutTask:
-    made = ShortcutTask(network, **arguments)  # type: ignore[arg-type]
-    made.interface = dimoo.interface
-    made.register_buffer("channel_scale", torch.ones(16))
+def task(network: ShortcutNetwork, dimoo: DiMOO, **arguments: Any) -> ShortcutTask:
+    made = ShortcutTask(network, **arguments)
+    made.use(RecordedEnds(dimoo.spec, dimoo.interface, dimoo.fingerprint))
     return made
 
 
@@ -138,42 +141,50 @@ def test_interface_beside_the_shards_knows_the_rows_places(folder: Path, card: C
         assert torch.equal(mine, theirs)
 
 
-def test_training_predicts_what_sampling_does(folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions) -> None:
-    """Samples and branches mixed and padded in one training batch, against the predictor in the decoding loop."""
-    network = trained()
-    steps = list(sample(dimoo, prompted(5), DECODING, Planned(1, Shortcut(network))))
-    batch = select(stack(read_set(folder, card)), [(row, branch, 0) for row in range(5) for branch in range(2)])
-    assert batch.prefix is not None
-    control = Control(*(part[:, 0] for part in batch.control if part is not None))
-    following = task(network, dimoo)(batch.features, control, batch.masked_share[:, 0], batch.prefix)
+@pytest.mark.parametrize(
+    "options", [{}, {"uses_control": False}, {"uses_prefix": False}, {"rows": "masked"}, {"anchored": True}]
+)
+@pytest.mark.parametrize("gap", [1, 3])
+def test_training_predicts_what_sampling_does(
+    folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions, options: dict[str, Any], gap: int
+) -> None:
+    """Samples and branches mixed and padded in one training batch, against the predictor along recorded tokens."""
+    network, recorded = trained(**options), stack(read_set(folder, card))
+    made = task(network, dimoo)
+    replay = made.replay(recorded)
+    run = Accelerated(Even(1), Shortcut(network)).start(replay, replay.recorded, replay.counts)
+    features = [run(state)[0] for state in replay.states()]
+    batch = select(recorded, [(row, branch, 0) for row in range(5) for branch in range(2)], gap)
+    following = made.predict(batch, gap - 1)
     for row in range(5):
         for branch in range(2):
             num_rows = FRAME + (LENGTHS[row] if branch == 0 else 3)
             found = following[2 * row + branch, :num_rows]
-            torch.testing.assert_close(found, steps[1].features[branch, row, :num_rows], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, features[gap][branch, row, :num_rows], rtol=1e-4, atol=1e-5)
 
 
 def test_loss_over_all_rows_leaves_out_padding(folder: Path, card: Card, dimoo: DiMOO) -> None:
     batch = select(stack(read_set(folder, card)), [(row, branch, 1) for row in range(5) for branch in range(2)])
-    made = task(trained(), dimoo, rows="all")
-    real = made._real_rows(batch)
+    loss = MaskedMSE(rows="all")
+    made = task(trained(), dimoo, losses={"mse": loss})
+    real = made.where(batch, 0)["all"]
     assert real.sum(1).tolist() == [FRAME + n for length in LENGTHS for n in (length, 3)]
-    following = made._advance(batch.features, batch, 0)
+    following = made.predict(batch, 0)
     squares = torch.cat(
         [
             (following[row, :n] - batch.targets[row, 0, :n]).square().flatten()
             for row, n in enumerate(real.sum(1).tolist())
         ]
     )
-    loss = made._error(following, batch.targets[:, 0], real)
-    torch.testing.assert_close(loss, squares.mean(), rtol=1e-5, atol=1e-7)
+    found = loss(following, batch.targets[:, 0], real, dimoo.interface)
+    torch.testing.assert_close(found, squares.mean(), rtol=1e-5, atol=1e-7)
 
 
 def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path) -> None:
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     data = TrajectoryDataModule(str(folder), batch_size=4)
     trainer = L.Trainer(max_steps=2, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)  # type: ignore[arg-type]
-    made = ShortcutTask(LLaDAShortcutNet(16, num_heads=2, mlp_width=32), rows="all", rollout_depth=2)
+    made = ShortcutTask(LLaDAShortcutNet(16, num_heads=2, mlp_width=32), losses={"mse": MaskedMSE(rows="all")})
     trainer.fit(made, datamodule=data)
     trainer.validate(made, datamodule=data, verbose=False)
     assert torch.isfinite(torch.tensor([float(value) for value in trainer.callback_metrics.values()])).all()
@@ -187,7 +198,7 @@ def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(folder: Path,
     places = [order.at(0, position)[1:] for position in range(7)]
     expected = select(stack(list(read_shard(folder, 0, card))), places, 2)
     assert found.prefix is not None
-    assert expected.text is not None
+    assert expected.prefix is not None
     assert torch.equal(found.features, expected.features)
     mine, theirs = ((*batch.control, *batch[2:6], *(batch.prefix or ())) for batch in (found, expected))
     for one, other in zip(mine, theirs, strict=True):
