@@ -9,14 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lit_shortcut.acceleration.accelerated import Accelerated, Predictor, Vanilla
+from lit_shortcut.acceleration.accelerated import Predictor, Vanilla
 from lit_shortcut.acceleration.shortcut import Precision, Shortcut
 from lit_shortcut.bases import amused
 from lit_shortcut.bases.meissonic import transformer as meissonic
-from lit_shortcut.contracts import Clock, Context, Control, FeatureFn, State, TokenSpec
+from lit_shortcut.contracts import Acceleration, Clock, Context, Control, FeatureFn, State, TokenSpec
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.pictures import PlanName, acceleration_of
+from lit_shortcut.pictures import PlanName, row_of
+from lit_shortcut.sampling import Decoding
 from lit_shortcut.weights import fingerprint
 
 _INSTALLED = "_lit_shortcut"
@@ -63,8 +64,8 @@ def enable_shortcut(
         own = _fingerprint_like(transformer, predictor.base_fingerprint)
         predictor.require_base(own)
 
-    def accelerate(num_steps: int) -> Vanilla | Accelerated:
-        return acceleration_of(predictor, plan or "even", budget, num_steps)
+    def accelerate(num_steps: int) -> Acceleration:
+        return row_of(predictor, plan or "even", budget, Decoding(num_steps)).acceleration
 
     accelerate(num_steps or max(1, budget or 1))
     _Installed(pipe, _RunningBase(transformer, int(pipe.scheduler.config.mask_token_id), own), accelerate).install()
@@ -134,7 +135,7 @@ class _Installed:
     Guidance branches are rows of the batch: a shortcut treats them alike, so their number and order do not matter.
     """
 
-    def __init__(self, pipe: Any, base: _RunningBase, accelerate: Callable[[int], Vanilla | Accelerated]) -> None:
+    def __init__(self, pipe: Any, base: _RunningBase, accelerate: Callable[[int], Acceleration]) -> None:
         self.pipe, self.base, self.accelerate = pipe, base, accelerate
         self.timesteps: Tensor | None = None
         self.features_of: FeatureFn | None = None

@@ -6,24 +6,27 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from lit_shortcut.acceleration.accelerated import Accelerated, Predictor, Vanilla
-from lit_shortcut.acceleration.plans import Even, EvenTokens
+from lit_shortcut.acceleration.accelerated import Predictor
+from lit_shortcut.acceleration.calibrated import Calibrated
+from lit_shortcut.acceleration.origin import PLAN
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel, Step
+from lit_shortcut.contracts import Conditions, MaskedImageModel, Step
+from lit_shortcut.evaluation.rows import NamedPlan, Row, build_rows
+from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import synchronize
-from lit_shortcut.sampling import Decoding, generate
-from lit_shortcut.weights import replacing
+from lit_shortcut.sampling import Decoding, LogProbs, generate
 
-PlanName = Literal["even", "even_tokens"]
-_PLANS: dict[str, Callable[[int], Even | EvenTokens]] = {"even": Even, "even_tokens": EvenTokens}
+PlanName = Literal["even", "even_tokens", "calibrated"]
+"""Plans that go by name; ``calibrated`` ones are those of ``plan.json`` beside a shortcut."""
 
 LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1
 
@@ -33,7 +36,7 @@ class Drawing(NamedTuple):
 
     ``images``, uint8 (B, 3, H, W), codes ``tokens`` (B, L), and base passes ``full_steps`` (B,). ``latency_ms`` is that
     of the decoding loop, without the image decoder, for each image. ``log_probs`` as in
-    :class:`~lit_shortcut.sampling.Generated`.
+    :class:`~lit_shortcut.sampling.LogProbs`.
     """
 
     images: Tensor
@@ -46,44 +49,58 @@ class Drawing(NamedTuple):
 def draw(
     base: MaskedImageModel,
     conditions: Conditions,
-    decoding: Decoding,
-    acceleration: Acceleration,
+    row: Row,
     *,
     log_probs: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> Drawing:
-    """Draw, decode and time one batch; see :func:`~lit_shortcut.sampling.generate` for the arguments."""
+    """Draw, decode and time one batch.
+
+    Args:
+        base: the frozen model.
+        conditions: what to draw.
+        row: how.
+        log_probs: return the tokens' log-probabilities, too.
+        on_step: called after each step, for progress.
+    """
+    gathered = LogProbs() if log_probs else None
+    callbacks = [callback for callback in (gathered, on_step) if callback is not None]
+
+    def called(step: Step) -> None:
+        for callback in callbacks:
+            callback(step)
+
     device = conditions.seeds.device
     synchronize(device)
     start = time.perf_counter()
-    drawn = generate(base, conditions, decoding, acceleration, log_probs=log_probs, on_step=on_step)
+    tokens, full_steps = generate(base, conditions, row.decoding, row.acceleration, on_step=called)
     synchronize(device)
     seconds = time.perf_counter() - start
     with torch.inference_mode():
-        images = base.decode(drawn.tokens)
-    return Drawing(images, drawn.tokens, drawn.full_steps, 1000 * seconds / len(images), drawn.log_probs)
+        images = base.decode(tokens)
+    latency_ms = 1000 * seconds / len(images)
+    return Drawing(images, tokens, full_steps, latency_ms, None if gathered is None else gathered.gathered())
 
 
-def acceleration_of(
-    predictor: Predictor | None, plan: PlanName, budget: int | None, num_steps: int
-) -> Vanilla | Accelerated:
-    """Return what computes the features of ``num_steps`` (N) steps: vanilla if ``budget`` is None or N.
+def row_of(predictor: Predictor | None, plan: PlanName, budget: int | None, decoding: Decoding) -> Row:
+    """Return the way to draw with the base at ``budget`` of the steps: vanilla if that is None or N.
 
     Raises:
-        ValueError: if the plan is unknown, ``budget`` lies outside 1..N, there is no predictor for what it leaves out,
-            or the predictor is a shortcut trained for another N.
+        ValueError: if the plan is unknown, ``budget`` lies outside 1..N, there is no predictor for the other steps, or
+            plans are to be ``calibrated`` and no ``plan.json`` lies beside the shortcut.
+        WeightsError: if the predictor is a shortcut trained for another N.
     """
-    if plan not in _PLANS:
-        raise ValueError(f"plan must be one of {', '.join(get_args(PlanName))}; got {plan!r}")
-    if budget is not None and not 1 <= budget <= num_steps:
-        raise ValueError(f"budget must lie in 1..{num_steps}, the number of steps; got {budget}")
+    num_steps = decoding.num_steps
     if budget is None or budget == num_steps:
-        return Vanilla()
+        return build_rows([[num_steps]], decoding)[0]
     if predictor is None:
         raise ValueError(f"a budget of {budget} of {num_steps} steps needs a shortcut for the others; none was given")
+    method, plans = str(predictor.identity()["method"]).replace(" ", ""), dict[str, NamedPlan]()
     if isinstance(predictor, Shortcut):
         predictor.origin.require_steps(num_steps)
-    return Accelerated(_PLANS[plan](budget), predictor)
+        if predictor.folder is not None and (predictor.folder / PLAN).is_file():
+            plans["calibrated"] = partial(Calibrated, path=predictor.folder / PLAN)
+    return build_rows([[num_steps, budget, method, plan]], decoding, {method: predictor}, plans)[0]
 
 
 def conditions_of(
@@ -124,17 +141,10 @@ def require_seeds(seeds: Sequence[int]) -> None:
         raise ValueError(f"seed must lie in -2**63..2**63-1, 64 bits with sign; got {outside[0]}")
 
 
-def settings_of(base: MaskedImageModel, decoding: Decoding, acceleration: Acceleration) -> dict[str, Any]:
+def settings_of(base: MaskedImageModel, row: Row) -> dict[str, Any]:
     """Return all that a picture follows from besides its seed and what was asked for, as JSON values."""
-    identity = {"budget": decoding.num_steps} | acceleration.identity()
-    return {"base": base.identity(), "decoding": asdict(decoding), "acceleration": identity}
-
-
-def name_of(decoding: Decoding, acceleration: Acceleration) -> str:
-    """Return a short name, as in tables: ``vanilla_n8``, ``shortcut_n8_b3``."""
-    identity = acceleration.identity()
-    budget = f"_b{identity['budget']}" if "budget" in identity else ""
-    return f"{identity['method'].replace(' ', '')}_n{decoding.num_steps}{budget}"
+    acceleration = {"budget": row.budget} | row.acceleration.identity()
+    return {"base": base.identity(), "decoding": asdict(row.decoding), "acceleration": acceleration}
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

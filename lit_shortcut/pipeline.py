@@ -16,7 +16,7 @@ from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.origin import CONFIG, BaseReference
 from lit_shortcut.acceleration.shortcut import Precision, Shortcut
 from lit_shortcut.contracts import MaskedImageModel
-from lit_shortcut.pictures import Drawing, PlanName, acceleration_of, conditions_of, draw, to_pil
+from lit_shortcut.pictures import Drawing, PlanName, conditions_of, draw, row_of, to_pil
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.weights import WeightsError
 
@@ -81,7 +81,7 @@ class Pipeline:
         self.base, self.decoding, self.shortcut = base, decoding or Decoding(), shortcut
         self.plan: PlanName = plan
         self.budget = None if budget == self.decoding.num_steps else budget
-        acceleration_of(shortcut, plan, budget, self.decoding.num_steps)
+        row_of(shortcut, plan, self.budget, self.decoding)
         if isinstance(shortcut, Shortcut):
             shortcut.require_fit(base)
 
@@ -133,12 +133,12 @@ class Pipeline:
         conditions = conditions_of(self.base, texts, classes, numbers, self.device)
         decoding = self.decoding if num_steps is None else self.decoding.at(num_steps)
         budget = self.budget if budget is None else budget
-        acceleration = acceleration_of(self.shortcut, self.plan, budget, decoding.num_steps)
+        row = row_of(self.shortcut, self.plan, budget, decoding)
         size = count if batch_size is None else batch_size
         if size < 1:
             raise ValueError(f"batch_size must be at least 1, got {size}")
         drawn = [
-            draw(self.base, conditions.slice(start, start + size), decoding, acceleration, log_probs=log_probs)
+            draw(self.base, conditions.slice(start, start + size), row, log_probs=log_probs)
             for start in range(0, count, size)
         ]
         return _joined(drawn)

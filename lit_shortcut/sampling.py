@@ -154,15 +154,10 @@ def sample(
 
 
 class Generated(NamedTuple):
-    """Codes ``tokens`` (B, L) at the end of :func:`sample`, and how often the base ran for each sample (B,).
-
-    ``log_probs`` (B, L), float32, are those of the tokens at the steps that committed them, as in :class:`Step`; None
-    unless they were asked for.
-    """
+    """Codes ``tokens`` (B, L) at the end of :func:`sample`, and how often the base ran for each sample (B,)."""
 
     tokens: Tensor
     full_steps: Tensor
-    log_probs: Tensor | None = None
 
 
 def generate(
@@ -171,32 +166,35 @@ def generate(
     decoding: Decoding,
     acceleration: Acceleration,
     *,
-    log_probs: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> Generated:
     """Run :func:`sample` to its end; ``base.decode`` turns the tokens into images.
 
-    Args:
-        base: the frozen model.
-        conditions: what to generate, in one batch.
-        decoding: how tokens are drawn.
-        acceleration: what computes the features of each step.
-        log_probs: return the tokens' log-probabilities, too.
-        on_step: called after each step, for progress.
+    ``on_step`` is called after each step: for progress, or to gather :class:`LogProbs`.
     """
     full_steps = torch.zeros_like(conditions.seeds)
-    drawn: list[tuple[Tensor, Tensor]] = []
     for step in sample(base, conditions, decoding, acceleration):
         tokens = step.tokens
         full_steps = full_steps + step.is_full
-        if log_probs:
-            drawn.append((step.committed.positions, step.log_probs))
         if on_step is not None:
             on_step(step)
-    if not log_probs:
-        return Generated(tokens, full_steps)
-    positions, values = (torch.cat(parts, dim=1) for parts in zip(*drawn, strict=True))
-    return Generated(tokens, full_steps, torch.empty_like(values).scatter_(1, positions, values))
+    return Generated(tokens, full_steps)
+
+
+class LogProbs:
+    """Log-probabilities of all tokens of a run, under the policy that drew them; call it with each :class:`Step`."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, step: Step) -> None:
+        """Take in what ``step`` committed."""
+        self._parts.append((step.committed.positions, step.log_probs))
+
+    def gathered(self) -> Tensor:
+        """Return them place by place, float32 (B, L); see :class:`Step` for what they are."""
+        positions, values = (torch.cat(parts, dim=1) for parts in zip(*self._parts, strict=True))
+        return torch.empty_like(values).scatter_(1, positions, values)
 
 
 class _Noise(NamedTuple):

@@ -21,7 +21,7 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.sampling import Decoding, generate
+from lit_shortcut.sampling import Decoding, LogProbs, generate
 from lit_shortcut.weights import WeightsError
 from tests.command_line import CONFIGS
 
@@ -69,12 +69,12 @@ def test_pipeline_draws_what_the_loop_draws(pipe: Pipeline, base: MaskGIT) -> No
     pictures = pipe(labels=[0, 3], seeds=[5, -7], log_probs=True)
     conditions = Conditions(torch.arange(2), torch.tensor([5, -7]), torch.tensor([0, 3]))
     assert isinstance(pipe.shortcut, Shortcut)
-    expected = generate(base, conditions, DECODING, Accelerated(Even(2), pipe.shortcut), log_probs=True)
+    log_probs = LogProbs()
+    expected = generate(base, conditions, DECODING, Accelerated(Even(2), pipe.shortcut), on_step=log_probs)
     assert torch.equal(pictures.tokens, expected.tokens)
     assert torch.equal(pictures.full_steps, expected.full_steps)
     assert pictures.log_probs is not None
-    assert expected.log_probs is not None
-    assert torch.equal(pictures.log_probs, expected.log_probs)
+    assert torch.equal(pictures.log_probs, log_probs.gathered())
     images = torch.stack([pil_to_tensor(image) for image in pictures.images])
     assert torch.equal(images, base.decode(expected.tokens))
 
@@ -172,7 +172,7 @@ def test_shortcut_of_another_number_of_steps_is_refused(copied: Path) -> None:
         ({"network": {"class": "Popen", "hparams": {}}}, "Popen"),
         ({"network": "ShortcutNet"}, "network"),
         ({"format_version": 2}, "format_version 1"),
-        ({"plan": "odd"}, "plan must be one of even"),
+        ({"plan": "odd"}, "no plan is named 'odd'"),
     ],
 )
 def test_bad_configuration_is_named(copied: Path, changes: dict[str, Any], named: str) -> None:

@@ -24,7 +24,7 @@ from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
 from lit_shortcut.decoding.temperature import TemperatureCourse
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.sampling import Decoding, Order, generate, sample
+from lit_shortcut.sampling import Decoding, LogProbs, Order, generate, sample
 
 GOLDEN = json.loads((Path(__file__).parent / "parity" / "schedules.json").read_text())
 SHARES = GOLDEN["maskgit_mask_ratio_before_next_step"]
@@ -408,8 +408,8 @@ def test_log_probs_are_those_of_the_accelerated_policy_that_drew_the_tokens(
 ) -> None:
     decoding = Decoding(num_steps=5, temperature=temperature, order=order)
     acceleration = Accelerated(Even(2), Hold())
-    generated = generate(base, conditions(3), decoding, acceleration, log_probs=True)
-    assert generated.log_probs is not None
+    log_probs = LogProbs()
+    generate(base, conditions(3), decoding, acceleration, on_step=log_probs)
     for step in sample(base, conditions(3), decoding, acceleration):
         conditional, unconditional = base.interface.logits(step.features)
         guidance = decoding.guidance_at(step.state.clock.step)
@@ -417,11 +417,4 @@ def test_log_probs_are_those_of_the_accelerated_policy_that_drew_the_tokens(
         policy = torch.distributions.Categorical(logits=logits / (temperature or 1))
         expected = policy.log_prob(step.tokens.clamp(max=base.spec.codebook_size - 1))
         places = step.committed.positions
-        torch.testing.assert_close(generated.log_probs.gather(1, places), expected.gather(1, places))
-
-
-def test_log_probs_are_left_out_unless_asked_for(base: MaskGIT, conditions: MakeConditions) -> None:
-    asked = generate(base, conditions(2), Decoding(num_steps=3), Vanilla(), log_probs=True)
-    plain = generate(base, conditions(2), Decoding(num_steps=3), Vanilla())
-    assert plain.log_probs is None
-    assert torch.equal(plain.tokens, asked.tokens)
+        torch.testing.assert_close(log_probs.gathered().gather(1, places), expected.gather(1, places))

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lit_shortcut.acceleration.origin import CARD, Origin, read_config
-from lit_shortcut.weights import replacing
+from lit_shortcut.files import replacing
 
 REPORT = "report.md"
 PICTURES = ("grids.png", "pareto.png")

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lit_shortcut.weights import WeightsError, replacing
+from lit_shortcut.files import replacing
+from lit_shortcut.weights import WeightsError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

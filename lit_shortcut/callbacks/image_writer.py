@@ -15,10 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from lit_shortcut.contracts import Conditions
+from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.pictures import Drawing, to_pil, write_png
 from lit_shortcut.tasks.generating import GenerateTask
-from lit_shortcut.weights import replacing, require_writable
+from lit_shortcut.weights import require_writable
 
 _SETTINGS = "settings.json"
 _GRID = "grid.png"

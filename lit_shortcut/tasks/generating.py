@@ -11,9 +11,10 @@ from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.compilation import compile_networks
-from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
-from lit_shortcut.decoding.schedules import tokens_per_step
-from lit_shortcut.pictures import Drawing, PlanName, acceleration_of, draw, name_of, settings_of
+from lit_shortcut.contracts import Conditions, MaskedImageModel
+from lit_shortcut.evaluation.drawing import require_feasible
+from lit_shortcut.evaluation.rows import Row
+from lit_shortcut.pictures import Drawing, PlanName, draw, row_of, settings_of
 from lit_shortcut.sampling import Decoding, sample
 
 
@@ -50,25 +51,25 @@ class GenerateTask(L.LightningModule):
         self.on_step: Callable[[], None] | None = None
 
     @property
-    def methods(self) -> dict[str, Acceleration]:
-        """The ways to draw, by name: vanilla first where it is compared with.
+    def rows(self) -> list[Row]:
+        """The ways to draw, vanilla first where it is compared with.
 
         Raises:
-            ValueError: if the budget lies outside 1..N, or the shortcut is for another N.
+            ValueError: if the budget lies outside 1..N.
+            WeightsError: if the shortcut is for another N.
         """
-        num_steps = self.decoding.num_steps
-        chosen = [acceleration_of(None, self.plan, None, num_steps)] if self.compare else []
-        chosen.append(acceleration_of(self.shortcut, self.plan, self.budget, num_steps))
-        return {name_of(self.decoding, method): method for method in chosen}
+        chosen = row_of(self.shortcut, self.plan, self.budget, self.decoding)
+        beside = row_of(None, self.plan, None, self.decoding)
+        return [beside, chosen] if self.compare and chosen.name != beside.name else [chosen]
 
     @property
     def steps_per_batch(self) -> int:
-        """Steps of the decoding loop for each batch, all methods together."""
-        return self.decoding.num_steps * len(self.methods)
+        """Steps of the decoding loop for each batch, all ways together."""
+        return self.decoding.num_steps * len(self.rows)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Return what pictures follow from, by method; see :func:`~lit_shortcut.pictures.settings_of`."""
-        return {name: settings_of(self.base, self.decoding, method) for name, method in self.methods.items()}
+        """Return what pictures follow from, by row; see :func:`~lit_shortcut.pictures.settings_of`."""
+        return {row.name: settings_of(self.base, row) for row in self.rows}
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot be drawn before anything is.
@@ -78,12 +79,8 @@ class GenerateTask(L.LightningModule):
                 the budget lies outside 1..N.
             WeightsError: if the shortcut is for another base or N.
         """
-        counts = tokens_per_step(self.decoding.schedule, self.decoding.num_steps, self.base.spec.num_tokens)
-        methods, data = self.methods, getattr(self.trainer, "datamodule", None)
-        for batch in data.loader() if data is not None else ():
-            context = self.base.context(batch, guided=self.decoding.is_guided)
-            for method in methods.values():
-                method.start(self.base, context, counts)
+        if (data := getattr(self.trainer, "datamodule", None)) is not None and len(data.loader()):
+            require_feasible(self.base, self.rows, data)
 
     def on_predict_start(self) -> None:
         """Compile where that is asked for."""
@@ -91,16 +88,13 @@ class GenerateTask(L.LightningModule):
             compile_networks(self.base, [self.shortcut] if isinstance(self.shortcut, nn.Module) else [])
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> dict[str, Drawing]:
-        """Return the pictures of one batch by method; the first batch is preceded by two steps of each to warm up."""
-        methods = self.methods
+        """Return the pictures of one batch by row; the first batch is preceded by two steps of each to warm up."""
+        rows = self.rows
         if batch_idx == 0:
-            for method in methods.values():
-                for _ in islice(sample(self.base, batch, self.decoding, method), 2):
+            for row in rows:
+                for _ in islice(sample(self.base, batch, row.decoding, row.acceleration), 2):
                     pass
-        return {
-            name: draw(self.base, batch, self.decoding, method, on_step=self._stepped)
-            for name, method in methods.items()
-        }
+        return {row.name: draw(self.base, batch, row, on_step=self._stepped) for row in rows}
 
     def _stepped(self, step: object) -> None:
         if self.on_step is not None:
