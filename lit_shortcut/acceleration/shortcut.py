@@ -176,7 +176,8 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         return shortcut
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_module(save_directory / WEIGHTS, self.network, {"base_fingerprint": self.base_fingerprint})
+        facts = {"num_steps": self.origin.num_steps, "decoding": dict(self.origin.decoding)}  # of the file by itself
+        save_module(save_directory / WEIGHTS, self.network, facts | {"base_fingerprint": self.base_fingerprint})
         write_config(save_directory, network_identity(self.network), self.origin)
         if self.folder is not None and self.folder.resolve() != save_directory.resolve():
             for path in (self.folder / PLAN, self.folder / CARD, *self.folder.glob("*.png")):
