@@ -31,8 +31,8 @@ class DiMOO(PromptedLLaDA):
         negative: prompt of the unconditional branch.
 
     Raises:
-        ValueError: if height or width is no positive multiple of the patch size, a code lies outside the vocabulary, or
-            the prompt tokenizer does not know ``<uncondition>`` by its id.
+        ValueError: if height or width is no positive multiple of the patch size, a code lies outside the vocabulary,
+            the prompt tokenizer does not know ``<uncondition>`` by its id, or the negative prompt is too long.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class DiMOO(PromptedLLaDA):
                 f"the prompt tokenizer must know {UNCONDITION} as token {special.uncondition}, "
                 f"but makes {known} of it: it belongs to another model"
             )
+        self.unconditional_ids()  # a negative prompt that is too long is refused here
 
     def identity(self) -> dict[str, Any]:
         """Fingerprints of transformer, image decoder and prompt tokenizer, and how prompts and images are laid out."""
