@@ -9,7 +9,8 @@ import torchvision
 from torch import Tensor
 
 from datamodules.conditions import ClassLabels
-from lit_shortcut.acceleration.accelerated import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
@@ -37,11 +38,11 @@ def shortcut(seed: int, **arguments: Any) -> Shortcut:
     [
         (Row(8), "vanilla_n8"),
         (Row(8, Vanilla()), "vanilla_n8"),
-        (Row(8, Planned(3, Hold())), "hold_n8_b3"),
-        (Row(16, Planned(4, Taylor(2))), "taylor2_n16_b4"),
-        (Row(6, Planned(6, shortcut(0))), "shortcut_n6_b6"),
+        (Row(8, Accelerated(Even(3), Hold())), "hold_n8_b3"),
+        (Row(16, Accelerated(Even(4), Taylor(2))), "taylor2_n16_b4"),
+        (Row(6, Accelerated(Even(6), shortcut(0))), "shortcut_n6_b6"),
         (Row(16, order="halton"), "vanilla_n16_halton"),
-        (Row(8, Planned(3, Hold()), "halton_rolled"), "hold_n8_b3_halton_rolled"),
+        (Row(8, Accelerated(Even(3), Hold()), "halton_rolled"), "hold_n8_b3_halton_rolled"),
     ],
 )
 def test_name_tells_method_steps_and_budget(row: Row, name: str) -> None:
@@ -53,14 +54,14 @@ def test_budget_of_vanilla_is_all_its_steps() -> None:
 
 
 def test_shortcuts_of_one_name_differ_in_their_facts_when_their_weights_do() -> None:
-    one, same, other = (Row(6, Planned(2, shortcut(seed))) for seed in (0, 0, 1))
+    one, same, other = (Row(6, Accelerated(Even(2), shortcut(seed))) for seed in (0, 0, 1))
     assert one.name == other.name
     assert one.facts() == same.facts() != other.facts()
 
 
 def test_budget_above_the_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"budget must lie in 1\.\.6.*got 7"):
-        Row(6, Planned(7, Hold())).facts()
+        Row(6, Accelerated(Even(7), Hold())).facts()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_row_with_an_order_is_drawn_in_it() -> None:
 
 
 def test_images_are_those_of_the_decoded_tokens() -> None:
-    base, row = ToyBase(), Row(4, Planned(2, Hold()))
+    base, row = ToyBase(), Row(4, Accelerated(Even(2), Hold()))
     (conditions,) = ClassLabels(3, batch_size=3).loader()
     tokens = generate(base, conditions, Decoding(num_steps=4), row.method)
     assert torch.equal(images_of(base, conditions, DECODING, row), base.decode(tokens))
@@ -128,7 +129,11 @@ def test_metrics_start_anew_once_their_values_are_taken() -> None:
 
 def test_what_can_be_run_passes() -> None:
     base = ToyBase()
-    rows = [Row(8), Row(6, Planned(6, Hold())), Row(6, Planned(1, shortcut(0, base_fingerprint=base.fingerprint)))]
+    rows = [
+        Row(8),
+        Row(6, Accelerated(Even(6), Hold())),
+        Row(6, Accelerated(Even(1), shortcut(0, base_fingerprint=base.fingerprint))),
+    ]
     require_feasible(base, DECODING, rows, ClassLabels(12, batch_size=5))
 
 
@@ -138,9 +143,9 @@ def test_what_can_be_run_passes() -> None:
         (Row(17), r"num_steps must lie in 1\.\.16"),
         (Row(16), "schedule 'arccos' cannot spend 16 tokens in 16 steps"),
         (Row(0), r"num_steps must lie in 1\.\.16"),
-        (Row(6, Planned(0, Hold())), r"budget must lie in 1\.\.6.*got 0"),
-        (Row(6, Planned(7, Hold())), r"budget must lie in 1\.\.6.*got 7"),
-        (Row(6, Planned(2, shortcut(0, base_fingerprint="other"))), "base other"),
+        (Row(6, Accelerated(Even(0), Hold())), r"budget must lie in 1\.\.6.*got 0"),
+        (Row(6, Accelerated(Even(7), Hold())), r"budget must lie in 1\.\.6.*got 7"),
+        (Row(6, Accelerated(Even(2), shortcut(0, base_fingerprint="other"))), "base other"),
     ],
 )
 def test_row_that_cannot_be_run_is_refused(row: Row, message: str) -> None:

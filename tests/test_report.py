@@ -12,7 +12,8 @@ import pytest
 import torch
 from scipy import stats
 
-from lit_shortcut.acceleration.accelerated import Planned
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.evaluation import Results, Row
 from lit_shortcut.report import (
@@ -27,7 +28,7 @@ from lit_shortcut.report import (
     read_strips,
 )
 
-VANILLA, SHORT, HOLD = Row(8), Row(4), Row(8, Planned(2, Hold()))
+VANILLA, SHORT, HOLD = Row(8), Row(4), Row(8, Accelerated(Even(2), Hold()))
 NAMES = ["vanilla_n8", "vanilla_n4", "hold_n8_b2"]
 DISTANCES = {VANILLA: [6.0, 7.0, 8.0], SHORT: [9.0, 9.5, 10.0], HOLD: [8.0, 8.5, 9.0]}
 LATENCIES = {"vanilla_n8": (80.0, 1.0), "vanilla_n4": (40.0, 0.5), "hold_n8_b2": (20.0, 0.25)}

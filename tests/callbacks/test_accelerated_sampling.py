@@ -13,7 +13,8 @@ from torch import Tensor
 
 from datamodules.conditions import ClassLabels
 from datamodules.trajectories import TrajectoryDataModule
-from lit_shortcut.acceleration.accelerated import Planned
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.accelerated_sampling import AcceleratedSampling
@@ -97,9 +98,9 @@ def test_metrics_are_those_of_images_drawn_with_the_network_that_fit_leaves(
     shortcut, last = Shortcut(task.network), watch.logged[-1]
     assert last["sampling/vanilla_n6/brightness"] == pytest.approx(brightness(Row(6)), rel=1e-5)
     for num_steps, budget in ((6, 2), (4, 2)):
-        expected = brightness(Row(num_steps, Planned(budget, shortcut)))
+        expected = brightness(Row(num_steps, Accelerated(Even(budget), shortcut)))
         assert last[f"sampling/n{num_steps}_b{budget}/brightness"] == pytest.approx(expected, rel=1e-5)
-    untrained = brightness(Row(6, Planned(2, Shortcut(ShortcutNet(width=16, num_heads=2)))))
+    untrained = brightness(Row(6, Accelerated(Even(2), Shortcut(ShortcutNet(width=16, num_heads=2)))))
     assert last["sampling/n6_b2/brightness"] != pytest.approx(untrained, rel=1e-5)
 
 

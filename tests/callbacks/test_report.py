@@ -11,7 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from datamodules.conditions import ClassLabels
-from lit_shortcut.acceleration.accelerated import Planned
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.report import Report
@@ -47,7 +48,7 @@ def measure(
     task = GenerationTask(
         ToyBase(),
         decoding=Decoding(num_steps=5),
-        rows=[Row(5), Row(3), Row(5, Planned(2, Hold()))],
+        rows=[Row(5), Row(3), Row(5, Accelerated(Even(2), Hold()))],
         results=folder,
         **(settings | arguments),
     )
