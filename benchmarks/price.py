@@ -20,7 +20,7 @@ from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.losses import HeadKL, Loss, MaskedMSE
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.tasks.generation import GenerationTask
+from lit_shortcut.tasks.recording import RecordingTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     Card,
@@ -47,7 +47,7 @@ def measure() -> Table:
     with TemporaryDirectory() as scratch:
         exact = Path(scratch) / "float32"
         trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(exact, "float32")])
-        task = GenerationTask(fashion.base(), decoding=fashion.DECODING)
+        task = RecordingTask(fashion.base(), decoding=fashion.DECODING)
         trainer.predict(task, datamodule=ClassLabels(NUM_IMAGES, SHARD, seed=1), return_predictions=False)
         errors, sizes = {}, {}
         for dtype in ("float32", "bfloat16", "int8"):

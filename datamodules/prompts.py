@@ -43,15 +43,24 @@ class Prompts(InTurn):
         num_images: to generate; None one for each prompt. Prompts are gone through again where images are more.
         batch_size: images per batch; in predict a batch is recorded as one shard.
         seed: of the run.
+        run_seeds: ``test`` draws all images under each of these; None is ``seed`` only.
 
     Raises:
         ValueError: if the file does not hold prompts.
     """
 
-    def __init__(self, path: Path, num_images: int | None = None, batch_size: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        num_images: int | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
+        run_seeds: list[int] | None = None,
+    ) -> None:
         self.prompts = read_prompts(Path(path))
         self.prompts_sha256 = sha256(json.dumps(self.prompts).encode()).hexdigest()
-        super().__init__(len(self.prompts) if num_images is None else num_images, batch_size, seed, len(self.prompts))
+        count = len(self.prompts) if num_images is None else num_images
+        super().__init__(count, batch_size, seed, len(self.prompts), run_seeds)
 
     def asked_for(self, conditions: Conditions) -> Conditions:
         """``conditions`` with the prompts that their labels are the numbers of."""

@@ -24,8 +24,7 @@ from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.tasks.generation import GenerationTask
-from lit_shortcut.tasks.recording import record
+from lit_shortcut.tasks.recording import RecordingTask, record
 from lit_shortcut.tasks.room import room_like
 from lit_shortcut.trajectory import ENCODINGS, TrajectoryError, problems, read_shard, write_shard
 from tests.tiny_trajectories import SPEC, card, trajectories
@@ -37,7 +36,7 @@ ODD = {"spec": SPEC._asdict() | {"sequence_length": 9, "width": 5}, "num_steps":
 
 def predict(folder: Path, encoding: str = "bfloat16", **arguments: Any) -> dict[str, bytes]:
     quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    task = GenerationTask(ToyBase(), decoding=DECODING, scratch=folder / "scratch", **arguments)
+    task = RecordingTask(ToyBase(), decoding=DECODING, scratch=folder / "scratch", **arguments)
     L.Trainer(**quiet, callbacks=[TrajectoryWriter(folder / "set", encoding)]).predict(
         task, ClassLabels(7, batch_size=3)
     )
@@ -184,7 +183,7 @@ def test_scratch_that_is_no_folder_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [-1.0, float("nan")])
 def test_limit_that_is_none_is_refused(limit: float) -> None:
     with pytest.raises(ValueError, match="memory_limit_gb must be at least 0, got"):
-        GenerationTask(ToyBase(), memory_limit_gb=limit)
+        RecordingTask(ToyBase(), memory_limit_gb=limit)
 
 
 PROBE = """

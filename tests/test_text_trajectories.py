@@ -10,24 +10,24 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
 
 from datamodules.prompts import Prompts
 from datamodules.trajectories import TrajectoryDataModule
 from datamodules.windows import Order, WindowReader
 from lit_shortcut.acceleration.accelerated import Accelerated
 from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.replay import RecordedEnds
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
-from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.bases.toy_cross import CrossToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
-from lit_shortcut.contracts import Conditions, Context, Control, Trajectories
+from lit_shortcut.contracts import Conditions, Control, Trajectories
+from lit_shortcut.losses import MaskedMSE
 from lit_shortcut.networks.control import embed_control
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.tasks.generation import GenerationTask
-from lit_shortcut.tasks.recording import record
+from lit_shortcut.tasks.recording import RecordingTask, record
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     FORMAT_VERSION,
@@ -108,10 +108,9 @@ def trained() -> LLaDAShortcutNet:
     return network.eval()
 
 
-def task(network: ShortcutNetwork, dimoo: DiMOO, **arguments: str) -> ShortcutTask:
-    made = ShortcutTask(network, **arguments)  # type: ignore[arg-type]
-    made.interface = dimoo.interface
-    made.register_buffer("channel_scale", torch.ones(16))
+def task(network: ShortcutNetwork, dimoo: DiMOO, **arguments: Any) -> ShortcutTask:
+    made = ShortcutTask(network, **arguments)
+    made.use(RecordedEnds(dimoo.spec, dimoo.interface, dimoo.fingerprint))
     return made
 
 
@@ -163,25 +162,26 @@ def test_training_predicts_what_sampling_does(folder: Path, card: Card, dimoo: D
 
 def test_loss_over_all_rows_leaves_out_padding(folder: Path, card: Card, dimoo: DiMOO) -> None:
     batch = select(concatenated(read_set(folder, card)), [(row, branch, 1) for row in range(5) for branch in range(2)])
-    made = task(trained(), dimoo, rows="all")
-    real = made._real_rows(batch)
+    loss = MaskedMSE(rows="all")
+    made = task(trained(), dimoo, losses={"mse": loss})
+    real = made.where(batch, 0)["all"]
     assert real.sum(1).tolist() == [FRAME + n for length in LENGTHS for n in (length, 3)]
-    following = made._advance(batch.features, batch, 0)
+    following = made.predict(batch, 0)
     squares = torch.cat(
         [
             (following[row, :n] - batch.targets[row, 0, :n]).square().flatten()
             for row, n in enumerate(real.sum(1).tolist())
         ]
     )
-    loss = made._error(following, batch.targets[:, 0], real)
-    torch.testing.assert_close(loss, squares.mean(), rtol=1e-5, atol=1e-7)
+    found = loss(following, batch.targets[:, 0], real, dimoo.interface)
+    torch.testing.assert_close(found, squares.mean(), rtol=1e-5, atol=1e-7)
 
 
 def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path) -> None:
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     data = TrajectoryDataModule(str(folder), batch_size=4)
     trainer = L.Trainer(max_steps=2, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)  # type: ignore[arg-type]
-    made = ShortcutTask(LLaDAShortcutNet(16, num_heads=2, mlp_width=32), rows="all", rollout_depth=2)
+    made = ShortcutTask(LLaDAShortcutNet(16, num_heads=2, mlp_width=32), losses={"mse": MaskedMSE(rows="all")})
     trainer.fit(made, datamodule=data)
     trainer.validate(made, datamodule=data, verbose=False)
     assert torch.isfinite(torch.tensor([float(value) for value in trainer.callback_metrics.values()])).all()
@@ -247,31 +247,11 @@ def test_verify_names_a_sample_of_another_frame(folder: Path, card: Card, record
     assert found == [f"{folder}/shard-000001.tar: sample 00000003: other rows beside its text than before"]
 
 
-class CrossAttention(torch.nn.Module):
-    """A base with prompts that are no rows of its features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.toy = ToyBase()
-        self.spec = self.toy.spec._replace(num_classes=0)
-        self.interface, self.fingerprint = self.toy.interface, self.toy.fingerprint
-
-    def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        labels = torch.tensor([len(prompt) % 10 for prompt in conditions.prompts])
-        return self.toy.context(conditions._replace(labels=labels), guided=guided)
-
-    def features(self, tokens: Tensor, context: Context) -> Tensor:
-        return self.toy.features(tokens, context)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        return self.toy.decode(tokens)
-
-
 def test_base_with_prompts_and_no_text_rows_is_recorded_and_trained_from(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\ntwo cats\n")
     quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     trainer = L.Trainer(**quiet, callbacks=[TrajectoryWriter(tmp_path / "set")])
-    task = GenerationTask(CrossAttention(), decoding=Decoding(num_steps=4))
+    task = RecordingTask(CrossToyBase(), decoding=Decoding(num_steps=4))
     trainer.predict(task, datamodule=Prompts(tmp_path / "prompts.txt", num_images=8, batch_size=2))
     made = Card.read(tmp_path / "set")
     assert (bool(made.prompts), made.text_rows) == (True, False)

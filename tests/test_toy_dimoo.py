@@ -62,8 +62,8 @@ def test_measured_rows_know_their_prompts_and_the_images_size(folder: Path) -> N
     rows = {path.stem: json.loads(path.read_text()) for path in (folder / "runs/toy_dimoo/report/rows").iterdir()}
     assert rows.keys() == {"vanilla_n6_seed0", "shortcut_n6_b2_seed0"}
     card = Card.read(folder / "runs/toy_dimoo/trajectories")
-    assert {row["facts"]["prompts"] for row in rows.values()} == {card.prompts}
-    assert all(row["facts"]["spec"] == card.spec for row in rows.values())
+    assert {row["identity"]["conditions"]["prompts"] for row in rows.values()} == {card.prompts}
+    assert all(row["identity"]["base"] == toy_dimoo().identity() for row in rows.values())
     latency = json.loads((folder / "runs/toy_dimoo/report/latency.json").read_text())
     assert latency["measured"].keys() == {"vanilla_n6", "shortcut_n6_b2"}
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import lit_shortcut.tasks.generation
+import lit_shortcut.tasks.recording
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.fashion.classifier import FashionCNN, FashionFeatures
 from lit_shortcut.weights import save_module
@@ -50,14 +50,14 @@ def logged(folder: Path, logs: Path, *words: object) -> dict[str, list[float]]:
 def test_ranks_record_different_samples_which_together_are_the_set_of_one_process(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = lit_shortcut.tasks.generation.record
+    record = lit_shortcut.tasks.recording.record
 
     def noted(base: Any, conditions: Conditions, decoding: Any, **room: Any) -> Trajectories:
         with (tmp_path / f"drawn_by_{os.getpid()}").open("a") as file:
             file.writelines(f"{number}\n" for number in conditions.ids.tolist())
         return record(base, conditions, decoding, **room)
 
-    monkeypatch.setattr(lit_shortcut.tasks.generation, "record", noted)
+    monkeypatch.setattr(lit_shortcut.tasks.recording, "record", noted)
     lightning(tmp_path, "predict", "--config", TOY / "extract.yaml", *UNEVEN, *TWO)
     one, two = ({path.name: path.read_bytes() for path in (where / SET).iterdir()} for where in (trained, tmp_path))
     assert two == one
