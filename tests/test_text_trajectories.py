@@ -26,7 +26,7 @@ from lit_shortcut.losses import MaskedMSE
 from lit_shortcut.networks.control import embed_control
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
-from lit_shortcut.sampling import Decoding, sample
+from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import RecordingTask, record
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
@@ -99,10 +99,10 @@ def read_set(folder: Path, card: Card) -> list[Trajectories]:
     return [one for shard in range(card.num_shards) for one in read_shard(folder, shard, card)]
 
 
-def trained() -> LLaDAShortcutNet:
+def trained(**options: Any) -> LLaDAShortcutNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        network = LLaDAShortcutNet(16, num_heads=2, mlp_width=32)
+        network = LLaDAShortcutNet(16, num_heads=2, mlp_width=32, **options)
         assert isinstance(network.widen, torch.nn.Linear)
         torch.nn.init.normal_(network.widen.weight, std=0.3)
     return network.eval()
@@ -145,19 +145,26 @@ def test_interface_beside_the_shards_knows_the_rows_places(folder: Path, card: C
         assert torch.equal(mine, theirs)
 
 
-def test_training_predicts_what_sampling_does(folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions) -> None:
-    """Samples and branches mixed and padded in one training batch, against the predictor in the decoding loop."""
-    network = trained()
-    steps = list(sample(dimoo, prompted(5), DECODING, Accelerated(Even(1), Shortcut(network))))
-    batch = select(concatenated(read_set(folder, card)), [(row, branch, 0) for row in range(5) for branch in range(2)])
-    assert batch.prefix is not None
-    control = Control(*(part[:, 0] for part in batch.control if part is not None))
-    following = task(network, dimoo)(batch.features, control, batch.masked_share[:, 0], batch.prefix)
+@pytest.mark.parametrize(
+    "options", [{}, {"uses_control": False}, {"uses_prefix": False}, {"rows": "masked"}, {"anchored": True}]
+)
+@pytest.mark.parametrize("gap", [1, 3])
+def test_training_predicts_what_sampling_does(
+    folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions, options: dict[str, Any], gap: int
+) -> None:
+    """Samples and branches mixed and padded in one training batch, against the predictor along recorded tokens."""
+    network, recorded = trained(**options), concatenated(read_set(folder, card))
+    made = task(network, dimoo)
+    replay = made.replay(recorded)
+    run = Accelerated(Even(1), Shortcut(network)).start(replay, replay.recorded, replay.counts)
+    features = [run(state)[0] for state in replay.states()]
+    batch = select(recorded, [(row, branch, 0) for row in range(5) for branch in range(2)], gap)
+    following = made.predict(batch, gap - 1)
     for row in range(5):
         for branch in range(2):
             num_rows = FRAME + (LENGTHS[row] if branch == 0 else 3)
             found = following[2 * row + branch, :num_rows]
-            torch.testing.assert_close(found, steps[1].features[branch, row, :num_rows], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, features[gap][branch, row, :num_rows], rtol=1e-4, atol=1e-5)
 
 
 def test_loss_over_all_rows_leaves_out_padding(folder: Path, card: Card, dimoo: DiMOO) -> None:
