@@ -14,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 .NOTPARALLEL:
-.PHONY: help install demo extract-trajectories fit report table report-full bench bench-data plan base base-fashion base-fashion_text test lint format types unit toy clean
+.PHONY: help install demo extract-trajectories fit report table report-full bench bench-data forecast base base-fashion base-fashion_text test lint format types unit toy clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -49,11 +49,10 @@ bench: install ## Where the time of one run goes, part by part (default: MaskGIT
 	$(RUN) test --config configs/$(BASE)/bench.yaml
 
 bench-data: install ## The path of the data against what it replaces: loader, recording, encoding, training
-	$(VENV)/bin/python -m lit_shortcut.bench_data
+	$(VENV)/bin/python -m benchmarks
 
-plan: BASE := dimoo
-plan: install ## What runs at published size will take on this device, told from one layer (default: Lumina-DiMOO)
-	$(RUN) test --config configs/$(BASE)/plan.yaml
+forecast: install ## Operations and memory of Lumina-DiMOO at published size, counted without weights or GPU
+	$(VENV)/bin/python -m benchmarks.forecast --config benchmarks/forecast.yaml
 
 base: install ## Retrain the embedded default BASE (fashion, fashion_text) from images (hours)
 	$(MAKE) base-$(BASE)
@@ -67,7 +66,7 @@ base-fashion: # tokenizer, classifier, reference statistics, base
 	$(RUN) fit --config configs/fashion/base_sharpen.yaml
 
 base-fashion_text: # texts and their tokenizer, base, CLIP
-	$(VENV)/bin/python -m datamodules.captions checkpoints/fashion_text
+	$(VENV)/bin/python -m lit_shortcut.fashion.captions checkpoints/fashion_text
 	$(RUN) fit --config configs/fashion_text/base.yaml
 	$(RUN) fit --config configs/fashion_text/base_anneal.yaml
 	$(RUN) fit --config configs/fashion_text/clip.yaml

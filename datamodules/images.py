@@ -1,135 +1,30 @@
-"""Real images: to train the embedded default's tokenizer, base and classifier on, and for reference statistics."""
+"""Folders of real images, for reference statistics."""
 
 from __future__ import annotations
 
-import gzip
-import math
-import struct
-import zlib
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from lit_shortcut.contracts import LabelledImages
-
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
-_IDX_UINT8 = 0x08
-
-
-def read_idx(path: Path) -> Tensor:
-    """The uint8 tensor in the IDX file ``path``, gzipped or not (LeCun's MNIST format).
-
-    Raises:
-        ValueError: if the file is missing, truncated or of another kind; the message names it.
-    """
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zero, kind, rank = struct.unpack_from(">HBB", content)
-        shape = struct.unpack_from(f">{rank}I", content, 4)
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise ValueError(f"{path}: not a readable IDX file ({error})") from error
-    values = bytearray(content[4 + 4 * rank :])
-    if zero != 0 or kind != _IDX_UINT8 or not values or len(values) != math.prod(shape):
-        raise ValueError(f"{path}: expected an IDX file of uint8 with shape {shape}, found {len(values)} bytes")
-    return torch.frombuffer(values, dtype=torch.uint8).view(shape)
-
-
-class _Batches(Dataset[LabelledImages]):
-    """Item = a batch, chosen by a list of indices, so that collation is one indexing operation."""
-
-    def __init__(self, pixels: Tensor, labels: Tensor) -> None:
-        self.pixels, self.labels = pixels, labels
-
-    def __getitem__(self, indices: list[int]) -> LabelledImages:
-        chosen = torch.as_tensor(indices)
-        return LabelledImages(self.pixels[chosen], self.labels[chosen])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-class FashionMNIST(L.LightningDataModule):
-    """Fashion-MNIST (Xiao et al., arXiv 1708.07747): 60,000 training and 10,000 test images, 28×28, 10 classes.
-
-    Args:
-        folder: holds the four IDX files. None takes Debian's package ``dataset-fashion-mnist`` where it is installed,
-            else torchvision's download into ``data/``.
-        batch_size: images per batch and rank.
-        validation_images: the last training images, kept aside for validation.
-    """
-
-    def __init__(self, folder: Path | None = None, batch_size: int = 64, validation_images: int = 2000) -> None:
-        super().__init__()
-        self.folder, self.batch_size, self.validation_images = folder, batch_size, validation_images
-
-    def prepare_data(self) -> None:
-        """Download once, on one rank, where neither a folder is given nor Debian's package installed."""
-        if self.folder is None and not DEBIAN_FOLDER.is_dir():
-            torchvision.datasets.FashionMNIST("data", download=True)
-
-    def split(self, name: str) -> LabelledImages:
-        """All images of split ``name``, ``train`` or ``t10k`` (test).
-
-        Raises:
-            ValueError: if a file is missing or damaged, or there are more labels than images or fewer.
-        """
-        folder = self.folder or (DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else Path("data/FashionMNIST/raw"))
-        pixels, labels = (
-            read_idx(next((p for p in (folder / f"{stem}.gz", folder / stem) if p.exists()), folder / stem))
-            for stem in (f"{name}-images-idx3-ubyte", f"{name}-labels-idx1-ubyte")
-        )
-        if len(pixels) != len(labels):
-            raise ValueError(f"{folder}: {len(pixels)} images but {len(labels)} labels in split {name!r}")
-        return LabelledImages(pixels[:, None], labels.long())
-
-    def train_dataloader(self) -> DataLoader[LabelledImages]:
-        """Training images, shuffled anew each epoch."""
-        return self._loader(self._parts()[0], shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[LabelledImages]:
-        """The training images kept aside."""
-        return self._loader(self._parts()[1], shuffle=False)
-
-    def test_dataloader(self) -> DataLoader[LabelledImages]:
-        """The 10,000 test images."""
-        return self._loader(self.split("t10k"), shuffle=False)
-
-    def predict_dataloader(self) -> DataLoader[LabelledImages]:
-        """The 10,000 test images, for reference statistics."""
-        return self.test_dataloader()
-
-    def _parts(self) -> tuple[LabelledImages, LabelledImages]:
-        """Training images, and those kept aside."""
-        images = self.split("train")
-        kept = len(images.labels) - self.validation_images
-        if not 0 < kept < len(images.labels):
-            raise ValueError(
-                f"validation_images must lie in 1..{len(images.labels) - 1}, below the number of training images; "
-                f"got {self.validation_images}"
-            )
-        return (
-            LabelledImages(images.pixels[:kept], images.labels[:kept]),
-            LabelledImages(images.pixels[kept:], images.labels[kept:]),
-        )
-
-    def _loader(self, images: LabelledImages, *, shuffle: bool) -> DataLoader[LabelledImages]:
-        dataset = _Batches(images.pixels, images.labels)
-        order = torch.utils.data.RandomSampler(dataset) if shuffle else torch.utils.data.SequentialSampler(dataset)
-        sampler = torch.utils.data.BatchSampler(order, self.batch_size, drop_last=shuffle)
-        return DataLoader(dataset, sampler=sampler, batch_size=None)
 
 
 class ImageFolder(L.LightningDataModule):
     """Images in one folder a class, such as ImageNet's ``val/n01440764/…``, for reference statistics.
 
-    Each is made RGB, its shorter side resized to ``image_size`` (bilinear, antialiased), and its centre cropped.
-    Classes are numbered in the order of their folders' names, ImageNet's own order.
+    Each is made RGB, its shorter side resized to ``image_size`` (bilinear, antialiased), and its centre cropped. Values
+    of 16-bit grey images are scaled to 8 bits; 32-bit and floating-point images, whose range no file states, are
+    refused. Alpha is dropped, the colours under it are kept. EXIF orientation is not applied, as in torchvision's own
+    image folders. Classes are numbered in the order of their folders' names, ImageNet's own order. Hidden files and
+    folders (names that begin with a dot, ``__MACOSX``) are left out.
 
     Args:
         folder: holds the classes' folders.
@@ -150,15 +45,41 @@ class ImageFolder(L.LightningDataModule):
             FileNotFoundError: if the folder is missing, or it or a class in it holds no images.
         """
         to_square = v2.Compose([v2.Resize(self.image_size), v2.CenterCrop(self.image_size), v2.PILToTensor()])
-        images = torchvision.datasets.ImageFolder(str(self.folder), to_square, loader=_read_rgb)
+        images = _Classes(str(self.folder), to_square, loader=_read_rgb, is_valid_file=self._is_image)
         return DataLoader(images, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=_labelled)
+
+    def _is_image(self, path: str) -> bool:
+        inside = Path(path).relative_to(self.folder)
+        return inside.suffix.lower() in IMG_EXTENSIONS and not any(map(_is_hidden, inside.parts))
+
+
+class _Classes(torchvision.datasets.ImageFolder):  # type: ignore[misc]  # untyped
+    """torchvision's, without hidden folders among the classes."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not _is_hidden(name)]
+        if not names:
+            raise FileNotFoundError(f"{directory}: expected a folder for each class, found none")
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _read_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):  # 32-bit integers, floating-point numbers
+                kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+                raise ValueError(
+                    f"its pixels are {kind} (mode {image.mode}) of unknown range; convert it to 8 or 16 bits"
+                )
             return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # some of Pillow's formats raise SyntaxError
+    # some of Pillow's formats raise SyntaxError, and modes that have no RGB ValueError
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 
 

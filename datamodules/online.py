@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
-from typing import Literal
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from datamodules.conditions import InTurn, sample_seed
-from datamodules.loading import EpochLoader, epoch_of
+from datamodules.loading import EpochLoader
 from datamodules.ranks import rank_and_world_size
 from datamodules.windows import Order
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
@@ -39,11 +39,15 @@ class _Training(Dataset[Transition]):
 
     def __getitem__(self, index: tuple[int, int]) -> Transition:
         epoch, number = index
-        own, number = divmod(number, self.per_pool)
-        first = (own * self.world_size + self.rank) * len(self.order) // self.order.num_shards
-        first += number * self.batch_size
-        windows = [self.order.at(epoch, position) for position in range(first, first + self.batch_size)]
+        windows = [self.order.at(epoch, position) for position in self.positions(number, self.rank)]
         return select(self.pool(epoch, windows[0].shard), [window[1:] for window in windows], self.window)
+
+    def positions(self, number: int, rank: int) -> range:
+        """Places in the order of the windows in batch ``number`` of ``rank``."""
+        own, number = divmod(number, self.per_pool)
+        first = (own * self.world_size + rank) * len(self.order) // self.order.num_shards
+        first += number * self.batch_size
+        return range(first, first + self.batch_size)
 
     @property
     def per_pool(self) -> int:
@@ -144,7 +148,7 @@ class OnlineDataModule(L.LightningDataModule):
             self.conditions,
             encoding=self.dtype,
             precision=str(self.trainer.precision) if self.trainer else "32-true",
-            base_identity={"fingerprint": self.base.fingerprint},
+            base_identity=self.base.identity(),
         )
 
     @property
@@ -163,6 +167,24 @@ class OnlineDataModule(L.LightningDataModule):
         Raises:
             ValueError: if the images of an epoch do not fill a pool on each rank.
         """
+        batches = self._training()
+        layout: dict[str, int | str] = {
+            "images": self.card.digest,
+            "world_size": batches.world_size,
+            "batch_size": self.batch_size,
+            "pool_images": self.pool_images,
+            "window": self.window,
+            "seed": self.seed,
+        }
+        return EpochLoader(batches, len(batches), lambda: self.trainer.current_epoch if self.trainer else 0, layout)
+
+    def steps_of_batch(self, epoch: int, number: int) -> list[list[int]]:
+        """Step before each window of training batch ``number`` of ``epoch``, rank by rank."""
+        batches = self._training()
+        ranks = range(batches.world_size)
+        return [batches.order.steps_before(epoch, batches.positions(number, rank)) for rank in ranks]
+
+    def _training(self) -> _Training:
         rank, world_size = rank_and_world_size(self)
         pools = self.conditions.num_images // self.pool_images
         if pools < world_size:
@@ -177,16 +199,7 @@ class OnlineDataModule(L.LightningDataModule):
             group=1,
             seed=self.seed,
         )
-        batches = _Training(self._pool, order, self.batch_size, self.window, rank, world_size)
-        layout: dict[str, int | str] = {
-            "images": self.card.digest,
-            "world_size": world_size,
-            "batch_size": self.batch_size,
-            "pool_images": self.pool_images,
-            "window": self.window,
-            "seed": self.seed,
-        }
-        return EpochLoader(batches, len(batches), partial(epoch_of, self), layout)
+        return _Training(self._pool, order, self.batch_size, self.window, rank, world_size)
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on one rank exactly; the last may be smaller."""
@@ -194,6 +207,12 @@ class OnlineDataModule(L.LightningDataModule):
         loader = self.validation.loader()
         batches = _Validation(self.draw, loader.dataset, len(loader), rank, world_size)
         return EpochLoader(batches, -(-len(loader) // world_size))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave whole trajectories on the host: validation moves them step by step."""
+        if isinstance(batch, Trajectories):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def draw(self, conditions: Conditions) -> Trajectories:
         """Trajectories of ``conditions``, as ``predict`` draws them, in the host's memory."""

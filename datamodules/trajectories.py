@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -190,8 +191,7 @@ class TrajectoryDataModule(L.LightningDataModule):
     def train_dataloader(self) -> EpochLoader[EncodedTransition]:
         """Batches of transitions, samples and steps mixed, in a new order each epoch."""
         card, (rank, world_size) = self.card, rank_and_world_size(self)
-        starts, shards = card.num_steps - self.window, card.num_shards - self.validation_shards
-        order = Order(shards, card.samples_per_shard, card.branches, starts, self.shuffle_shards, self.seed)
+        order = self._order()
         length = len(order) // (self.batch_size * world_size)
         if not length:
             raise TrajectoryError(
@@ -213,6 +213,22 @@ class TrajectoryDataModule(L.LightningDataModule):
             self.num_workers,
         )
 
+    def steps_of_batch(self, epoch: int, number: int) -> list[list[int]] | None:
+        """Step before each window of training batch ``number`` of ``epoch``, rank by rank.
+
+        None where it is not known beforehand, since others may stand in for damaged ones.
+        """
+        if self.on_corrupt == "skip":
+            return None
+        order, world_size = self._order(), rank_and_world_size(self)[1]
+        firsts = (self.batch_size * (number * world_size + rank) for rank in range(world_size))
+        return [order.steps_before(epoch, range(first, first + self.batch_size)) for first in firsts]
+
+    def _order(self) -> Order:
+        card = self.card
+        starts, shards = card.num_steps - self.window, card.num_shards - self.validation_shards
+        return Order(shards, card.samples_per_shard, card.branches, starts, self.shuffle_shards, self.seed)
+
     def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on one rank exactly; the last may be smaller."""
         card, (rank, world_size) = self.card, rank_and_world_size(self)
@@ -227,6 +243,12 @@ class TrajectoryDataModule(L.LightningDataModule):
         if isinstance(batch, EncodedTransition):
             self.num_replaced += int(batch.replaced.sum())
         return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave whole trajectories on the host: validation moves them step by step."""
+        if isinstance(batch, Trajectories):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Decode features on the device, after a quarter of their size has travelled there."""

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Text
+from lit_shortcut.contracts import Prefix
 from lit_shortcut.trajectory import EncodedTransition, Head, Parts, Shard, Source, TrajectoryError, room_for
 
 OnCorrupt = Literal["raise", "skip"]
@@ -73,6 +73,17 @@ class Order:
         shard, row = divmod(number, self.rows)
         return Window(shards[shard], row, branch, start)
 
+    def steps_before(self, epoch: int, positions: range) -> list[int]:
+        """``start`` of the windows at ``positions`` in ``epoch``."""
+        found: list[int] = []
+        size = self.group * self._per_shard
+        for group in range(self.group_at(positions[0]), self.group_at(positions[-1]) + 1):
+            count = len(self.shards(epoch, group)) * self._per_shard
+            own = slice(max(0, positions.start - group * size), positions.stop - group * size)
+            shuffled = _permutation(count, self.seed, epoch, group)
+            found += (shuffled[own] % self.starts).tolist()
+        return found
+
     @property
     def _per_shard(self) -> int:
         return self.rows * self.branches * self.starts
@@ -121,14 +132,14 @@ class WindowReader:
             heads.append(head)
             windows.append(window)
             replaced.append(window != self.order.at(epoch, position))
-        text = None
+        prefix = None
         if card.text_rows:
             num_rows = max(head.rows[window.branch] for head, window in zip(heads, windows, strict=True))
             parts = {part: values[:, :, :num_rows].contiguous() for part, values in parts.items()}
-            text = _text(heads, windows)
+            prefix = _prefix_of(heads, windows)
         tokens, committed_at = (torch.stack(grids) for grids in zip(*(head[:2] for head in heads), strict=True))
         step = torch.tensor([window.start for window in windows])
-        batch = EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, text)
+        batch = EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, prefix)
         return batch._replace(replaced=torch.tensor(replaced))
 
     def _read_one(self, room: Parts, epoch: int, position: int) -> tuple[Window, Head]:
@@ -162,10 +173,10 @@ class WindowReader:
                 self.source.fetch_ahead(shards)
 
 
-def _text(heads: list[Head], windows: list[Window]) -> Text:
+def _prefix_of(heads: list[Head], windows: list[Window]) -> Prefix:
     """The texts of the windows' branches; only the first has control."""
     branches = [window.branch for window in windows]
     lengths = torch.stack([head.lengths[branch] for head, branch in zip(heads, branches, strict=True)])
     controls = [head.control[: None if branch == 0 else 0] for head, branch in zip(heads, branches, strict=True)]
     num_control = torch.tensor([len(control) for control in controls])
-    return Text(lengths, torch.nn.utils.rnn.pad_sequence(controls, batch_first=True), num_control)
+    return Prefix(lengths, torch.nn.utils.rnn.pad_sequence(controls, batch_first=True), num_control)

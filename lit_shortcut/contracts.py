@@ -7,9 +7,10 @@ C feature width, V codebook, N steps, b budget (full steps among them).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from math import isqrt
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -49,29 +50,81 @@ class Conditions(NamedTuple):
         return Conditions(self.ids[:count], self.seeds[:count], self.labels[:count], self.prompts[:count])
 
 
-class Text(NamedTuple):
-    """What a text before the image means to a shortcut network: it shifts the rows' places, and its tokens are control.
+def require_prompts(conditions: Conditions) -> tuple[str, ...]:
+    """The prompts of ``conditions``; raises ValueError if there is not one for each sample, or one is empty."""
+    if len(conditions.prompts) != len(conditions.ids):
+        raise ValueError(
+            f"expected a prompt for each of {len(conditions.ids)} samples, got {len(conditions.prompts)}; "
+            "datamodules.prompts.Prompts makes such conditions"
+        )
+    if empty := [index for index, prompt in enumerate(conditions.prompts) if not prompt.strip()]:
+        raise ValueError(f"expected a prompt, got an empty one for sample {int(conditions.ids[empty[0]])}")
+    return conditions.prompts
+
+
+class Prefix(NamedTuple):
+    """A text prefix as a shortcut network sees it: it offsets all places, and its tokens are extra control tokens.
 
     Leading dimensions: (G, B) in a :class:`Context`, (B, G) in :class:`Trajectories`, (B,) in a :class:`Transition`.
-    ``lengths`` (…) count the text's tokens. ``control`` (…, P, C) are the base's embeddings of those that are control
-    at every step; the first ``num_control`` (…) are no padding: all in the conditional branch, none in the other. As
-    many rows of the features, P, are the text's.
+    ``lengths`` (…) count the prefix's tokens. ``control`` (…, P, C) are the base's embeddings of those that are control
+    at every step; the first ``num_control`` (…) are valid (all of them in the conditional branch, none in the
+    unconditional). As many rows of the features, P, belong to the prefix.
     """
 
     lengths: Tensor
     control: Tensor
     num_control: Tensor
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Prefix:
+        """Apply ``function``, which treats leading dimensions only, to all three tensors."""
+        return Prefix(*(function(part) for part in self))
 
-class Context(NamedTuple):
-    """A base's own form of the conditions: ``prompt`` (G, B, P) token ids beside the image tokens, branch by branch.
 
-    ``text`` is there where they are a text at the beginning of the sequence, padded to the longest; its ``lengths`` and
-    ``num_control`` lie on the CPU, where shapes are decided.
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a base computes once per batch from the conditions. Only the base looks inside.
+
+    A base adds fields of its own in a subclass: token ids, encoder states, masks, plain numbers for shapes. Fields that
+    are tensors lead with (G, B); tuples hold one entry per guidance branch; everything else is shared by all.
+
+    Args:
+        prefix: the text prefix, for a base whose features have rows of it; other bases leave it out, with or without
+            prompts.
     """
 
-    prompt: Tensor
-    text: Text | None = None
+    prefix: Prefix | None = None
+
+    def first(self, count: int) -> Self:
+        """Return the context of the first ``count`` samples."""
+        return self._map(lambda tensor: tensor[:, :count], lambda entries: entries)
+
+    def rows(self, index: Tensor) -> Self:
+        """Return the context of the samples at ``index`` (n,)."""
+        return self._map(lambda tensor: tensor[:, index.to(tensor.device)], lambda entries: entries)
+
+    def branch(self, index: int) -> Self:
+        """Return the context of guidance branch ``index``; its G is 1."""
+        chosen = slice(index, index + 1)
+        return self._map(lambda tensor: tensor[chosen], lambda entries: entries[chosen])
+
+    def _map(self, of_tensor: Callable[[Tensor], Tensor], of_tuple: Callable[[Any], Any]) -> Self:
+        changes: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = of_tensor(value)
+            elif isinstance(value, Prefix):
+                changes[field.name] = value.map(of_tensor)
+            elif isinstance(value, tuple):
+                changes[field.name] = of_tuple(value)
+        return replace(self, **changes)
+
+
+class Clock(NamedTuple):
+    """Where the decoding loop is: ``step`` counts from 0 and lies below ``num_steps`` (N)."""
+
+    step: int
+    num_steps: int
 
 
 class TokenSpec(NamedTuple):
@@ -119,26 +172,29 @@ class Control(NamedTuple):
 class State(NamedTuple):
     """What a step of the decoding loop knows before its features are computed.
 
-    ``step`` counts from 0; ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step
-    committed (K = 0 at step 0); ``masked_share`` (B,) is the share of image tokens still masked, r in the paper.
+    ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step committed (K = 0 at step 0);
+    ``masked_share`` (B,) is the share of image tokens still masked, r in the paper; ``masked`` (B, M) are their places,
+    in no particular order.
     """
 
-    step: int
+    clock: Clock
     tokens: Tensor
     control: Control
     masked_share: Tensor
+    masked: Tensor
 
 
 class Step(NamedTuple):
     """What one step of the decoding loop did.
 
-    ``features`` (G, B, S, C) and ``is_full`` (the base computed them) belong to ``state``; ``committed`` are the tokens
-    this step revealed and ``tokens`` (B, L) the grid after it.
+    ``features`` (G, B, S, C) belong to ``state``; ``is_full`` says whether the base computed them, for the whole batch
+    or, where the plan decides so, sample by sample (B,). ``committed`` are the tokens this step revealed and ``tokens``
+    (B, L) the grid after it.
     """
 
     state: State
     features: Tensor
-    is_full: bool
+    is_full: bool | Tensor
     committed: Control
     tokens: Tensor
 
@@ -147,14 +203,14 @@ class Trajectories(NamedTuple):
     """Recorded runs of the decoding loop: all features of all steps.
 
     ``features`` (B, G, N, S, C); ``tokens`` (B, L) at the end; ``committed_at`` (B, L) the step that revealed each.
-    ``text`` is that of the context; where texts differ, rows behind a shorter one are padding.
+    ``prefix`` is that of the context; where prefixes differ in length, rows behind a shorter one are padding.
     """
 
     conditions: Conditions
     features: Tensor
     tokens: Tensor
     committed_at: Tensor
-    text: Text | None = None
+    prefix: Prefix | None = None
 
 
 class Transition(NamedTuple):
@@ -171,14 +227,13 @@ class Transition(NamedTuple):
     targets: Tensor
     is_masked: Tensor
     step: Tensor
-    text: Text | None = None
+    prefix: Prefix | None = None
 
 
-class MaskedImageModel(Protocol):
-    """A frozen base: heavy ``features``, cheap ends in ``interface``.
+class BaseEnds(Protocol):
+    """What is known of a base without running it: its sizes, its cheap ends, and which base it is.
 
-    The first L rows of its features are the image tokens, row by row; what follows is the base's own. A row's place in
-    the base's sequence is another matter: ``interface`` tells it where it matters.
+    A recorded set answers this, too, so that predictors can be trained, replayed and calibrated without the base.
     """
 
     spec: TokenSpec
@@ -186,30 +241,48 @@ class MaskedImageModel(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal weights alone; ties shards and shortcuts to their base."""
+        """Equal only for equal weights; ties shards and shortcuts to their base."""
+
+
+class MaskedImageModel(BaseEnds, Protocol):
+    """A frozen base: heavy ``features``, cheap ends in ``interface``.
+
+    The first rows of its features are the image's, row by row: one for each token, or for a square of them, as
+    ``interface`` says. What follows is the base's own. Where a row stands in the base's sequence is another matter,
+    which ``interface`` answers if it matters.
+    """
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that all images depend on: weights, image decoder, prompt template and the like."""
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """The base's form of ``conditions``, with the unconditional branch when ``guided``."""
+        """Compute once what ``features`` needs of ``conditions``, with the unconditional branch when ``guided``."""
 
-    def features(self, tokens: Tensor, context: Context) -> Tensor:
-        """Features (G, B, S, C) of ``tokens`` (B, L): the expensive pass."""
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
+        """Features (G, B, S, C) of ``tokens`` (B, L): the expensive pass. Most bases ignore ``clock``."""
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
 
 
-FeatureFn = Callable[[State], tuple[Tensor, bool]]
-"""From a state to features (G, B, S, C), and whether the base computed them. Memory lives in its closure."""
+FeatureFn = Callable[[State], tuple[Tensor, bool | Tensor]]
+"""From a state to features (G, B, S, C) and whether the base computed them, as in :class:`Step`.
+
+Memory lives in its closure.
+"""
 
 
 class Acceleration(Protocol):
     """Decides what computes the features of each step. Not "accelerator": Lightning means hardware by that."""
 
-    def facts(self) -> dict[str, str | int]:
-        """What identifies it in tables and result rows: ``method``, ``budget`` where there is one, weights."""
+    def identity(self) -> dict[str, Any]:
+        """JSON values that determine what it computes: method, plan, weights."""
 
-    def start(self, base: MaskedImageModel, context: Context, num_steps: int) -> FeatureFn:
-        """A feature function for one batch; nothing outlives it."""
+    def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
+        """Return a feature function for one batch; nothing outlives it.
+
+        ``counts`` are the tokens committed at each of the N steps.
+        """
 
 
 class ConditionSource(Protocol):

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from math import inf, prod
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Acceleration, Conditions, Control, MaskedImageModel, State, Step, TokenSpec
-from lit_shortcut.decoding.halton import halton_order, roll_order
+from lit_shortcut.contracts import (
+    Acceleration,
+    Clock,
+    Conditions,
+    Context,
+    Control,
+    MaskedImageModel,
+    State,
+    Step,
+    TokenSpec,
+)
+from lit_shortcut.decoding.halton import halton_order, roll_order, rolled_starts
+from lit_shortcut.decoding.noise import gumbel, uniform
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
-from lit_shortcut.decoding.unmasking import Choice, confidence, guide, sample_codes, uniforms_at
+from lit_shortcut.decoding.temperature import TemperatureCourse
+from lit_shortcut.decoding.unmasking import Choice, guide, sample_codes
 
 Order = Literal["confidence", "halton", "halton_rolled"]
 Course = Literal["linear", "constant"]
+NoiseCourse = Literal["linear", "constant", "product"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +40,16 @@ class Decoding:
     Args:
         num_steps: N, steps of the decoding loop.
         schedule: shape of the number of tokens each step commits.
-        guidance: classifier-free guidance at the last step; 0 runs one branch alone.
+        guidance: classifier-free guidance at the last step; 0 runs the conditional branch only.
         guidance_course: whether guidance rises linearly from 0, or is constant.
         temperature: logits are multiplied by its inverse before codes are drawn; 0 takes the most probable code.
+        temperature_course: factors of the logits beside ``temperature``, step by step.
         confidence_noise: scale of the Gumbel noise on confidences at step 0.
-        noise_course: whether that scale falls linearly to 0, or is constant.
+        noise_course: whether that scale falls linearly to 0, is constant, or is multiplied by 1 − (i+1)/N at each step
+            i (``product``, as MMaDA and Show-o do).
         order: which places are committed first: the most confident; or those of a fixed order of low discrepancy over
-            the grid (:func:`~lit_shortcut.decoding.halton.halton_order`), for all images the same or, rolled, begun
-            at a place of each image's own. Those two know no confidence, nor its noise.
+            the grid (:func:`~lit_shortcut.decoding.halton.halton_order`), the same for all images or, rolled, begun at
+            a place of each image's own. Those two orders use neither confidence nor its noise.
     """
 
     num_steps: int = 15
@@ -40,8 +57,9 @@ class Decoding:
     guidance: float = 2.8
     guidance_course: Course = "linear"
     temperature: float = 1.0
+    temperature_course: TemperatureCourse = field(default_factory=TemperatureCourse)
     confidence_noise: float = 7.0
-    noise_course: Course = "linear"
+    noise_course: NoiseCourse = "linear"
     order: Order = "confidence"
 
     def __post_init__(self) -> None:
@@ -50,9 +68,9 @@ class Decoding:
         for name in ("temperature", "confidence_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("guidance_course", "noise_course"):
-            if getattr(self, name) not in get_args(Course):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(Course))}; got {getattr(self, name)!r}")
+        for name, known in (("guidance_course", get_args(Course)), ("noise_course", get_args(NoiseCourse))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
 
     @property
     def is_guided(self) -> bool:
@@ -65,52 +83,116 @@ class Decoding:
         return 2 if self.is_guided else 1
 
     def at(self, num_steps: int) -> Decoding:
-        """The same in ``num_steps`` steps."""
+        """Return the same decoding in ``num_steps`` steps."""
         return replace(self, num_steps=num_steps)
 
     def progress(self, step: int) -> float:
-        """0 at the first step, 1 at the last; 0 where there is one step alone."""
+        """0 at the first step, 1 at the last; 0 for a single step."""
         return step / max(1, self.num_steps - 1)
 
     def guidance_at(self, step: int) -> float:
         """Scale of the guidance at ``step``."""
         return self.guidance * (self.progress(step) if self.guidance_course == "linear" else 1)
 
+    def sharpness_at(self, step: int) -> float:
+        """What the logits are multiplied by at ``step`` before codes are drawn; infinite at temperature 0."""
+        return self.temperature_course.at(step, self.num_steps) / self.temperature if self.temperature else inf
+
     def noise_at(self, step: int) -> float:
         """Scale of the noise on confidences at ``step``."""
-        return self.confidence_noise * (1 - self.progress(step) if self.noise_course == "linear" else 1)
+        match self.noise_course:
+            case "linear":
+                return self.confidence_noise * (1 - self.progress(step))
+            case "product":
+                return self.confidence_noise * prod(1 - (i + 1) / self.num_steps for i in range(step + 1))
+            case _:
+                return self.confidence_noise
 
 
 @torch.inference_mode()
 def sample(
-    base: MaskedImageModel, conditions: Conditions, decoding: Decoding, acceleration: Acceleration
+    base: MaskedImageModel,
+    conditions: Conditions,
+    decoding: Decoding,
+    acceleration: Acceleration,
+    context: Context | None = None,
 ) -> Iterator[Step]:
     """Draw one image's tokens for each of ``conditions``, a :class:`Step` at a time.
 
     Each step computes features (by the base or by what stands in for it), draws codes at masked places from the guided
-    logits, and commits those whose turn it is. All counts are fixed by the schedule, so nothing is read back from the
-    device. An image depends on its seed and condition, not on its batch.
+    logits, and commits some of them. All counts are fixed by the schedule and all noise is drawn before the first step,
+    so the loop itself reads nothing back from the device. An image depends on its seed and condition, not on its batch.
+
+    Args:
+        base: the frozen model.
+        conditions: what to generate, in one batch.
+        decoding: how tokens are drawn.
+        acceleration: what computes the features of each step.
+        context: of ``conditions``, if the caller has it already.
 
     Raises:
         ValueError: if the schedule cannot spend the tokens in so many steps, a condition does not fit the base, or a
             Halton order is asked for where there is no grid.
     """
-    counts = tokens_per_step(decoding.schedule, decoding.num_steps, base.spec.num_tokens)
-    context = base.context(conditions, guided=decoding.is_guided)
-    feature_fn = acceleration.start(base, context, decoding.num_steps)
+    num_tokens = base.spec.num_tokens
+    counts = tokens_per_step(decoding.schedule, decoding.num_steps, num_tokens)
+    if context is None:
+        context = base.context(conditions, guided=decoding.is_guided)
+    feature_fn = acceleration.start(base, context, counts)
     seeds = conditions.seeds
-    tokens = torch.full((len(seeds), base.spec.num_tokens), base.spec.mask_id, device=seeds.device)
+    noise = _noise_of_all_steps(seeds, decoding, num_tokens)
     masked = _first_places(base.spec, decoding.order, seeds)
+    shares = _masked_shares(counts, seeds)
+    tokens = torch.full_like(masked, base.spec.mask_id)
     committed = Control(tokens[:, :0], masked[:, :0])
     for index, count in enumerate(counts):
-        share = torch.full(
-            seeds.shape, masked.shape[1] / base.spec.num_tokens, dtype=torch.float32, device=seeds.device
-        )
-        state = State(index, tokens, committed, share)
+        state = State(Clock(index, decoding.num_steps), tokens, committed, shares[index], masked)
         features, is_full = feature_fn(state)
-        committed, masked = _choose(base, features, masked, seeds, decoding, index, count)
+        committed, masked = _choose(base, features, masked, decoding, noise, index, count)
         tokens = tokens.scatter(1, committed.positions, committed.tokens)
         yield Step(state, features, is_full, committed, tokens)
+
+
+class Generated(NamedTuple):
+    """Codes ``tokens`` (B, L) at the end of :func:`sample`, and how often the base ran for each sample (B,)."""
+
+    tokens: Tensor
+    full_steps: Tensor
+
+
+def generate(
+    base: MaskedImageModel, conditions: Conditions, decoding: Decoding, acceleration: Acceleration
+) -> Generated:
+    """Run :func:`sample` to its end; ``base.decode`` turns the tokens into images."""
+    full_steps = torch.zeros_like(conditions.seeds)
+    for step in sample(base, conditions, decoding, acceleration):
+        tokens = step.tokens
+        full_steps = full_steps + step.is_full
+    return Generated(tokens, full_steps)
+
+
+class _Noise(NamedTuple):
+    """Noise of all steps, (N, B, L) each, None where there is none: uniform for codes, Gumbel on confidences."""
+
+    codes: Tensor | None
+    confidences: Tensor | None
+
+
+def _noise_of_all_steps(seeds: Tensor, decoding: Decoding, num_tokens: int) -> _Noise:
+    steps, places = (torch.arange(count, device=seeds.device) for count in (decoding.num_steps, num_tokens))
+    codes = uniform(seeds, 2 * steps, places) if decoding.temperature else None
+    scales = [decoding.noise_at(step) for step in range(decoding.num_steps)]
+    if decoding.order != "confidence" or not any(scales):
+        return _Noise(codes, None)
+    scale = torch.tensor(scales, dtype=torch.float32, device=seeds.device)[:, None, None]
+    return _Noise(codes, gumbel(uniform(seeds, 2 * steps + 1, places)) * scale)
+
+
+def _masked_shares(counts: list[int], seeds: Tensor) -> Tensor:
+    """Share of the tokens that are masked before each step, the same for all samples: (N, B)."""
+    total = sum(counts)
+    shares = [(total - known) / total for known in accumulate([0, *counts[:-1]])]
+    return torch.tensor(shares, dtype=torch.float32, device=seeds.device)[:, None].expand(-1, len(seeds))
 
 
 def _first_places(spec: TokenSpec, order: Order, seeds: Tensor) -> Tensor:
@@ -118,41 +200,40 @@ def _first_places(spec: TokenSpec, order: Order, seeds: Tensor) -> Tensor:
     if order == "confidence":
         return torch.arange(spec.num_tokens, device=seeds.device).expand(len(seeds), -1)
     places = halton_order(*spec.grid).to(seeds.device)
-    return roll_order(places, seeds) if order == "halton_rolled" else places.expand(len(seeds), -1)
+    if order == "halton":
+        return places.expand(len(seeds), -1)
+    return roll_order(places, rolled_starts(seeds, len(places)))
 
 
 def _choose(
     base: MaskedImageModel,
     features: Tensor,
     masked: Tensor,
-    seeds: Tensor,
     decoding: Decoding,
+    noise: _Noise,
     index: int,
     count: int,
 ) -> tuple[Control, Tensor]:
-    """``count`` of the places ``masked`` (B, M) with the codes drawn there, and the places left (B, M − count)."""
-    if decoding.order != "confidence":  # whose turn it is was known before: the head runs there alone
+    """Commit ``count`` of the places ``masked`` (B, M): codes and places, and the places left (B, M − count)."""
+    if decoding.order != "confidence":  # the next places are known: the head runs only there
         turn = masked[:, :count]
-        return Control(_draw(base, features, turn, seeds, decoding, index).codes, turn), masked[:, count:]
-    choice = _draw(base, features, masked, seeds, decoding, index)
-    noise_scale = decoding.noise_at(index)
-    ranked = confidence(choice.log_probs, uniforms_at(seeds, index, 1, masked), noise_scale).argsort(1, descending=True)
+        return Control(_draw(base, features, turn, decoding, noise, index).codes, turn), masked[:, count:]
+    choice = _draw(base, features, masked, decoding, noise, index)
+    confidence = choice.log_probs
+    if noise.confidences is not None:  # log p + scale · Gumbel (arXiv 2202.04200, section 3.2)
+        confidence = confidence + noise.confidences[index].gather(1, masked)
+    ranked = confidence.argsort(dim=1, descending=True, stable=True)
     chosen, left = ranked[:, :count], ranked[:, count:]
     return Control(choice.codes.gather(1, chosen), masked.gather(1, chosen)), masked.gather(1, left)
 
 
 def _draw(
-    base: MaskedImageModel, features: Tensor, places: Tensor, seeds: Tensor, decoding: Decoding, index: int
+    base: MaskedImageModel, features: Tensor, places: Tensor, decoding: Decoding, noise: _Noise, index: int
 ) -> Choice:
     """Codes at ``places`` (B, M) from the guided logits of ``features``."""
     logits = guide(base.interface.logits(features, places), decoding.guidance_at(index))
-    if decoding.temperature == 0:
+    if noise.codes is None:
         return sample_codes(logits, None)
-    return sample_codes(logits / decoding.temperature, uniforms_at(seeds, index, 0, places))
-
-
-def generate(base: MaskedImageModel, conditions: Conditions, decoding: Decoding, acceleration: Acceleration) -> Tensor:
-    """Codes (B, L) at the end of :func:`sample`; ``base.decode`` turns them into images."""
-    for step in sample(base, conditions, decoding, acceleration):
-        tokens = step.tokens
-    return tokens
+    if (sharpness := decoding.sharpness_at(index)) != 1:
+        logits = logits * sharpness
+    return sample_codes(logits, noise.codes[index].gather(1, places))

@@ -143,13 +143,23 @@ def load_module_with_metadata(classes: Sequence[type[Module]], path: Path) -> tu
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """First 16 hex digits of a sha256 over names, types, shapes and bytes: equal for equal weights alone."""
+    """First 16 hex digits of a sha256 over names, types, shapes and bytes: equal only for equal weights."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.view(-1).view(dtype=torch.uint8).numpy().data)  # the bytes themselves, not a copy
     return digest.hexdigest()[:16]
+
+
+def network_fingerprint(network: object) -> str:
+    """Fingerprint of ``network``'s class and weights; only that of the class if it is no module.
+
+    >>> network_fingerprint(nn.Identity())
+    'Identity:e3b0c44298fc1c14'
+    """
+    state = network.state_dict() if isinstance(network, nn.Module) else {}
+    return f"{type(network).__name__}:{fingerprint(state)}"
 
 
 def update_manifest(weights: Path, facts: dict[str, Any], manifest: Path | None = None) -> None:

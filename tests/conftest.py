@@ -9,8 +9,9 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.toy import toy_dimoo
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
+from lit_shortcut.bases.toy_cross import CrossToyBase
 from lit_shortcut.contracts import Conditions
-from lit_shortcut.networks.tokenizer import FSQTokenizer
+from lit_shortcut.fashion.tokenizer import FSQTokenizer
 
 NUM_CLASSES = 5
 PROMPTS = ("a red cat", "two", "three grey cats", "a cat", "größer")  # of 9, 3, 15, 5 and 8 bytes
@@ -54,6 +55,12 @@ def base() -> MaskGIT:
 def make_dimoo() -> Callable[[int], DiMOO]:
     """A tiny random DiMOO for each seed: 4×4 tokens of 8 codes, width 16, prompts in bytes."""
     return lambda seed: toy_dimoo(seed=seed)
+
+
+@pytest.fixture(scope="session")
+def make_cross() -> Callable[[int], CrossToyBase]:
+    """A toy base for each seed that sees prompts by cross-attention: 4×4 tokens of 8 codes, width 16."""
+    return lambda seed: CrossToyBase(seed=seed)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from datamodules.conditions import ClassLabels
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.tasks.generation import GenerationTask
+from lit_shortcut.tasks.recording import RecordingTask
 from lit_shortcut.trajectory import Card, finished_shards, problems, read_shard
 
 
@@ -30,7 +30,7 @@ def _record(folder: Path) -> None:
         enable_progress_bar=False,
         callbacks=[TrajectoryWriter(folder, "int8")],
     )
-    task = GenerationTask(ToyBase(), decoding=Decoding(num_steps=6))
+    task = RecordingTask(ToyBase(), decoding=Decoding(num_steps=6))
     trainer.predict(task, datamodule=ClassLabels(48, batch_size=4), return_predictions=False)
 
 

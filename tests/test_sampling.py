@@ -11,14 +11,17 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bases.class_tokens import ClassContext
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
-from lit_shortcut.contracts import Conditions, Context, Step, TokenSpec
-from lit_shortcut.decoding.halton import halton_order, roll_order
+from lit_shortcut.contracts import Clock, Conditions, Context, Step, TokenSpec
+from lit_shortcut.decoding.halton import halton_order, roll_order, rolled_starts
+from lit_shortcut.decoding.noise import uniform
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
-from lit_shortcut.decoding.unmasking import uniforms_at
+from lit_shortcut.decoding.temperature import TemperatureCourse
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding, Order, generate, sample
@@ -41,10 +44,11 @@ class FixedLogits:
         self.interface = TokenInterface(num_tokens, torch.eye(codebook_size), torch.eye(codebook_size))
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        return Context(conditions.labels.expand(1 + guided, -1)[..., None])
+        return ClassContext(ids=conditions.labels.expand(1 + guided, -1))
 
-    def features(self, tokens: Tensor, context: Context) -> Tensor:
-        branches, count, _ = context.prompt.shape
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
+        assert isinstance(context, ClassContext)
+        branches, count = context.ids.shape
         return self.logits[:branches, None].expand(-1, count, -1, -1)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ def test_known_tokens_are_never_changed(
     for earlier, later in pairwise(steps):
         assert torch.equal(later.state.tokens, earlier.tokens)
         assert later.state.control is earlier.committed
-        assert later.state.step == earlier.state.step + 1
+        assert later.state.clock.step == earlier.state.clock.step + 1
 
 
 @pytest.mark.parametrize("schedule", get_args(Schedule))
@@ -100,20 +104,20 @@ def test_an_image_depends_on_its_seed_and_class_not_on_its_batch(
     base: MaskGIT, conditions: MakeConditions, guidance: float
 ) -> None:
     everyone, decoding = conditions(5), Decoding(num_steps=5, guidance=guidance)
-    together = generate(base, everyone, decoding, Vanilla())
+    together = generate(base, everyone, decoding, Vanilla()).tokens
     for row in range(5):
-        alone = generate(base, Conditions(*(field[row : row + 1] for field in everyone)), decoding, Vanilla())
+        alone = generate(base, Conditions(*(field[row : row + 1] for field in everyone)), decoding, Vanilla()).tokens
         assert torch.equal(alone[0], together[row])
     order = torch.tensor([3, 0, 4, 1, 2])
-    permuted = generate(base, Conditions(*(field[order] for field in everyone[:3])), decoding, Vanilla())
+    permuted = generate(base, Conditions(*(field[order] for field in everyone[:3])), decoding, Vanilla()).tokens
     assert torch.equal(permuted, together[order])
-    renamed = generate(base, everyone._replace(ids=everyone.ids + 77), decoding, Vanilla())
+    renamed = generate(base, everyone._replace(ids=everyone.ids + 77), decoding, Vanilla()).tokens
     assert torch.equal(renamed, together)
 
 
 def test_same_seed_gives_the_same_image_and_another_seed_another(base: MaskGIT) -> None:
     seeds = torch.tensor([4, 5, 4, -6, 2**62])
-    tokens = generate(base, Conditions(torch.arange(5), seeds, torch.zeros_like(seeds)), Decoding(5), Vanilla())
+    tokens = generate(base, Conditions(torch.arange(5), seeds, torch.zeros_like(seeds)), Decoding(5), Vanilla()).tokens
     assert torch.equal(tokens[0], tokens[2])
     assert len(tokens.unique(dim=0)) == 4
 
@@ -121,17 +125,17 @@ def test_same_seed_gives_the_same_image_and_another_seed_another(base: MaskGIT) 
 def test_global_random_state_has_no_part(base: MaskGIT, conditions: MakeConditions) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = generate(base, conditions(2), Decoding(5), Vanilla())
+    first = generate(base, conditions(2), Decoding(5), Vanilla()).tokens
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert torch.equal(generate(base, conditions(2), Decoding(5), Vanilla()), first)
+    assert torch.equal(generate(base, conditions(2), Decoding(5), Vanilla()).tokens, first)
 
 
 def test_default_dtype_has_no_part(base: MaskGIT, conditions: MakeConditions) -> None:
     """Lightning sets it to the precision of the weights while a step runs."""
     network = ShortcutNet(base.spec.width, num_heads=2).eval()
     torch.nn.init.normal_(network.widen.weight, std=0.1)  # one that repeats its input would not tell the time
-    acceleration = Planned(3, Shortcut(network))
+    acceleration = Accelerated(Even(3), Shortcut(network))
     expected = list(sample(base, conditions(2), Decoding(7), acceleration))
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -148,8 +152,8 @@ def test_another_class_changes_its_own_image_alone(base: MaskGIT, conditions: Ma
     everyone = conditions(4)
     labels = everyone.labels.clone()
     labels[2] = 4
-    before = generate(base, everyone, Decoding(5), Vanilla())
-    after = generate(base, everyone._replace(labels=labels), Decoding(5), Vanilla())
+    before = generate(base, everyone, Decoding(5), Vanilla()).tokens
+    after = generate(base, everyone._replace(labels=labels), Decoding(5), Vanilla()).tokens
     assert (before != after).any(1).tolist() == [False, False, True, False]
 
 
@@ -167,7 +171,7 @@ def test_one_step_reveals_the_conditional_branch_own_choice(
 ) -> None:
     (step,) = steps_of(base, conditions(3), num_steps=1, temperature=0.0, confidence_noise=noise)
     context = base.context(conditions(3), guided=False)
-    features = base.features(torch.full_like(step.tokens, base.spec.mask_id), context)
+    features = base.features(torch.full_like(step.tokens, base.spec.mask_id), context, Clock(0, 1))
     assert torch.equal(step.tokens, base.interface.logits(features)[0].argmax(-1))
 
 
@@ -219,7 +223,7 @@ def test_constant_noise_orders_the_last_step_too() -> None:
 
 @pytest.mark.parametrize("name", ["guidance_course", "noise_course"])
 def test_unknown_course_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be one of linear, constant; got 'rising'"):
+    with pytest.raises(ValueError, match=f"{name} must be one of linear, constant.*got 'rising'"):
         Decoding(**{name: "rising"})  # type: ignore[arg-type]
 
 
@@ -243,6 +247,24 @@ def test_codes_follow_the_tempered_softmax(temperature: float) -> None:
         counts = torch.bincount(last.tokens[:, place], minlength=4)
         expected = (logits.double() / temperature).softmax(0) * len(ids)
         assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_temperature_course_sharpens_step_by_step(base: MaskGIT, conditions: MakeConditions) -> None:
+    def drawn(**changes: Any) -> list[Step]:
+        return steps_of(base, conditions(4), num_steps=4, **changes)
+
+    halved = TemperatureCourse(first=2.0, last=2.0)
+    for one, other in zip(drawn(temperature=0.5), drawn(temperature_course=halved), strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+    warm = TemperatureCourse(first=2.0, last=2.0, warmup=1)  # 1 at step 0, then 2
+    assert torch.equal(drawn(temperature_course=warm)[0].tokens, drawn()[0].tokens)
+    assert not torch.equal(drawn(temperature_course=warm)[-1].tokens, drawn()[-1].tokens)
+
+
+@pytest.mark.parametrize(("name", "value"), [("first", 0.0), ("last", -1.0), ("warmup", -1)])
+def test_temperature_course_below_its_bounds_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"temperature_course\.{name}.*{value}"):
+        TemperatureCourse(**{name: value})
 
 
 def test_confidence_noise_orders_the_places_by_chance_and_ends_at_the_last_step() -> None:
@@ -269,11 +291,11 @@ def test_each_step_draws_noise_of_its_own() -> None:
     flat, conditions = FixedLogits(torch.zeros(1, 4, 4)), Conditions(ids, ids, torch.zeros_like(ids))
     first, second, *_ = steps_of(flat, conditions, num_steps=4, schedule="linear", guidance=0.0)
     everywhere = torch.arange(4).expand(len(ids), -1)
-    ranked = uniforms_at(ids, 0, 1, everywhere).argsort(1, descending=True)
+    ranked = uniform(ids, 1, everywhere).argsort(1, descending=True)
     assert torch.equal(first.committed.positions, ranked[:, :1])
     runner_up = torch.bincount((second.committed.positions == ranked[:, 1:]).long().argmax(1), minlength=3)
     assert stats.chisquare(runner_up).pvalue > 1e-3
-    drawn_before = (uniforms_at(ids, 0, 0, everywhere) * 4).long().gather(1, second.committed.positions)
+    drawn_before = (uniform(ids, 0, everywhere) * 4).long().gather(1, second.committed.positions)
     repeats = int((drawn_before == second.committed.tokens).sum())
     assert stats.binomtest(repeats, len(ids), 1 / 4).pvalue > 1e-3
 
@@ -293,7 +315,7 @@ def test_halton_reveals_the_places_in_their_order(base: MaskGIT, conditions: Mak
 def test_rolled_halton_reveals_every_place_in_the_sample_own_order(base: MaskGIT, conditions: MakeConditions) -> None:
     steps = steps_of(base, conditions(6), num_steps=5, order="halton_rolled")
     places = torch.cat([step.committed.positions for step in steps], dim=1)
-    assert torch.equal(places, roll_order(halton_order(4, 4), conditions(6).seeds))
+    assert torch.equal(places, roll_order(halton_order(4, 4), rolled_starts(conditions(6).seeds, 16)))
     assert len(places.unique(dim=0)) > 1
 
 
@@ -313,15 +335,16 @@ def test_an_image_in_halton_order_depends_on_its_seed_and_class_not_on_its_batch
     base: MaskGIT, conditions: MakeConditions, order: Order
 ) -> None:
     everyone, decoding = conditions(5), Decoding(num_steps=5, order=order)
-    together = generate(base, everyone, decoding, Planned(3, Hold()))
+    together = generate(base, everyone, decoding, Accelerated(Even(3), Hold())).tokens
     for row in range(5):
         own = Conditions(*(field[row : row + 1] for field in everyone))
-        assert torch.equal(generate(base, own, decoding, Planned(3, Hold()))[0], together[row])
+        assert torch.equal(generate(base, own, decoding, Accelerated(Even(3), Hold())).tokens[0], together[row])
 
 
 def test_confidence_noise_has_no_part_in_halton_order(base: MaskGIT, conditions: MakeConditions) -> None:
     one, other = (Decoding(5, order="halton", confidence_noise=noise) for noise in (0.0, 7.0))
-    assert torch.equal(generate(base, conditions(3), one, Vanilla()), generate(base, conditions(3), other, Vanilla()))
+    drawn = [generate(base, conditions(3), decoding, Vanilla()).tokens for decoding in (one, other)]
+    assert torch.equal(*drawn)
 
 
 def test_halton_without_a_square_grid_is_refused(conditions: MakeConditions) -> None:
@@ -346,7 +369,7 @@ def test_unknown_order_is_refused() -> None:
 
 def test_budget_out_of_range_is_refused(base: MaskGIT, conditions: MakeConditions) -> None:
     with pytest.raises(ValueError, match=r"budget must lie in 1\.\.5.*got 6"):
-        generate(base, conditions(1), Decoding(5), Planned(6, Hold()))
+        generate(base, conditions(1), Decoding(5), Accelerated(Even(6), Hold()))
 
 
 @pytest.mark.parametrize("num_steps", [0, 17])

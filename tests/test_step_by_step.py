@@ -24,8 +24,7 @@ from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.tasks.generation import GenerationTask
-from lit_shortcut.tasks.recording import record
+from lit_shortcut.tasks.recording import RecordingTask, record
 from lit_shortcut.tasks.room import room_like
 from lit_shortcut.trajectory import ENCODINGS, TrajectoryError, problems, read_shard, write_shard
 from tests.tiny_trajectories import SPEC, card, trajectories
@@ -37,7 +36,7 @@ ODD = {"spec": SPEC._asdict() | {"sequence_length": 9, "width": 5}, "num_steps":
 
 def predict(folder: Path, encoding: str = "bfloat16", **arguments: Any) -> dict[str, bytes]:
     quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    task = GenerationTask(ToyBase(), decoding=DECODING, scratch=folder / "scratch", **arguments)
+    task = RecordingTask(ToyBase(), decoding=DECODING, scratch=folder / "scratch", **arguments)
     L.Trainer(**quiet, callbacks=[TrajectoryWriter(folder / "set", encoding)]).predict(
         task, ClassLabels(7, batch_size=3)
     )
@@ -93,8 +92,8 @@ def test_texts_of_different_lengths_are_recorded_the_same_in_a_scratch_file(
     expected = record(dimoo, prompted(3), DECODING)
     found = record(dimoo, prompted(3), DECODING, memory_limit_gb=0, scratch=tmp_path)
     assert torch.equal(found.features, expected.features)
-    assert found.text is not None
-    assert expected.text is not None
+    assert found.prefix is not None
+    assert expected.prefix is not None
     made = card(spec=dimoo.spec._asdict(), num_steps=5, prompts="0" * 64, text_rows=True, num_samples=3)
     for folder, one in (("file", found), ("memory", expected)):
         write_shard(tmp_path / folder, 0, one, made)
@@ -102,9 +101,9 @@ def test_texts_of_different_lengths_are_recorded_the_same_in_a_scratch_file(
     assert file == memory
     for row, one in enumerate(read_shard(tmp_path / "file", 0, made)):
         assert torch.equal(one.features[0], expected.features[row, :, :, : one.features.shape[3]])
-        stored, lengths = members(tmp_path / "file", f"{row:08d}"), expected.text.lengths[row].tolist()
+        stored, lengths = members(tmp_path / "file", f"{row:08d}"), expected.prefix.lengths[row].tolist()
         assert stored["prefix.lengths.npy"].tolist() == lengths
-        assert stored["prefix.control.npy"].tolist() == expected.text.control[row, 0, : lengths[0]].tolist()
+        assert stored["prefix.control.npy"].tolist() == expected.prefix.control[row, 0, : lengths[0]].tolist()
         assert len(stored["c02.npy"]) - len(stored["u02.npy"]) == lengths[0] - lengths[1]
         assert stored["u02.npy"].tolist() == expected.features[row, 1, 2, : len(stored["u02.npy"])].tolist()
     assert len({one.features.shape for one in read_shard(tmp_path / "file", 0, made)}) == 3
@@ -184,7 +183,7 @@ def test_scratch_that_is_no_folder_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [-1.0, float("nan")])
 def test_limit_that_is_none_is_refused(limit: float) -> None:
     with pytest.raises(ValueError, match="memory_limit_gb must be at least 0, got"):
-        GenerationTask(ToyBase(), memory_limit_gb=limit)
+        RecordingTask(ToyBase(), memory_limit_gb=limit)
 
 
 PROBE = """

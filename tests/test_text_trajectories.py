@@ -10,23 +10,24 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
 
 from datamodules.prompts import Prompts
 from datamodules.trajectories import TrajectoryDataModule
 from datamodules.windows import Order, WindowReader
-from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.replay import RecordedEnds
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
-from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.bases.toy_cross import CrossToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
-from lit_shortcut.contracts import Conditions, Context, Control, Trajectories
+from lit_shortcut.contracts import Conditions, Control, Trajectories
+from lit_shortcut.losses import MaskedMSE
 from lit_shortcut.networks.control import embed_control
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
-from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
-from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.tasks.generation import GenerationTask
-from lit_shortcut.tasks.recording import record
+from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.tasks.recording import RecordingTask, record
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     FORMAT_VERSION,
@@ -58,8 +59,8 @@ def recorded(dimoo: DiMOO, prompted: MakeConditions) -> Trajectories:
 
 
 def rows_of(recorded: Trajectories, start: int, stop: int) -> Trajectories:
-    assert recorded.text is not None
-    text = type(recorded.text)(*(part[start:stop] for part in recorded.text))
+    assert recorded.prefix is not None
+    text = type(recorded.prefix)(*(part[start:stop] for part in recorded.prefix))
     conditions = Conditions(*(part[start:stop] for part in recorded.conditions))
     return Trajectories(conditions, *(part[start:stop] for part in recorded[1:4]), text)
 
@@ -98,19 +99,18 @@ def read_set(folder: Path, card: Card) -> list[Trajectories]:
     return [one for shard in range(card.num_shards) for one in read_shard(folder, shard, card)]
 
 
-def trained() -> LLaDAShortcutNet:
+def trained(**options: Any) -> LLaDAShortcutNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        network = LLaDAShortcutNet(16, num_heads=2, mlp_width=32)
+        network = LLaDAShortcutNet(16, num_heads=2, mlp_width=32, **options)
         assert isinstance(network.widen, torch.nn.Linear)
         torch.nn.init.normal_(network.widen.weight, std=0.3)
     return network.eval()
 
 
-def task(network: VelocityNet, dimoo: DiMOO, **arguments: str) -> ShortcutTask:
-    made = ShortcutTask(network, **arguments)  # type: ignore[arg-type]
-    made.interface = dimoo.interface
-    made.register_buffer("channel_scale", torch.ones(16))
+def task(network: ShortcutNetwork, dimoo: DiMOO, **arguments: Any) -> ShortcutTask:
+    made = ShortcutTask(network, **arguments)
+    made.use(RecordedEnds(dimoo.spec, dimoo.interface, dimoo.fingerprint))
     return made
 
 
@@ -119,12 +119,12 @@ def test_reader_returns_what_writer_wrote(folder: Path, card: Card, recorded: Tr
     assert found.conditions.prompts == recorded.conditions.prompts
     assert torch.equal(found.features, recorded.features)
     assert torch.equal(found.tokens, recorded.tokens)
-    assert found.text is not None
-    assert recorded.text is not None
-    assert found.text.lengths.tolist() == recorded.text.lengths.tolist() == [[length, 3] for length in LENGTHS]
-    assert found.text.num_control.tolist() == recorded.text.num_control.tolist() == [[n, 0] for n in LENGTHS]
+    assert found.prefix is not None
+    assert recorded.prefix is not None
+    assert found.prefix.lengths.tolist() == recorded.prefix.lengths.tolist() == [[length, 3] for length in LENGTHS]
+    assert found.prefix.num_control.tolist() == recorded.prefix.num_control.tolist() == [[n, 0] for n in LENGTHS]
     for row, length in enumerate(LENGTHS):
-        assert torch.equal(found.text.control[row, 0, :length], recorded.text.control[row, 0, :length])
+        assert torch.equal(found.prefix.control[row, 0, :length], recorded.prefix.control[row, 0, :length])
 
 
 def test_sample_takes_the_rows_of_its_own_prompt_whatever_its_batch(
@@ -145,42 +145,50 @@ def test_interface_beside_the_shards_knows_the_rows_places(folder: Path, card: C
         assert torch.equal(mine, theirs)
 
 
-def test_training_predicts_what_sampling_does(folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions) -> None:
-    """Samples and branches mixed and padded in one training batch, against the predictor in the decoding loop."""
-    network = trained()
-    steps = list(sample(dimoo, prompted(5), DECODING, Planned(1, Shortcut(network))))
-    batch = select(concatenated(read_set(folder, card)), [(row, branch, 0) for row in range(5) for branch in range(2)])
-    assert batch.text is not None
-    control = Control(*(part[:, 0] for part in batch.control if part is not None))
-    following = task(network, dimoo)(batch.features, control, batch.masked_share[:, 0], batch.text)
+@pytest.mark.parametrize(
+    "options", [{}, {"uses_control": False}, {"uses_prefix": False}, {"rows": "masked"}, {"anchored": True}]
+)
+@pytest.mark.parametrize("gap", [1, 3])
+def test_training_predicts_what_sampling_does(
+    folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions, options: dict[str, Any], gap: int
+) -> None:
+    """Samples and branches mixed and padded in one training batch, against the predictor along recorded tokens."""
+    network, recorded = trained(**options), concatenated(read_set(folder, card))
+    made = task(network, dimoo)
+    replay = made.replay(recorded)
+    run = Accelerated(Even(1), Shortcut(network)).start(replay, replay.recorded, replay.counts)
+    features = [run(state)[0] for state in replay.states()]
+    batch = select(recorded, [(row, branch, 0) for row in range(5) for branch in range(2)], gap)
+    following = made.predict(batch, gap - 1)
     for row in range(5):
         for branch in range(2):
             num_rows = FRAME + (LENGTHS[row] if branch == 0 else 3)
             found = following[2 * row + branch, :num_rows]
-            torch.testing.assert_close(found, steps[1].features[branch, row, :num_rows], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, features[gap][branch, row, :num_rows], rtol=1e-4, atol=1e-5)
 
 
 def test_loss_over_all_rows_leaves_out_padding(folder: Path, card: Card, dimoo: DiMOO) -> None:
     batch = select(concatenated(read_set(folder, card)), [(row, branch, 1) for row in range(5) for branch in range(2)])
-    made = task(trained(), dimoo, rows="all")
-    real = made._real_rows(batch)
+    loss = MaskedMSE(rows="all")
+    made = task(trained(), dimoo, losses={"mse": loss})
+    real = made.where(batch, 0)["all"]
     assert real.sum(1).tolist() == [FRAME + n for length in LENGTHS for n in (length, 3)]
-    following = made._advance(batch.features, batch, 0)
+    following = made.predict(batch, 0)
     squares = torch.cat(
         [
             (following[row, :n] - batch.targets[row, 0, :n]).square().flatten()
             for row, n in enumerate(real.sum(1).tolist())
         ]
     )
-    loss = made._error(following, batch.targets[:, 0], real)
-    torch.testing.assert_close(loss, squares.mean(), rtol=1e-5, atol=1e-7)
+    found = loss(following, batch.targets[:, 0], real, dimoo.interface)
+    torch.testing.assert_close(found, squares.mean(), rtol=1e-5, atol=1e-7)
 
 
 def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path) -> None:
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     data = TrajectoryDataModule(str(folder), batch_size=4)
     trainer = L.Trainer(max_steps=2, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)  # type: ignore[arg-type]
-    made = ShortcutTask(LLaDAShortcutNet(16, num_heads=2, mlp_width=32), rows="all", rollout_depth=2)
+    made = ShortcutTask(LLaDAShortcutNet(16, num_heads=2, mlp_width=32), losses={"mse": MaskedMSE(rows="all")})
     trainer.fit(made, datamodule=data)
     trainer.validate(made, datamodule=data, verbose=False)
     assert torch.isfinite(torch.tensor([float(value) for value in trainer.callback_metrics.values()])).all()
@@ -193,10 +201,10 @@ def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(folder: Path,
     found = WindowReader(Source(folder, card), order, 2).read(0, range(7)).decode()
     places = [order.at(0, position)[1:] for position in range(7)]
     expected = select(concatenated(list(read_shard(folder, 0, card))), places, 2)
-    assert found.text is not None
-    assert expected.text is not None
+    assert found.prefix is not None
+    assert expected.prefix is not None
     assert torch.equal(found.features, expected.features)
-    mine, theirs = ((*batch.control, *batch[2:6], *(batch.text or ())) for batch in (found, expected))
+    mine, theirs = ((*batch.control, *batch[2:6], *(batch.prefix or ())) for batch in (found, expected))
     for one, other in zip(mine, theirs, strict=True):
         assert torch.equal(one, other)
 
@@ -207,7 +215,7 @@ def test_batch_of_one_trains_without_masks(folder: Path, card: Card, dimoo: DiMO
     for position in range(len(order)):
         batch = reader.read(0, range(position, position + 1)).decode()
         control = Control(*(part if part is None else part[:, 0] for part in batch.control))
-        embedded = embed_control(dimoo.interface, control, batch.text, batch.features.shape[1])
+        embedded = embed_control(dimoo.interface, control, batch.prefix, batch.features.shape[1])
         assert embedded.is_real is embedded.places.is_real is None
 
 
@@ -246,31 +254,11 @@ def test_verify_names_a_sample_of_another_frame(folder: Path, card: Card, record
     assert found == [f"{folder}/shard-000001.tar: sample 00000003: other rows beside its text than before"]
 
 
-class CrossAttention(torch.nn.Module):
-    """A base with prompts that are no rows of its features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.toy = ToyBase()
-        self.spec = self.toy.spec._replace(num_classes=0)
-        self.interface, self.fingerprint = self.toy.interface, self.toy.fingerprint
-
-    def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        labels = torch.tensor([len(prompt) % 10 for prompt in conditions.prompts])
-        return self.toy.context(conditions._replace(labels=labels), guided=guided)
-
-    def features(self, tokens: Tensor, context: Context) -> Tensor:
-        return self.toy.features(tokens, context)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        return self.toy.decode(tokens)
-
-
 def test_base_with_prompts_and_no_text_rows_is_recorded_and_trained_from(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\ntwo cats\n")
     quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     trainer = L.Trainer(**quiet, callbacks=[TrajectoryWriter(tmp_path / "set")])
-    task = GenerationTask(CrossAttention(), decoding=Decoding(num_steps=4))
+    task = RecordingTask(CrossToyBase(), decoding=Decoding(num_steps=4))
     trainer.predict(task, datamodule=Prompts(tmp_path / "prompts.txt", num_images=8, batch_size=2))
     made = Card.read(tmp_path / "set")
     assert (bool(made.prompts), made.text_rows) == (True, False)
@@ -279,4 +267,4 @@ def test_base_with_prompts_and_no_text_rows_is_recorded_and_trained_from(tmp_pat
     assert one.conditions.prompts == ("a cat",)
     data = TrajectoryDataModule(str(tmp_path / "set"), batch_size=4)
     data.setup("fit")
-    assert next(iter(data.train_dataloader())).decode().text is None
+    assert next(iter(data.train_dataloader())).decode().prefix is None

@@ -41,7 +41,7 @@ def test_predict_records_a_trajectory_for_each_prompt_in_turn(folder: Path) -> N
     assert (card.num_samples, card.num_classes, len(card.prompts)) == (10, len(PROMPTS), 64)
     recorded = [one for shard in range(card.num_shards) for one in read_shard(source, shard, card)]
     assert [one.conditions.prompts[0] for one in recorded] == (PROMPTS * 2)[:10]
-    assert all(one.text is not None and int(one.text.lengths[0, 1]) == 3 for one in recorded)
+    assert all(one.prefix is not None and int(one.prefix.lengths[0, 1]) == 3 for one in recorded)
 
 
 def test_set_of_other_prompts_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_set_of_other_prompts_is_not_gone_on_with(folder: Path, tmp_path: Path) 
 def test_fit_exports_a_shortcut_tied_to_its_base(folder: Path) -> None:
     exported = Shortcut.load(folder / EXPORTED)
     assert isinstance(exported.network, LLaDAShortcutNet)
-    assert exported.facts() == Shortcut.load(folder / "runs/toy_dimoo/shortcut/last.ckpt").facts()
+    assert exported.identity() == Shortcut.load(folder / "runs/toy_dimoo/shortcut/last.ckpt").identity()
     assert exported.base_fingerprint == toy_dimoo().fingerprint
 
 
@@ -62,8 +62,8 @@ def test_measured_rows_know_their_prompts_and_the_images_size(folder: Path) -> N
     rows = {path.stem: json.loads(path.read_text()) for path in (folder / "runs/toy_dimoo/report/rows").iterdir()}
     assert rows.keys() == {"vanilla_n6_seed0", "shortcut_n6_b2_seed0"}
     card = Card.read(folder / "runs/toy_dimoo/trajectories")
-    assert {row["facts"]["prompts"] for row in rows.values()} == {card.prompts}
-    assert all(row["facts"]["spec"] == card.spec for row in rows.values())
+    assert {row["identity"]["conditions"]["prompts"] for row in rows.values()} == {card.prompts}
+    assert all(row["identity"]["base"] == toy_dimoo().identity() for row in rows.values())
     latency = json.loads((folder / "runs/toy_dimoo/report/latency.json").read_text())
     assert latency["measured"].keys() == {"vanilla_n6", "shortcut_n6_b2"}
 

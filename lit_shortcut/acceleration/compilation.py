@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lit_shortcut.contracts import MaskedImageModel
-from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.networks.shortcut import ShortcutNetwork
 
 
 def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module]) -> None:
@@ -20,5 +20,5 @@ def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module]) -> No
     base.features = torch.compile(base.features)  # type: ignore[method-assign]
     for method in methods:
         for module in method.modules():
-            if isinstance(module, VelocityNet):
+            if isinstance(module, ShortcutNetwork):
                 module.compile()

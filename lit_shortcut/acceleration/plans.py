@@ -1,20 +1,205 @@
-"""When the base runs."""
+"""When the base runs: plans fixed by step or token counts, listed, or decided from the features on the way."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Literal
 
-def full_steps(num_steps: int, budget: int) -> list[int]:
-    """Indices of the ``budget`` steps at which the base runs, spread evenly from step 0 (arXiv 2602.23996, section 4).
+import torch
+from torch import Tensor
 
-    >>> full_steps(num_steps=15, budget=7)
+from lit_shortcut.acceleration.accelerated import DecideFn, Past, Plan, Predictor
+from lit_shortcut.contracts import State
+
+
+class Steps(Plan):
+    """The base at the listed steps.
+
+    Args:
+        steps: indices of the full steps, increasing from 0.
+
+    Raises:
+        ValueError: if they do not increase from 0.
+    """
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = list(steps)
+        if self.steps[:1] != [0] or self.steps != sorted(set(self.steps)):
+            raise ValueError(f"steps must increase from 0, the first step; got {self.steps}")
+
+    def identity(self) -> dict[str, Any]:
+        """The steps."""
+        return {"plan": "steps", "budget": len(self.steps), "steps": self.steps}
+
+    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
+        """Decide by list; raises ValueError if a step lies beyond the last."""
+        if self.steps[-1] >= len(counts):
+            raise ValueError(f"steps must lie in 0..{len(counts) - 1}; got {self.steps}")
+        return at_steps(self.steps)
+
+
+class Even(Plan):
+    """The base at ``budget`` steps spread evenly over the steps, as published (arXiv 2602.23996, section 4).
+
+    Args:
+        budget: b, number of full steps.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+
+    def identity(self) -> dict[str, Any]:
+        """Its name and budget."""
+        return {"plan": "even", "budget": self.budget}
+
+    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
+        """Decide by step index; raises ValueError if the budget lies outside 1..N."""
+        return at_steps(even_steps(len(counts), self.budget))
+
+
+class EvenTokens(Plan):
+    """The base whenever another share 1/``budget`` of the tokens has been committed.
+
+    Args:
+        budget: b, number of full steps.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+
+    def identity(self) -> dict[str, Any]:
+        """Its name and budget."""
+        return {"plan": "even_tokens", "budget": self.budget}
+
+    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
+        """Decide by tokens committed; raises ValueError if the budget lies outside 1..N."""
+        return at_steps(even_token_steps(counts, self.budget))
+
+
+class Adaptive(Plan):
+    """The base when the features have changed by more than ``threshold`` since it last ran.
+
+    The change of a step is |f_t − f_(t−1)| / |f_(t−1)| over the image tokens, as EasyCache measures it (Zhou et al.,
+    arXiv 2507.02860); changes add up until they pass the threshold. A calibrated threshold makes the mean number
+    of full steps the budget (:mod:`lit_shortcut.acceleration.calibration`).
+
+    Args:
+        threshold: sum of relative changes that calls for a full step.
+        per: decide for each ``sample``, or for the whole ``batch`` by its mean.
+        max_gap: steps without the base, at most.
+        budget: mean number of full steps that the threshold was calibrated for; it only names the plan.
+
+    Raises:
+        ValueError: if the threshold or the gap is not positive.
+    """
+
+    def __init__(
+        self,
+        threshold: float,
+        per: Literal["sample", "batch"] = "batch",
+        max_gap: int | None = None,
+        budget: float | None = None,
+    ) -> None:
+        if not threshold > 0:
+            raise ValueError(f"threshold must be above 0, got {threshold}")
+        if max_gap is not None and max_gap < 1:
+            raise ValueError(f"max_gap must be at least 1, got {max_gap}")
+        self.threshold, self.per, self.max_gap, self.budget = threshold, per, max_gap, budget
+
+    def identity(self) -> dict[str, Any]:
+        """Its arguments."""
+        named = {} if self.budget is None else {"budget": self.budget}
+        return {"plan": "adaptive", "threshold": self.threshold, "per": self.per, "max_gap": self.max_gap} | named
+
+    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
+        """Decide by accumulated change.
+
+        Raises:
+            ValueError: if it decides per sample and the predictor looks back at full steps, which all samples share.
+        """
+        if self.per == "sample" and predictor.memory > 0:
+            raise ValueError(
+                f"per: sample needs a predictor without memory of full steps, "
+                f"{type(predictor).__name__} has memory {predictor.memory}; use per: batch"
+            )
+        earlier: Tensor | None = None
+        change: Tensor | float = 0.0
+        gap: Tensor | int = 0
+
+        def decide(past: Past, state: State) -> bool | Tensor:
+            nonlocal earlier, change, gap
+            if earlier is not None:
+                moved = relative_change(past.latest, earlier, state.tokens.shape[1])
+                change = change + (moved if self.per == "sample" else moved.mean())
+            earlier = past.latest
+            gap = gap + 1
+            is_full = torch.as_tensor(change > self.threshold)
+            if self.max_gap is not None:
+                is_full = is_full | torch.as_tensor(gap > self.max_gap, device=is_full.device)
+            if self.per == "batch":
+                is_batch_full = bool(is_full)
+                change, gap = (0.0, 0) if is_batch_full else (change, gap)
+                return is_batch_full
+            is_full = is_full.expand(len(state.tokens))
+            change = torch.where(is_full, 0.0, change)
+            gap = torch.where(is_full, 0, torch.as_tensor(gap, device=is_full.device))
+            return is_full
+
+        return decide
+
+
+def relative_change(features: Tensor, earlier: Tensor, num_tokens: int) -> Tensor:
+    """|f − f'| / |f'| (B,) of ``features`` and ``earlier`` (G, B, S, C) over the first ``num_tokens`` rows."""
+    now, before = (part[:, :, :num_tokens].float() for part in (features, earlier))
+    moved, size = (part.square().sum(dim=(0, 2, 3)).sqrt() for part in (now - before, before))
+    return moved / size.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def at_steps(steps: Sequence[int]) -> DecideFn:
+    """Decide by membership in ``steps``."""
+    full = frozenset(steps)
+    return lambda past, state: state.clock.step in full
+
+
+def even_steps(num_steps: int, budget: int) -> list[int]:
+    """Indices of ``budget`` full steps spread evenly from step 0 (arXiv 2602.23996, section 4).
+
+    >>> even_steps(num_steps=15, budget=7)
     [0, 2, 4, 6, 9, 11, 13]
 
     Raises:
         ValueError: if ``budget`` lies outside 1..num_steps.
     """
-    if not 1 <= budget <= num_steps:
-        raise ValueError(f"budget must lie in 1..{num_steps}, the number of steps; got {budget}")
+    _require_budget(num_steps, budget)
     steps = [0]
     for k in range(1, budget):
         steps.append(max(steps[-1] + 1, round(num_steps * k / budget)))
     return steps
+
+
+def even_token_steps(counts: Sequence[int], budget: int) -> list[int]:
+    """Indices of ``budget`` full steps between which equal shares of the tokens are committed.
+
+    Full step k is the first step before which k/b of the tokens are known, moved where two would coincide.
+
+    >>> even_token_steps([1, 5, 6, 8, 9, 11, 12, 12], budget=4)
+    [0, 4, 6, 7]
+
+    Raises:
+        ValueError: if ``budget`` lies outside 1..N.
+    """
+    num_steps = len(counts)
+    _require_budget(num_steps, budget)
+    known_before = [0, *accumulate(counts)]
+    steps = [0]
+    for k in range(1, budget):
+        share = known_before[-1] * k / budget
+        first = next(step for step in range(num_steps + 1) if known_before[step] >= share)
+        steps.append(min(max(steps[-1] + 1, first), num_steps - budget + k))
+    return steps
+
+
+def _require_budget(num_steps: int, budget: int) -> None:
+    if not 1 <= budget <= num_steps:
+        raise ValueError(f"budget must lie in 1..{num_steps}, the number of steps; got {budget}")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Past, PredictFn
-from lit_shortcut.contracts import Context, MaskedImageModel, State
+from lit_shortcut.acceleration.accelerated import Past, PredictFn
+from lit_shortcut.contracts import BaseEnds, Context, State
 
 
 class Hold:
     """The previous features again."""
 
-    memory = 1
+    memory = 0
 
-    def facts(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """Its name."""
         return {"method": "hold"}
 
-    def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
+    def start(self, base: BaseEnds, context: Context) -> PredictFn:
         """Repeat the latest features."""
         return lambda past, state: past.latest
 
@@ -40,18 +42,18 @@ class Taylor:
             raise ValueError(f"order must be 1 or 2 (order 0 is Hold), got {order}")
         self.order, self.memory = order, order + 1
 
-    def facts(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """Its name, with the order."""
         return {"method": f"taylor {self.order}"}
 
-    def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
+    def start(self, base: BaseEnds, context: Context) -> PredictFn:
         """Extrapolate to the present step."""
         return _extrapolate
 
 
 def _extrapolate(past: Past, state: State) -> Tensor:
     steps = [index for index, _ in past.full]
-    weights = lagrange_weights(steps, state.step)
+    weights = lagrange_weights(steps, state.clock.step)
     terms = [weight * features for weight, (_, features) in zip(weights, past.full, strict=True)]
     return sum(terms[1:], start=terms[0])
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lit_shortcut.acceleration.planned import Past, PredictFn
-from lit_shortcut.contracts import Context, Control, MaskedImageModel, State, Text
+from lit_shortcut.acceleration.accelerated import Past, PredictFn
+from lit_shortcut.contracts import BaseEnds, Context, Control, Prefix, State
 from lit_shortcut.hub import local_file
-from lit_shortcut.networks.control import embed_control, require_kind, text_of_branch
+from lit_shortcut.networks.control import advance, prefix_of_branch, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
-from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
+from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.weights import WeightsError, fingerprint, load_module_with_metadata
 
 Precision = Literal["bfloat16", "float16", "float32"]
@@ -23,7 +23,8 @@ Precision = Literal["bfloat16", "float16", "float32"]
 class Shortcut(nn.Module):
     """Next features by a shortcut network.
 
-    Guidance branches run in one batch, or one after the other where their prompts differ in length.
+    Guidance branches run in one batch, or one after the other where their prompts differ in length. An anchored network
+    starts from the last full step and all tokens committed since, any other from the latest features.
 
     Args:
         network: trained on trajectories of the base it will stand in for.
@@ -31,15 +32,18 @@ class Shortcut(nn.Module):
         dtype: of the network's weights and arithmetic; None leaves them as they are.
     """
 
-    memory = 1
-
     def __init__(
-        self, network: VelocityNet, base_fingerprint: str | None = None, dtype: Precision | None = None
+        self, network: ShortcutNetwork, base_fingerprint: str | None = None, dtype: Precision | None = None
     ) -> None:
         super().__init__()
         self.network, self.base_fingerprint = network, base_fingerprint
         if dtype is not None:
             self.network.to(getattr(torch, dtype))
+
+    @property
+    def memory(self) -> int:
+        """1 for an anchored network, else 0."""
+        return int(self.network.options.anchored)
 
     @classmethod
     def load(cls, path: Path, dtype: Precision | None = None) -> Shortcut:
@@ -68,12 +72,12 @@ class Shortcut(nn.Module):
         """
         return cls(ShortcutNet.load_published(local_file(path), num_heads))
 
-    def facts(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """Its name and the fingerprint of its weights."""
         return {"method": "shortcut", "weights": fingerprint(self.network.state_dict())}
 
-    def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
-        """Predict from the latest features and the tokens just committed, embedded by the base's own interface.
+    def start(self, base: BaseEnds, context: Context) -> PredictFn:
+        """Predict from features and the tokens committed since, embedded by the base's own interface.
 
         Raises:
             WeightsError: if the network was trained for another base, or does not fit this one.
@@ -81,33 +85,49 @@ class Shortcut(nn.Module):
         self._require_fit(base)
         interface = base.interface
         network = self.network.to(interface.code_embedding.device)
-        dtype = next(network.parameters()).dtype
+        dtype, anchored = next(network.parameters()).dtype, network.options.anchored
+        since: list[Control] = []  # an anchored network's control, step by step
+        anchor = -1
 
-        def following(features: Tensor, control: Control, masked_share: Tensor, text: Text | None) -> Tensor:
-            embedded = embed_control(interface, control, text, features.shape[-2])
-            predicted: Tensor = network(
-                features.to(dtype), embedded.tokens.to(dtype), masked_share, embedded.is_real, embedded.places
-            )
+        def source(past: Past, state: State) -> tuple[Tensor, Control, Tensor | None]:
+            nonlocal anchor
+            if not anchored:
+                return past.latest, state.control, None
+            step, features = past.full[-1]
+            if step != anchor:
+                anchor = step
+                since.clear()
+            since.append(state.control)
+            tokens, positions = (torch.cat(parts, dim=1) for parts in list(zip(*since, strict=True))[:2])
+            return features, Control(tokens, positions), torch.full_like(state.masked_share, state.clock.step - step)
+
+        def following(
+            features: Tensor, control: Control, state: State, gap: Tensor | None, prefix: Prefix | None
+        ) -> Tensor:
+            share, masked = state.masked_share, state.masked
+            predicted = advance(network, interface, features.to(dtype), control, share, prefix, masked=masked, gap=gap)
             return predicted.to(features.dtype)
 
         def predict(past: Past, state: State) -> Tensor:
-            branches, num_rows = past.latest.shape[0], past.latest.shape[-2]
-            if context.text is None:
-                control = Control(state.control.tokens.repeat(branches, 1), state.control.positions.repeat(branches, 1))
-                doubled = following(past.latest.flatten(0, 1), control, state.masked_share.repeat(branches), None)
-                return doubled.unflatten(0, (branches, -1))
-            frame = num_rows - context.prompt.shape[-1]
+            features, control, gap = source(past, state)
+            branches, num_rows = features.shape[0], features.shape[-2]
+            if context.prefix is None:
+                control = Control(control.tokens.repeat(branches, 1), control.positions.repeat(branches, 1))
+                share, masked = state.masked_share.repeat(branches), state.masked.repeat(branches, 1)
+                repeated = state._replace(masked_share=share, masked=masked)
+                gap = None if gap is None else gap.repeat(branches)
+                return following(features.flatten(0, 1), control, repeated, gap, None).unflatten(0, (branches, -1))
+            frame = num_rows - context.prefix.control.shape[-2]
             predicted = []
-            for branch, features in enumerate(past.latest):
-                text = text_of_branch(context.text, branch)
-                own_rows = features[:, : frame + int(text.lengths.max())]
-                own = following(own_rows, state.control, state.masked_share, text)
+            for branch, rows in enumerate(features):
+                prefix = prefix_of_branch(context.prefix, branch)
+                own = following(rows[:, : frame + int(prefix.lengths.max())], control, state, gap, prefix)
                 predicted.append(pad(own, (0, 0, 0, num_rows - own.shape[1])))
             return torch.stack(predicted)
 
         return predict
 
-    def _require_fit(self, base: MaskedImageModel) -> None:
+    def _require_fit(self, base: BaseEnds) -> None:
         # a base may have to read all its weights for its fingerprint: ask only where there is one to compare with
         if self.base_fingerprint is not None and self.base_fingerprint != base.fingerprint:
             raise WeightsError(

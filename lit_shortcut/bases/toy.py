@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lit_shortcut.bases.class_tokens import class_tokens
-from lit_shortcut.contracts import Conditions, Context, TokenSpec
+from lit_shortcut.bases.class_tokens import ClassContext, class_context
+from lit_shortcut.contracts import Clock, Conditions, Context, TokenSpec
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention
 from lit_shortcut.weights import fingerprint
@@ -51,19 +53,23 @@ class ToyBase(nn.Module):
         """Stay in eval mode: a base is frozen."""
         return super().train(False)
 
+    def identity(self) -> dict[str, Any]:
+        """Its fingerprint, which its images follow from."""
+        return {"class": type(self).__name__, "fingerprint": self.fingerprint}
+
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """Class token ids (G, B, 1); the last id is the dropped class.
+        """Class token ids; the last id is the dropped class.
 
         Raises:
             ValueError: if a label lies outside 0..num_classes-1.
         """
-        first_id = self.spec.mask_id + 1
-        return Context(class_tokens(conditions.labels, self.spec.num_classes, first_id, guided=guided))
+        return class_context(conditions, self.spec.num_classes, self.spec.mask_id + 1, guided=guided)
 
-    def features(self, tokens: Tensor, context: Context) -> Tensor:
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """Features (G, B, L + 1, C)."""
-        branches = context.prompt.shape[0]
-        sequence = torch.cat([tokens.repeat(branches, 1), context.prompt.flatten(0, 1)], dim=1)
+        assert isinstance(context, ClassContext)
+        branches = len(context.ids)
+        sequence = torch.cat([tokens.repeat(branches, 1), context.ids.flatten()[:, None]], dim=1)
         x = self.embedding(sequence) + self.positions
         x = self.norm(x + self.attention(x, x))
         return x.unflatten(0, (branches, -1))

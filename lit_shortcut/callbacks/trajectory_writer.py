@@ -99,7 +99,7 @@ class TrajectoryWriter(BasePredictionWriter):
             data,
             encoding=self.encoding,
             precision=str(trainer.precision),
-            base_identity={"fingerprint": module.base.fingerprint},
+            base_identity=module.base.identity(),
         )
         if trainer.is_global_zero:
             require_writable(self.folder)

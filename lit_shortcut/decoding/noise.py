@@ -12,19 +12,20 @@ _SECOND = 0x94D049BB133111EB - 2**64
 _BITS = 23  # with the half added, 24 significant bits: exact in float32, never 0 or 1
 
 
-def uniform(seeds: Tensor, stream: int, positions: Tensor) -> Tensor:
-    """Uniform values in (0, 1), float32 (B, M), one for each of ``seeds`` (B,) and ``positions`` (B, M).
+def uniform(seeds: Tensor, streams: Tensor | int, positions: Tensor) -> Tensor:
+    """Uniform values in (0, 1), float32 (…, B, M), one for each of ``seeds`` (B,) and ``positions`` (B, M) or (M,).
 
-    A counter-based generator: the value at a position depends on seed, ``stream`` and position alone. ``stream`` tells
-    apart draws at the same place (each step of the decoding loop takes its own).
+    A counter-based generator: the value at a position depends on seed, stream and position only. ``streams``, a number
+    or (…), keep draws at the same place apart (each step of the decoding loop takes its own).
 
-    >>> alone = uniform(torch.tensor([7]), 0, torch.tensor([[0, 1, 2]]))
+    >>> single = uniform(torch.tensor([7]), 0, torch.tensor([[0, 1, 2]]))
     >>> batch = uniform(torch.tensor([3, 7]), 0, torch.tensor([[0, 1, 2], [2, 1, 0]]))
-    >>> torch.equal(alone[0], batch[1].flip(0))
+    >>> torch.equal(single[0], batch[1].flip(0))
     True
     """
-    key = _mix(_mix(seeds) + torch.full_like(seeds, stream + 1) * _GOLDEN)
-    bits = _mix(key[:, None] + (positions + 1) * _GOLDEN)
+    streams = torch.as_tensor(streams, device=seeds.device)[..., None]
+    key = _mix(_mix(seeds) + (streams + 1) * _GOLDEN)
+    bits = _mix(key[..., None] + (positions + 1) * _GOLDEN)
     top = _logical_shift(bits, 64 - _BITS)
     return (top.float() + 0.5) * 2.0**-_BITS
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Schedule = Literal["root", "linear", "square", "cosine", "arccos", "cosine_left"]
+Schedule = Literal["root", "linear", "square", "cosine", "arccos", "cosine_left", "cosine_each", "arccos_left"]
 
 
 def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
@@ -25,9 +25,9 @@ def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
             return 1 - progress
         case "square":
             return 1 - progress**2
-        case "cosine" | "cosine_left":
+        case "cosine" | "cosine_left" | "cosine_each":
             return (progress * (math.pi / 2)).cos()
-        case "arccos":
+        case "arccos" | "arccos_left":
             return progress.arccos() / (math.pi / 2)
     raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}; got {schedule!r}")
 
@@ -35,26 +35,38 @@ def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
 def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list[int]:
     """Tokens committed at each of ``num_steps`` steps; they sum to ``num_tokens``.
 
-    Each step gets its share of the schedule, rounded, at least 1; the last step takes what remains. With
-    ``cosine_left`` the schedule is instead that of the tokens left masked after each step (Lumina-DiMOO, arXiv
-    2510.06308), rounded down, and at least 1 until the last; a step may then commit none.
+    Each step gets its share of the schedule, rounded, at least 1; the last step takes what remains. Three schedules
+    instead say how many tokens are left masked after each step:
+
+    - ``cosine_left`` rounds down and keeps a token for the last step; a step may commit none (Lumina-DiMOO, arXiv
+      2510.06308).
+    - ``cosine_each`` does the same but commits at least one token a step while more than one is masked (aMUSEd, arXiv
+      2401.01808; Meissonic, MMaDA). Only with more steps than tokens do some steps commit none.
+    - ``arccos_left`` rounds up and commits at least one token a step (Halton-MaskGIT, arXiv 2503.17076).
 
     >>> tokens_per_step("arccos", num_steps=8, num_tokens=64)
     [1, 5, 6, 8, 9, 11, 12, 12]
     >>> tokens_per_step("cosine_left", num_steps=4, num_tokens=64)
     [5, 14, 21, 24]
+    >>> tokens_per_step("cosine_each", num_steps=5, num_tokens=3)
+    [1, 1, 0, 0, 1]
 
     Raises:
-        ValueError: if there are more steps than tokens, or the rounded counts overspend so that nothing remains for
-            the last step.
+        ValueError: if there is no step, there are more steps than tokens, or the rounded counts overspend so that
+            nothing remains for the last step.
     """
+    if schedule == "cosine_each" and num_steps >= 1:
+        masked, left = num_tokens, []
+        for wanted in _cosine_left(num_steps, num_tokens):
+            masked = max(1, min(masked - 1, wanted))
+            left.append(masked)
+        return _spent(num_tokens, left)
     if not 1 <= num_steps <= num_tokens:
-        raise ValueError(f"num_steps must lie in 1..{num_tokens}, one token a step at least; got {num_steps}")
+        raise ValueError(f"num_steps must lie in 1..{num_tokens}, at least one token a step; got {num_steps}")
     if schedule == "cosine_left":
-        # float32, in which published counts were computed: it differs from float64 where the cosine is exact
-        progress = torch.arange(1, num_steps, dtype=torch.float32) / num_steps
-        left = (num_tokens * share_masked(schedule, progress)).floor().long().clamp(min=1).tolist()
-        return [before - after for before, after in pairwise([num_tokens, *left, 0])]
+        return _spent(num_tokens, [max(1, left) for left in _cosine_left(num_steps, num_tokens)])
+    if schedule == "arccos_left":
+        return _spent(num_tokens, _arccos_left(num_steps, num_tokens))
     if num_steps == 1:  # the schedule starts at 0, so there are no shares to divide by
         return [num_tokens]
     weights = share_masked(schedule, torch.linspace(1, 0, num_steps, dtype=torch.float32))
@@ -66,3 +78,23 @@ def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list
             f"{counts[-1]} for the last step; use fewer steps or another schedule"
         )
     return counts
+
+
+def _cosine_left(num_steps: int, num_tokens: int) -> list[int]:
+    """Tokens left after each step but the last, rounded down."""
+    left: list[int] = (num_tokens * share_masked("cosine_left", _progress(num_steps))).floor().long().tolist()
+    return left
+
+
+def _arccos_left(num_steps: int, num_tokens: int) -> list[int]:
+    known = ((1 - share_masked("arccos_left", _progress(num_steps))) * num_tokens).floor().long().tolist()
+    return [num_tokens - max(step, wanted) for step, wanted in enumerate(known, start=1)]
+
+
+def _progress(num_steps: int) -> Tensor:
+    """Progress after each step but the last, in float32, in which published counts were computed."""
+    return torch.arange(1, num_steps, dtype=torch.float32) / num_steps
+
+
+def _spent(num_tokens: int, left: list[int]) -> list[int]:
+    return [before - after for before, after in pairwise([num_tokens, *left, 0])]

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_shortcut.decoding.noise import gumbel, uniform
-
 
 def guide(logits: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: (1 + w)·conditional − w·unconditional.
@@ -51,13 +49,3 @@ def sample_codes(logits: Tensor, uniforms: Tensor | None) -> Choice:
         codes = torch.searchsorted(cumulative, (uniforms * cumulative[..., -1])[..., None]).squeeze(-1)
         codes = codes.clamp(max=logits.shape[-1] - 1)
     return Choice(codes, log_probs.gather(-1, codes[..., None]).squeeze(-1))
-
-
-def confidence(log_probs: Tensor, uniforms: Tensor, noise_scale: float) -> Tensor:
-    """Log p(code) + ``noise_scale``·Gumbel (B, M): the order in which places are committed (arXiv 2202.04200, 3.2)."""
-    return log_probs if noise_scale == 0 else log_probs + noise_scale * gumbel(uniforms)
-
-
-def uniforms_at(seeds: Tensor, step: int, purpose: int, positions: Tensor) -> Tensor:
-    """Uniform noise (B, M) of one ``purpose`` (0: codes, 1: confidence) at one ``step`` and ``positions`` (B, M)."""
-    return uniform(seeds, 2 * step + purpose, positions)

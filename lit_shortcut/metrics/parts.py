@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_shortcut.contracts import Acceleration, Conditions, Context, FeatureFn, MaskedImageModel, State
+from lit_shortcut.contracts import Acceleration, Clock, Conditions, Context, FeatureFn, MaskedImageModel, State
 from lit_shortcut.metrics.latency import synchronize
 
 
@@ -24,7 +23,7 @@ class Laps:
 
     Args:
         device: that the parts run on.
-        clock: seconds that pass, or another count that grows, as of operations.
+        clock: seconds that pass.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -65,14 +64,18 @@ class TimedBase:
         """The base's own."""
         return self.base.fingerprint
 
+    def identity(self) -> dict[str, Any]:
+        """The base's own."""
+        return self.base.identity()
+
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
         """The base's own."""
         return self.base.context(conditions, guided=guided)
 
-    def features(self, tokens: Tensor, context: Context) -> Tensor:
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """The base's own, timed."""
         self.laps.end("rest")
-        features = self.base.features(tokens, context)
+        features = self.base.features(tokens, context, clock)
         self.laps.end("base", calls=1)
         return features
 
@@ -93,51 +96,29 @@ class TimedAcceleration:
     Args:
         acceleration: is what runs.
         laps: where time is booked.
-        name: of the part; None takes the name of its method.
     """
 
-    def __init__(self, acceleration: Acceleration, laps: Laps, name: str | None = None) -> None:
+    def __init__(self, acceleration: Acceleration, laps: Laps) -> None:
         self.acceleration, self.laps = acceleration, laps
-        self.name = str(acceleration.facts()["method"]) if name is None else name
+        self.name = str(acceleration.identity()["method"])
 
-    def facts(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """The acceleration's own."""
-        return self.acceleration.facts()
+        return self.acceleration.identity()
 
-    def start(self, base: MaskedImageModel, context: Context, num_steps: int) -> FeatureFn:
+    def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
         """The acceleration's own, timed."""
-        feature_fn = self.acceleration.start(base, context, num_steps)
+        feature_fn = self.acceleration.start(base, context, counts)
         self.laps.end("rest")
 
-        def timed(state: State) -> tuple[Tensor, bool]:
+        def timed(state: State) -> tuple[Tensor, bool | Tensor]:
             self.laps.end("rest")
             features, is_full = feature_fn(state)
-            self.laps.end("rest" if is_full else self.name, calls=not is_full)
+            is_all_full = bool(torch.as_tensor(is_full).all())
+            self.laps.end("rest" if is_all_full else self.name, calls=not is_all_full)
             return features, is_full
 
         return timed
-
-
-@contextmanager
-def timed_layers(layers: Iterable[nn.Module], laps: Laps) -> Iterator[None]:
-    """Within, each of a base's ``layers`` books its passes under ``layer``, and what came before under ``base``."""
-
-    def before(*_: object) -> None:
-        laps.end("base")
-
-    def after(*_: object) -> None:
-        laps.end("layer", calls=1)
-
-    handles = [
-        handle
-        for layer in layers
-        for handle in (layer.register_forward_pre_hook(before), layer.register_forward_hook(after))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Part(NamedTuple):

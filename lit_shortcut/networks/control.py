@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Control, Text
+from lit_shortcut.contracts import Control, Prefix
 from lit_shortcut.interface import Places, TokenInterface
-from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.networks.rows import ALL_ROWS, Rows, RowsAt, RowsWhere
+from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.weights import WeightsError
 
 
@@ -21,37 +22,87 @@ class EmbeddedControl(NamedTuple):
     places: Places
 
 
-def embed_control(interface: TokenInterface, control: Control, text: Text | None, num_rows: int) -> EmbeddedControl:
-    """Embeddings of ``control`` (B, K), behind those of ``text`` where there is one, for features of ``num_rows`` (S).
+def advance(
+    network: ShortcutNetwork,
+    interface: TokenInterface,
+    features: Tensor,
+    control: Control,
+    masked_share: Tensor,
+    prefix: Prefix | None = None,
+    *,
+    masked: Tensor | None = None,
+    gap: Tensor | None = None,
+) -> Tensor:
+    """Predict features (B, S, C) by ``network`` from those before; training and sampling both go through here.
 
-    Where nothing is padded no masks are made, since attention is faster without. A batch of one has no padding; of
-    others it is known where ``text`` tells its lengths on the CPU.
+    Args:
+        network: the shortcut.
+        interface: of the base.
+        features: (B, S, C), in the network's dtype.
+        control: (B, K), tokens committed since.
+        masked_share: (B,) r, before the step that is predicted.
+        prefix: of the samples, (B, …).
+        masked: places still masked, for a network that predicts those: (B, M), or a mask (B, L) where samples differ in
+            number.
+        gap: (B,) steps between ``features`` and the prediction, for an anchored network.
+    """
+    options = network.options
+    embedded = embed_control(interface, control, prefix, features.shape[-2], options.uses_prefix)
+    rows = ALL_ROWS
+    if options.rows == "masked":
+        assert masked is not None
+        rows = _rows(interface, masked)
+    tokens = embedded.tokens.to(features)
+    predicted: Tensor = network(features, tokens, masked_share, embedded.is_real, embedded.places, rows, gap)
+    return predicted
+
+
+def embed_control(
+    interface: TokenInterface, control: Control, prefix: Prefix | None, num_rows: int, uses_prefix: bool = True
+) -> EmbeddedControl:
+    """Embed ``control`` (B, K), behind the tokens of ``prefix`` if there is one, for features of ``num_rows`` (S).
+
+    With ``uses_prefix`` false a prefix only says where rows stand. Where nothing is padded no masks are made, since
+    attention is faster without. A batch of one has no padding; of others it is known where ``prefix`` has its lengths
+    on the CPU.
     """
     committed = interface.embed(control.tokens, control.positions)
-    if text is None:
+    if prefix is None:
         return EmbeddedControl(committed, control.is_real, Places(rows=None, control=control.positions))
     device = committed.device
-    rows, row_is_real = interface.row_places(text.lengths, num_rows)
+    rows, row_is_real = interface.row_places(prefix.lengths, num_rows)
     assert interface.row_offsets is not None  # else it has no places
-    num_text_rows, num_text = num_rows - len(interface.row_offsets), text.control.shape[1]
-    text_places = torch.arange(num_text, device=device).expand(len(rows), -1)
+    if not uses_prefix:
+        prefix = prefix._replace(control=prefix.control[:, :0], num_control=torch.zeros_like(prefix.num_control))
+    num_prefix_rows, num_prefix = num_rows - len(interface.row_offsets), prefix.control.shape[1]
+    prefix_places = torch.arange(num_prefix, device=device).expand(len(rows), -1)
     is_real = control.is_real
-    if control.is_real is not None or _is_padded(text.num_control, num_text):
-        text_is_real = text_places < text.num_control.to(device)[:, None]
+    if control.is_real is not None or _is_padded(prefix.num_control, num_prefix):
+        prefix_is_real = prefix_places < prefix.num_control.to(device)[:, None]
         all_real = torch.ones_like(control.tokens, dtype=torch.bool)
-        is_real = torch.cat([text_is_real, all_real if control.is_real is None else control.is_real], dim=1)
+        is_real = torch.cat([prefix_is_real, all_real if control.is_real is None else control.is_real], dim=1)
     return EmbeddedControl(
-        tokens=torch.cat([text.control.to(committed), committed], dim=1),
+        tokens=torch.cat([prefix.control.to(committed), committed], dim=1),
         is_real=is_real,
         places=Places(
             rows=rows,
-            control=torch.cat([text_places, rows.gather(1, control.positions)], dim=1),
-            is_real=row_is_real if _is_padded(text.lengths, num_text_rows) else None,
+            control=torch.cat([prefix_places, rows.gather(1, control.positions)], dim=1),
+            is_real=row_is_real if _is_padded(prefix.lengths, num_prefix_rows) else None,
         ),
     )
 
 
-def require_kind(network: VelocityNet, interface: TokenInterface, whose: str) -> None:
+def _rows(interface: TokenInterface, masked: Tensor) -> Rows:
+    """Rows that belong to ``masked`` tokens, (B, M) or a mask (B, L)."""
+    if masked.dtype != torch.bool:
+        if interface.num_rows == interface.num_tokens:
+            return RowsAt(masked)
+        is_masked = torch.zeros(len(masked), interface.num_tokens, dtype=torch.bool, device=masked.device)
+        masked = is_masked.scatter(1, masked, True)
+    return RowsWhere(interface.masked_rows(masked))
+
+
+def require_kind(network: ShortcutNetwork, interface: TokenInterface, whose: str) -> None:
     """Refuse a ``network`` made for another kind of base than the one whose ``interface`` this is.
 
     Raises:
@@ -66,10 +117,10 @@ def require_kind(network: VelocityNet, interface: TokenInterface, whose: str) ->
         )
 
 
-def text_of_branch(text: Text, branch: int) -> Text:
-    """One guidance branch of a context's ``text`` (G, B, …), its control cut to the longest in it."""
-    lengths, num_control = text.lengths[branch], text.num_control[branch]
-    return Text(lengths, text.control[branch][:, : int(num_control.max())], num_control)
+def prefix_of_branch(prefix: Prefix, branch: int) -> Prefix:
+    """One guidance branch of a context's ``prefix`` (G, B, …), its control cut to the longest in it."""
+    lengths, num_control = prefix.lengths[branch], prefix.num_control[branch]
+    return Prefix(lengths, prefix.control[branch][:, : int(num_control.max())], num_control)
 
 
 def _is_padded(lengths: Tensor, longest: int) -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from typing import Any
 
 from torch import nn
 
 
-def deepened(
-    layers: nn.ModuleList, depth: int, residual_ends: Callable[[nn.Module], Iterable[nn.Module]]
-) -> nn.ModuleList:
+def deepened(layers: nn.ModuleList, depth: int, residual_ends: Callable[[Any], Iterable[nn.Module]]) -> nn.ModuleList:
     """``layers`` with copies of them inserted evenly, ``depth`` in all; the function they compute stays the same.
 
     Args:
@@ -30,7 +29,7 @@ def deepened(
     return nn.ModuleList(grown)
 
 
-def _silent(layer: nn.Module, residual_ends: Callable[[nn.Module], Iterable[nn.Module]]) -> nn.Module:
+def _silent(layer: nn.Module, residual_ends: Callable[[Any], Iterable[nn.Module]]) -> nn.Module:
     copy = deepcopy(layer)
     for module in residual_ends(copy):
         for parameter in module.parameters():

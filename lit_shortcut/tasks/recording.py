@@ -1,4 +1,4 @@
-"""Record trajectories of a frozen base, and describe a set of them."""
+"""Record trajectories of a frozen base: ``predict`` runs the vanilla loop and keeps the features of every step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from math import inf
 from pathlib import Path
 from typing import Any, Protocol
 
+import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_shortcut.acceleration.planned import Vanilla
-from lit_shortcut.contracts import Conditions, MaskedImageModel, Text, Trajectories
+from lit_shortcut.acceleration.accelerated import Vanilla
+from lit_shortcut.acceleration.compilation import compile_networks
+from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
+from lit_shortcut.decoding.schedules import tokens_per_step
+from lit_shortcut.evaluation.drawing import require_known
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.tasks.room import room_like
 from lit_shortcut.trajectory import FORMAT_VERSION, Card, interface_fingerprint
@@ -32,6 +37,59 @@ class Asked(Protocol):
 
     def loader(self) -> DataLoader[Conditions]:
         """Batches of conditions."""
+
+
+class RecordingTask(L.LightningModule):
+    """Trajectories of a frozen base, batch by batch; nothing is trained.
+
+    Args:
+        base: the frozen model.
+        decoding: how tokens are drawn.
+        compiled: run the base through ``torch.compile``.
+        memory_limit_gb: features of a batch that are kept in the memory of the base's device, in GB (10⁹ bytes);
+            batches that wait to be written take as much each. Where a batch's take more, they go to a file step by
+            step, and no trajectory lies in memory whole.
+        scratch: folder of such files, on a disk and not in memory (tmpfs); they leave nothing behind.
+
+    Raises:
+        ValueError: if ``memory_limit_gb`` is negative.
+    """
+
+    def __init__(
+        self,
+        base: MaskedImageModel,
+        *,
+        decoding: Decoding | None = None,
+        compiled: bool = False,
+        memory_limit_gb: float = 8.0,
+        scratch: Path = SCRATCH,
+    ) -> None:
+        super().__init__()
+        if not memory_limit_gb >= 0:
+            raise ValueError(f"memory_limit_gb must be at least 0, got {memory_limit_gb}")
+        assert isinstance(base, nn.Module)
+        self.base: MaskedImageModel = base
+        self.decoding, self.compiled = decoding or Decoding(), compiled
+        self.memory_limit_gb, self.scratch = memory_limit_gb, Path(scratch)
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot be recorded before anything is.
+
+        Raises:
+            ValueError: if the base does not know a condition, or the schedule cannot spend the tokens in so many steps.
+        """
+        tokens_per_step(self.decoding.schedule, self.decoding.num_steps, self.base.spec.num_tokens)
+        if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
+            require_known(self.base, datamodule, guided=self.decoding.is_guided)
+
+    def on_predict_start(self) -> None:
+        """Compile where that is asked for."""
+        if self.compiled:
+            compile_networks(self.base, ())
+
+    def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
+        """Return trajectories of one batch, all features kept."""
+        return record(self.base, batch, self.decoding, memory_limit_gb=self.memory_limit_gb, scratch=self.scratch)
 
 
 def record(
@@ -55,20 +113,19 @@ def record(
         TrajectoryError: if the file cannot be made, or the disk has too little space for it.
     """
     features, tokens = None, conditions.ids
+    context = base.context(conditions, guided=decoding.is_guided)
     committed_at = torch.empty(len(conditions.ids), base.spec.num_tokens, dtype=torch.long, device=tokens.device)
-    for step in sample(base, conditions, decoding, Vanilla()):
+    for step in sample(base, conditions, decoding, Vanilla(), context):
         if features is None:
             branches, batch, *rows = step.features.shape
             shape = (batch, branches, decoding.num_steps, *rows)
             features = room_like(step.features, shape, memory_limit_gb, scratch)
-        features[:, :, step.state.step] = step.features.transpose(0, 1)
+        features[:, :, step.state.clock.step] = step.features.transpose(0, 1)
         tokens = step.tokens
-        committed_at.scatter_(1, step.committed.positions, step.state.step)
+        committed_at.scatter_(1, step.committed.positions, step.state.clock.step)
     assert features is not None
-    text = base.context(conditions, guided=decoding.is_guided).text
-    if text is not None:
-        text = Text(*(part.transpose(0, 1) for part in text))  # (G, B, …) to (B, G, …)
-    return Trajectories(conditions, features, tokens, committed_at, text)
+    prefix = context.prefix and context.prefix.map(lambda part: part.transpose(0, 1))  # (G, B, …) to (B, G, …)
+    return Trajectories(conditions, features, tokens, committed_at, prefix)
 
 
 def card_of(
@@ -101,7 +158,7 @@ def card_of(
         num_steps=decoding.num_steps,
         precision=precision,
         encoding=encoding,
-        text_rows=base.context(first, guided=decoding.is_guided).text is not None,
+        text_rows=base.context(first, guided=decoding.is_guided).prefix is not None,
         num_samples=asked.num_images,
         samples_per_shard=asked.batch_size,
         seed=asked.seed,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -19,13 +19,13 @@ _INTERFACE = "interface.safetensors"
 
 def interface_fingerprint(interface: TokenInterface) -> str:
     """A digest that only equal interfaces share; the card of a set holds it."""
-    return fingerprint(_tensors(interface))
+    return _fingerprint(interface.kind, interface.to_tensors())
 
 
 def save_interface(folder: Path, interface: TokenInterface) -> None:
     """Write ``interface`` beside the shards in ``folder``, whole or not at all."""
     with whole(folder / _INTERFACE) as file:
-        file.write(save(_tensors(interface)))
+        file.write(save(interface.to_tensors(), metadata={"kind": json.dumps(interface.kind)}))
 
 
 def load_interface(source: str | Path, card: Card) -> TokenInterface:
@@ -41,15 +41,15 @@ def load_interface(source: str | Path, card: Card) -> TokenInterface:
         if is_remote(where):
             path = Path(scratch) / _INTERFACE
             fetch(where, path)
-        tensors, _ = load_tensors(path)
-    if (found := fingerprint(tensors)) != card.interface:
+        tensors, metadata = load_tensors(path)
+    kind = metadata.get("kind", "")
+    if (found := _fingerprint(kind, tensors)) != card.interface:
         raise TrajectoryError(f"{where}: expected the interface {card.interface} that the card names, found {found}")
-    return TokenInterface(int(tensors.pop("num_tokens")), **tensors)
+    try:
+        return TokenInterface.from_tensors(kind, tensors)
+    except ValueError as error:
+        raise TrajectoryError(f"{where}: {error}") from error
 
 
-def _tensors(interface: TokenInterface) -> dict[str, Tensor]:
-    tensors = {  # cloned, because a base may tie embedding and head, and safetensors refuses shared memory
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in interface.state_dict().items()
-    }
-    return tensors | {"num_tokens": torch.tensor(interface.num_tokens)}
+def _fingerprint(kind: str, tensors: dict[str, Tensor]) -> str:
+    return f"{kind}:{fingerprint(tensors)}"

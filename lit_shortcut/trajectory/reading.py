@@ -16,7 +16,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Conditions, Text, Trajectories
+from lit_shortcut.contracts import Conditions, Prefix, Trajectories
 from lit_shortcut.trajectory.card import Card, TrajectoryError
 from lit_shortcut.trajectory.encoding import Parts
 from lit_shortcut.trajectory.index import Index, checksum, step_ending
@@ -87,15 +87,15 @@ class Shard:
             if {name: type(value) for name, value in facts.items()} != kinds or facts["id"] != self._ids[row]:
                 raise ValueError(f"json: expected {', '.join(kinds)} of this sample, found {facts}")
         ids, seeds, labels = (torch.tensor([facts[name]]) for name in ("id", "seed", "label"))
-        text = None
+        prefix = None
         if card.text_rows:
             num_control = torch.tensor([len(head.control)] + [0] * (card.branches - 1))
             of_all = head.control.new_zeros(card.branches, int(head.lengths.max()), head.control.shape[1])
             of_all[0, : len(head.control)] = head.control
-            text = Text(head.lengths[None], of_all[None], num_control[None])
+            prefix = Prefix(head.lengths[None], of_all[None], num_control[None])
         conditions = Conditions(ids, seeds, labels, (facts["prompt"],) if card.prompts else ())
         tokens, committed_at = head.tokens.long()[None], head.committed_at.long()[None]
-        return Trajectories(conditions, card.encoder.decode(parts)[None], tokens, committed_at, text)
+        return Trajectories(conditions, card.encoder.decode(parts)[None], tokens, committed_at, prefix)
 
     def _head(self, row: int) -> Head:
         card = self._card

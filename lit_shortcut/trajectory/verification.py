@@ -52,7 +52,7 @@ def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
             except TrajectoryError as error:
                 yield str(error)
                 continue
-            frames.add(found.features.shape[-2] - (0 if found.text is None else int(found.text.lengths.max())))
+            frames.add(found.features.shape[-2] - (0 if found.prefix is None else int(found.prefix.lengths.max())))
             if len(frames) > 1:
                 yield f"{path}: sample {int(found.conditions.ids):08d}: other rows beside its text than before"
                 frames.clear()

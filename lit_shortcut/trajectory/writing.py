@@ -73,19 +73,19 @@ def require_values(grids: dict[str, Tensor], rows: list[int], lengths: list[int]
 
 def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple[str, bytes, bytes]]:
     """Ending, header and content of the members of one sample, without what pads it to its batch."""
-    features, text, prompts = trajectories.features[row], trajectories.text, trajectories.conditions.prompts
-    if (text is not None) != card.text_rows or bool(prompts) != bool(card.prompts):
+    features, prefix, prompts = trajectories.features[row], trajectories.prefix, trajectories.conditions.prompts
+    if (prefix is not None) != card.text_rows or bool(prompts) != bool(card.prompts):
         raise ValueError(f"expected text_rows: {card.text_rows}, prompts: {bool(card.prompts)}, as the card says")
     if features.shape[1::2] != (card.num_steps, card.spec["width"]):
         raise ValueError(f"features: expected {card.num_steps} steps of {card.spec['width']}, found {features.shape}")
     others = {"tokens": trajectories.tokens[row].int(), "committed_at": trajectories.committed_at[row].short()}
     lengths = torch.zeros(len(features), dtype=torch.int32)
     rows = lengths + features.shape[2]
-    if text is not None:
-        lengths = text.lengths[row].int().cpu()
-        rows += lengths - text.control.shape[-2]
+    if prefix is not None:
+        lengths = prefix.lengths[row].int().cpu()
+        rows += lengths - prefix.control.shape[-2]
         others["prefix.lengths"] = lengths
-        others["prefix.control"] = text.control[row, 0, : int(text.num_control[row, 0])].float()
+        others["prefix.control"] = prefix.control[row, 0, : int(prefix.num_control[row, 0])].float()
         require_finite("prefix.control", others["prefix.control"])
     require_values(others, rows.tolist(), lengths.tolist(), card)
     for branch, own in enumerate(rows.tolist()):

@@ -1,26 +1,31 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+import re
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lit_shortcut.acceleration.plans import full_steps
+from lit_shortcut.acceleration.accelerated import Past, Plan
+from lit_shortcut.acceleration.plans import Adaptive, Even, EvenTokens, Steps, even_steps, even_token_steps
+from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.contracts import Clock, Control, State
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "parity" / "schedules.json").read_text())["full_step_indices"]
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row['num_steps']}-{row['budget']}")
 def test_plan_equals_the_reference(row: dict[str, Any]) -> None:
-    assert full_steps(row["num_steps"], row["budget"]) == row["indices"]
+    assert even_steps(row["num_steps"], row["budget"]) == row["indices"]
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 15, 32, 64])
 def test_plan_spends_exactly_its_budget(num_steps: int) -> None:
     for budget in range(1, num_steps + 1):
-        plan = full_steps(num_steps, budget)
+        plan = even_steps(num_steps, budget)
         assert len(plan) == len(set(plan)) == budget
         assert plan[0] == 0
         assert plan == sorted(plan)
@@ -30,17 +35,75 @@ def test_plan_spends_exactly_its_budget(num_steps: int) -> None:
 @pytest.mark.parametrize("num_steps", [7, 15, 32, 64])
 def test_full_steps_are_spread_evenly(num_steps: int) -> None:
     for budget in range(1, num_steps + 1):
-        gaps = [later - earlier for earlier, later in pairwise([*full_steps(num_steps, budget), num_steps])]
+        gaps = [later - earlier for earlier, later in pairwise([*even_steps(num_steps, budget), num_steps])]
         assert max(gaps) - min(gaps) <= 2  # rounding moves either end of a gap by half a step at most, ties to even
 
 
 @pytest.mark.parametrize("num_steps", [1, 15])
 def test_full_budget_is_every_step_and_budget_one_the_first(num_steps: int) -> None:
-    assert full_steps(num_steps, num_steps) == list(range(num_steps))
-    assert full_steps(num_steps, 1) == [0]
+    assert even_steps(num_steps, num_steps) == list(range(num_steps))
+    assert even_steps(num_steps, 1) == [0]
 
 
 @pytest.mark.parametrize("budget", [-1, 0, 16])
 def test_budget_out_of_range_is_refused(budget: int) -> None:
     with pytest.raises(ValueError, match=rf"1\.\.15.*got {budget}"):
-        full_steps(15, budget)
+        even_steps(15, budget)
+
+
+def steps_of(plan: Plan, counts: list[int]) -> list[int]:
+    """Full steps of a plan that looks at the clock only."""
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    decide = plan.start(counts, Hold())
+    past = Past(torch.zeros(1, 1, 1, 1), [])
+    states = [
+        State(Clock(k, len(counts)), nothing, Control(nothing, nothing), torch.ones(1), nothing)
+        for k in range(len(counts))
+    ]
+    return [0, *(state.clock.step for state in states[1:] if decide(past, state))]
+
+
+@pytest.mark.parametrize(
+    "counts", [[1] * 7, [1, 5, 6, 8, 9, 11, 12, 12], [30, 1, 1, 1, 1], [1, 1, 1, 1, 30], [2, 0, 0, 2]]
+)
+def test_even_tokens_spends_its_budget_where_tokens_are_committed(counts: list[int]) -> None:
+    known = [0, *accumulate(counts)]
+    for budget in range(1, len(counts) + 1):
+        steps = even_token_steps(counts, budget)
+        assert len(steps) == len(set(steps)) == budget
+        assert steps == sorted(steps)
+        assert (steps[0], steps[-1] < len(counts)) == (0, True)
+        for k, step in enumerate(steps[1:], start=1):
+            late_enough = known[step] >= known[-1] * k / budget
+            no_room = step == len(counts) - budget + k
+            assert late_enough or no_room
+
+
+def test_even_tokens_equals_even_where_every_step_commits_as_many() -> None:
+    assert even_token_steps([4] * 12, 3) == even_steps(12, 3)
+
+
+def test_plans_decide_by_their_lists() -> None:
+    counts = [1, 5, 6, 8, 9, 11, 12, 12]
+    assert steps_of(Even(3), counts) == even_steps(8, 3)
+    assert steps_of(EvenTokens(3), counts) == even_token_steps(counts, 3)
+    assert steps_of(Steps([0, 1, 6]), counts) == [0, 1, 6]
+
+
+@pytest.mark.parametrize("steps", [[], [1, 2], [0, 2, 2], [0, 3, 1], [0, -1]])
+def test_steps_that_do_not_increase_from_zero_are_refused(steps: list[int]) -> None:
+    with pytest.raises(ValueError, match=re.escape(str(steps))):
+        Steps(steps)
+
+
+def test_listed_steps_beyond_the_last_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.\.7.*\[0, 8\]"):
+        Steps([0, 8]).start([1] * 8, Hold())
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"threshold": 0.0}, {"threshold": float("nan")}, {"threshold": 1.0, "max_gap": 0}]
+)
+def test_adaptive_plan_without_sense_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"threshold|max_gap"):
+        Adaptive(**arguments)

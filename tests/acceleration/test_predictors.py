@@ -7,20 +7,21 @@ import torch
 from scipy import interpolate
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Past, Planned, PredictFn
-from lit_shortcut.acceleration.plans import full_steps
+from lit_shortcut.acceleration.accelerated import Accelerated, Past, PredictFn
+from lit_shortcut.acceleration.plans import Even, even_steps
 from lit_shortcut.acceleration.predictors import Hold, Taylor, lagrange_weights
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
-from lit_shortcut.contracts import Context, Control, MaskedImageModel, State
+from lit_shortcut.contracts import BaseEnds, Clock, Context, Control, State
 
 SHAPE = (2, 3, 5, 4)  # G, B, S, C
-CONTEXT = Context(torch.zeros(2, 3, 1, dtype=torch.long))
+CONTEXT = Context()
 NODES = [[0, 1], [0, 3], [2, 7], [0, 1, 2], [0, 2, 7], [3, 4, 9]]
 
 
 def state(index: int) -> State:
     nothing = torch.zeros(SHAPE[1], 0, dtype=torch.long)
-    return State(index, torch.zeros(SHAPE[1], 4, dtype=torch.long), Control(nothing, nothing), torch.ones(SHAPE[1]))
+    tokens, share = torch.zeros(SHAPE[1], 4, dtype=torch.long), torch.ones(SHAPE[1])
+    return State(Clock(index, 15), tokens, Control(nothing, nothing), share, nothing)
 
 
 def polynomial(degree: int, seed: int = 0) -> Callable[[int], Tensor]:
@@ -35,7 +36,7 @@ class MovingBase:
     def __init__(self, path: Callable[[int], Tensor]) -> None:
         self.path, self.index = path, 0
 
-    def features(self, tokens: Tensor, context: Context) -> Tensor:
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         return self.path(self.index)
 
 
@@ -84,37 +85,38 @@ def test_taylor_with_one_full_step_holds(base: MaskGIT, order: int) -> None:
 def test_plan_remembers_as_many_full_steps_as_taylor_needs(order: int) -> None:
     num_steps, budget = 15, 7
     moving = MovingBase(polynomial(order))
-    features_of = Planned(budget, Taylor(order)).start(moving, Context(torch.zeros(1)), num_steps)  # type: ignore[arg-type]
-    enough = full_steps(num_steps, budget)[order]
+    features_of = Accelerated(Even(budget), Taylor(order)).start(moving, Context(), [1] * num_steps)  # type: ignore[arg-type]
+    enough = even_steps(num_steps, budget)[order]
     for index in range(num_steps):
         moving.index = index
         features, is_full = features_of(state(index))
-        assert is_full == (index in full_steps(num_steps, budget))
+        assert is_full == (index in even_steps(num_steps, budget))
         if index >= enough:
             torch.testing.assert_close(features, moving.path(index), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("memory", [1, 2, 3])
+@pytest.mark.parametrize("memory", [0, 1, 2, 3])
 def test_predictor_sees_the_latest_features_and_no_more_full_steps_than_it_remembers(memory: int) -> None:
     class Spy(Hold):
-        def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
+        def start(self, base: BaseEnds, context: Context) -> PredictFn:
             def predict(past: Past, state: State) -> Tensor:
-                seen.append((state.step, [index for index, _ in past.full], past.latest))
+                seen.append((state.clock.step, [index for index, _ in past.full], past.latest))
                 return past.latest + 1
 
             return predict
 
     seen: list[tuple[int, list[int], Tensor]] = []
-    spy, moving, plan = Spy(), MovingBase(polynomial(2)), full_steps(15, 5)
+    spy, moving, plan = Spy(), MovingBase(polynomial(2)), even_steps(15, 5)
     spy.memory = memory
-    features_of = Planned(5, spy).start(moving, Context(torch.zeros(1)), 15)  # type: ignore[arg-type]
+    features_of = Accelerated(Even(5), spy).start(moving, Context(), [1] * 15)  # type: ignore[arg-type]
     handed_out = []
     for index in range(15):
         moving.index = index
         handed_out.append(features_of(state(index))[0])
     assert [index for index, _, _ in seen] == [index for index in range(15) if index not in plan]
     for index, remembered, latest in seen:
-        assert remembered == [step for step in plan if step < index][-memory:]
+        earlier = [step for step in plan if step < index]
+        assert remembered == earlier[len(earlier) - min(memory, len(earlier)) :]
         assert latest is handed_out[index - 1]
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.prompt import Frame, SpecialTokens, Utf8Tokenizer
 from lit_shortcut.bases.dimoo.toy import SPECIAL, toy_dimoo
-from lit_shortcut.contracts import Acceleration, Conditions
+from lit_shortcut.bases.prompted_llada import PromptContext
+from lit_shortcut.contracts import Acceleration, Clock, Conditions
 from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.interface import Places
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
@@ -58,7 +60,7 @@ def by_sequence(base: DiMOO, tokens: Tensor, prompt: str, grid: Frame) -> Tensor
     """Features (H·W, C) of the image places, by the plain sequence of one sample, row by row and without padding."""
     special = base.special
     codes = [special.mask if code == base.spec.mask_id else special.first_code + code for code in tokens.tolist()]
-    ids = [*base.prompt_tokenizer.encode(base.template.format(prompt)), special.answer_start, special.boi]
+    ids = [*base.prompt_tokenizer.encode("", base.template.format(prompt)), special.answer_start, special.boi]
     places = []
     for row in range(grid.height):
         places += range(len(ids), len(ids) + grid.width)
@@ -72,7 +74,7 @@ def by_sequence(base: DiMOO, tokens: Tensor, prompt: str, grid: Frame) -> Tensor
 def test_rows_in_our_order_equal_the_plain_sequence(prompted: MakeConditions, grid: Frame) -> None:
     base, conditions = remade(height=2 * grid.height, width=2 * grid.width), prompted(5)
     tokens = torch.randint(9, (5, base.spec.num_tokens), generator=torch.Generator().manual_seed(0))
-    features = base.features(tokens, base.context(conditions, guided=True))[:, :, : base.spec.num_tokens]
+    features = base.features(tokens, base.context(conditions, guided=True), Clock(0, 1))[:, :, : base.spec.num_tokens]
     for row, prompt in enumerate(conditions.prompts):
         for branch, text in enumerate((prompt, "<uncondition>")):
             expected = by_sequence(base, tokens[row], text, grid)
@@ -81,10 +83,10 @@ def test_rows_in_our_order_equal_the_plain_sequence(prompted: MakeConditions, gr
 
 def test_rows_behind_a_shorter_prompt_are_zero(dimoo: DiMOO, prompted: MakeConditions) -> None:
     context = dimoo.context(prompted(3), guided=True)
-    assert context.text is not None
-    assert context.text.lengths.tolist() == [[11, 5, 17], [3, 3, 3]]
-    features = dimoo.features(torch.zeros(3, 16, dtype=torch.long), context)
-    for branch, lengths in zip(features, context.text.lengths.tolist(), strict=True):
+    assert context.prefix is not None
+    assert context.prefix.lengths.tolist() == [[11, 5, 17], [3, 3, 3]]
+    features = dimoo.features(torch.zeros(3, 16, dtype=torch.long), context, Clock(0, 1))
+    for branch, lengths in zip(features, context.prefix.lengths.tolist(), strict=True):
         for rows, length in zip(branch, lengths, strict=True):
             assert (rows.abs().amax(-1) > 0).tolist() == [True] * (24 + length) + [False] * (17 - length)
 
@@ -95,7 +97,7 @@ def test_a_batch_of_equal_prompts_needs_no_mask(dimoo: DiMOO, monkeypatch: pytes
     monkeypatch.setattr(dimoo.transformer, "forward", lambda *args: seen.append(len(args)) or forward(*args))
     for prompts in (("one", "two"), ("one", "three")):
         conditions = Conditions(torch.arange(2), torch.arange(2), torch.arange(2), prompts)
-        dimoo.features(torch.zeros(2, 16, dtype=torch.long), dimoo.context(conditions, guided=True))
+        dimoo.features(torch.zeros(2, 16, dtype=torch.long), dimoo.context(conditions, guided=True), Clock(0, 1))
     assert seen == [2, 2, 3, 2]
 
 
@@ -103,12 +105,12 @@ def test_a_batch_of_equal_prompts_needs_no_mask(dimoo: DiMOO, monkeypatch: pytes
 def test_prompts_of_different_lengths_in_a_batch_give_the_tokens_they_give_alone(
     dimoo: DiMOO, prompted: MakeConditions, budget: int | None
 ) -> None:
-    acceleration: Acceleration = Vanilla() if budget is None else Planned(budget, Shortcut(trained()))
+    acceleration: Acceleration = Vanilla() if budget is None else Accelerated(Even(budget), Shortcut(trained()))
     conditions = prompted(10)
-    together = generate(dimoo, conditions, DECODING, acceleration)
+    together = generate(dimoo, conditions, DECODING, acceleration).tokens
     for row in range(10):
         one = slice(row, row + 1)
-        alone = generate(dimoo, Conditions(*(field[one] for field in conditions)), DECODING, acceleration)
+        alone = generate(dimoo, Conditions(*(field[one] for field in conditions)), DECODING, acceleration).tokens
         assert torch.equal(alone[0], together[row])
     assert len(together.unique(dim=0)) == 10
 
@@ -116,17 +118,18 @@ def test_prompts_of_different_lengths_in_a_batch_give_the_tokens_they_give_alone
 def test_control_of_the_conditional_branch_begins_with_the_prompt(dimoo: DiMOO, prompted: MakeConditions) -> None:
     """Features after a shortcut step, by hand, sample by sample."""
     conditions, network = prompted(3), trained()
-    first, second = list(sample(dimoo, conditions, DECODING, Planned(1, Shortcut(network))))[:2]
+    first, second = list(sample(dimoo, conditions, DECODING, Accelerated(Even(1), Shortcut(network))))[:2]
     context = dimoo.context(conditions, guided=True)
-    assert context.text is not None
+    assert isinstance(context, PromptContext)
+    assert context.prefix is not None
     for branch in range(2):
         for row in range(3):
-            length = int(context.text.lengths[branch, row])
+            length = int(context.prefix.lengths[branch, row])
             rows, _ = dimoo.interface.row_places(torch.tensor([length]), 24 + length)
             codes, positions = first.committed.tokens[row], first.committed.positions[row]
             control, places = dimoo.transformer.wte(codes + SPECIAL.first_code), rows[0, positions]
             if branch == 0:
-                control = torch.cat([dimoo.transformer.wte(context.prompt[0, row, :length]), control])
+                control = torch.cat([dimoo.transformer.wte(context.ids[0, row, :length]), control])
                 places = torch.cat([torch.arange(length), places])
             expected = network(
                 first.features[branch, row, None, : 24 + length],
@@ -141,7 +144,7 @@ def test_control_of_the_conditional_branch_begins_with_the_prompt(dimoo: DiMOO, 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (16, 32), (64, 16)])
 def test_any_multiple_of_16_pixels_will_do(prompted: MakeConditions, height: int, width: int) -> None:
     base = remade(height=height, width=width, patch_size=16)
-    tokens = generate(base, prompted(2), Decoding(2, guidance=1.0), Vanilla())
+    tokens = generate(base, prompted(2), Decoding(2, guidance=1.0), Vanilla()).tokens
     assert tokens.shape == (2, height * width // 256)
 
 
@@ -206,10 +209,10 @@ def test_classes_in_place_of_prompts_are_refused(dimoo: DiMOO, conditions: MakeC
 def test_shortcut_of_another_kind_of_base_is_refused(
     dimoo: DiMOO, prompted: MakeConditions, conditions: MakeConditions, base: Any
 ) -> None:
-    maskgit_shortcut = Planned(2, Shortcut(ShortcutNet(16, num_heads=2)))
+    maskgit_shortcut = Accelerated(Even(2), Shortcut(ShortcutNet(16, num_heads=2)))
     with pytest.raises(WeightsError, match=r"DiMOO: .*a ShortcutNet is made for rows without; LLaDAShortcutNet is"):
         next(sample(dimoo, prompted(1), DECODING, maskgit_shortcut))
-    dimoo_shortcut = Planned(2, Shortcut(trained(32)))
+    dimoo_shortcut = Accelerated(Even(2), Shortcut(trained(32)))
     with pytest.raises(WeightsError, match=r"MaskGIT: .*a LLaDAShortcutNet is made for rows with; ShortcutNet is"):
         next(sample(base, conditions(1), DECODING, dimoo_shortcut))
     with pytest.raises(WeightsError, match=r"features are 16 wide.*built for width 32"):

@@ -14,13 +14,15 @@ from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from lit_shortcut.acceleration.planned import Planned
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
-from lit_shortcut.bases.dimoo.decoder import VQDecoder
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import TextTokenizer
 from lit_shortcut.bases.dimoo.published import load_transformer, published, random_weights, read_sizes
+from lit_shortcut.bases.prompted_llada import PromptContext
+from lit_shortcut.bases.vq import VQDecoder
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import load_state, save_published
@@ -60,9 +62,10 @@ def test_text_becomes_the_tokens_of_the_folders_tokenizer(whole: Path) -> None:
     context = base.context(one(), guided=True)
     decoded = Tokenizer.from_file(str(whole / "tokenizer.json"))
     head = "<system>Generate an image according to the text prompt.</system><user>"
-    assert context.text is not None
+    assert isinstance(context, PromptContext)
+    assert context.prefix is not None
     for branch, prompt in enumerate(("a cat", "<uncondition>")):
-        ids = context.prompt[branch, 0, : int(context.text.lengths[branch])].tolist()
+        ids = context.ids[branch, 0, : int(context.prefix.lengths[branch])].tolist()
         assert decoded.decode(ids, skip_special_tokens=False) == f"{head}{prompt}</user>"
         assert (SPECIAL.uncondition in ids) == (prompt == "<uncondition>")
 
@@ -70,7 +73,9 @@ def test_text_becomes_the_tokens_of_the_folders_tokenizer(whole: Path) -> None:
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 48)])
 def test_images_have_the_size_asked_for(whole: Path, height: int, width: int) -> None:
     base = published(str(whole), height=height, width=width, dtype="float32", special=SPECIAL)
-    images = base.decode(generate(base, one(), Decoding(2, guidance=1.0), Planned(2, Shortcut(network()))))
+    images = base.decode(
+        generate(base, one(), Decoding(2, guidance=1.0), Accelerated(Even(2), Shortcut(network()))).tokens
+    )
     assert images.dtype == torch.uint8
     assert images.shape == (1, 3, height, width)
 
@@ -212,7 +217,7 @@ def test_configuration_of_another_network_is_refused(tmp_path: Path, change: dic
         ("config.json", r"config\.json: no such file; expected a folder of the published checkpoint"),
         ("tokenizer.json", r"tokenizer\.json: no such file; expected a text tokenizer"),
         ("vqvae/config.json", r"vqvae/config\.json: no such file"),
-        ("vqvae/diffusion_pytorch_model.safetensors", "vqvae: not a VQModel that diffusers saved"),
+        ("vqvae/diffusion_pytorch_model.safetensors", "vqvae: 1 of 1 weight files are missing: diffusion_"),
     ],
 )
 def test_missing_file_is_named(folder: Path, name: str, message: str) -> None:
@@ -287,7 +292,7 @@ def test_random_weights_are_labelled_and_repeatable() -> None:
 
 def test_random_weights_draw_tokens_but_no_images() -> None:
     base = small_random()
-    tokens = generate(base, one(), Decoding(2, guidance=1.0), Planned(2, Shortcut(network())))
+    tokens = generate(base, one(), Decoding(2, guidance=1.0), Accelerated(Even(2), Shortcut(network()))).tokens
     assert bool((tokens < base.spec.codebook_size).all())
     with pytest.raises(ValueError, match="random weights draw no images"):
         base.decode(tokens)

@@ -9,7 +9,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit import imagenet
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
@@ -66,28 +67,28 @@ def conditions(count: int) -> Conditions:
 def test_base_is_what_the_files_hold(base: MaskGIT, transformer: MaskGITTransformer) -> None:
     assert base.fingerprint == fingerprint(transformer.state_dict())
     assert base.spec == TokenSpec(GRID**2, GRID**2 + 1, 32, 1024, 1024, 1000)
-    images = base.decode(generate(base, conditions(2), Decoding(num_steps=4), Vanilla()))
+    images = base.decode(generate(base, conditions(2), Decoding(num_steps=4), Vanilla()).tokens)
     assert images.shape == (2, 3, 2 * GRID, 2 * GRID)
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 8])
 def test_full_budget_equals_vanilla_exactly(base: MaskGIT, num_steps: int) -> None:
     decoding = Decoding(num_steps=num_steps)
-    shortcut = Planned(num_steps, Shortcut(ShortcutNet(32, num_heads=2)))
-    vanilla = generate(base, conditions(3), decoding, Vanilla())
-    assert torch.equal(generate(base, conditions(3), decoding, shortcut), vanilla)
+    shortcut = Accelerated(Even(num_steps), Shortcut(ShortcutNet(32, num_heads=2)))
+    vanilla = generate(base, conditions(3), decoding, Vanilla()).tokens
+    assert torch.equal(generate(base, conditions(3), decoding, shortcut).tokens, vanilla)
 
 
 def test_image_depends_on_its_seed_not_on_its_batch(base: MaskGIT) -> None:
     decoding, everyone = Decoding(num_steps=5), conditions(5)
     network = ShortcutNet(32, num_heads=2).eval().requires_grad_(False)
     torch.nn.init.normal_(network.widen.weight, std=0.1)
-    for acceleration in (Vanilla(), Planned(2, Shortcut(network))):
-        together = generate(base, everyone, decoding, acceleration)
+    for acceleration in (Vanilla(), Accelerated(Even(2), Shortcut(network))):
+        together = generate(base, everyone, decoding, acceleration).tokens
         for row in range(5):
             alone = Conditions(*(part[row : row + 1] for part in everyone))
-            assert torch.equal(generate(base, alone, decoding, acceleration)[0], together[row])
-        reseeded = generate(base, everyone._replace(seeds=everyone.seeds + 100), decoding, acceleration)
+            assert torch.equal(generate(base, alone, decoding, acceleration).tokens[0], together[row])
+        reseeded = generate(base, everyone._replace(seeds=everyone.seeds + 100), decoding, acceleration).tokens
         assert not (reseeded == together).all(dim=1).any()
 
 
@@ -122,7 +123,7 @@ def test_vqgan_of_another_codebook_size_is_refused(release: Path, tmp_path: Path
 
 def test_shortcut_of_another_width_is_refused(base: MaskGIT, tmp_path: Path) -> None:
     save_published(tmp_path / "maskgit-shortcut.pth", ShortcutNet(64, num_heads=2), SHORTCUT)
-    shortcut = Planned(2, Shortcut.load_published(str(tmp_path / "maskgit-shortcut.pth"), num_heads=2))
+    shortcut = Accelerated(Even(2), Shortcut.load_published(str(tmp_path / "maskgit-shortcut.pth"), num_heads=2))
     with pytest.raises(WeightsError, match=r"features are 32 wide.*built for width 64"):
         generate(base, conditions(1), Decoding(num_steps=4), shortcut)
 
@@ -132,9 +133,9 @@ def test_released_shortcut_draws_what_the_network_it_was_saved_from_draws(base: 
     torch.nn.init.normal_(network.widen.weight, std=0.1)
     save_published(tmp_path / "maskgit-shortcut.pth", network, SHORTCUT)
     released = Shortcut.load_published(str(tmp_path / "maskgit-shortcut.pth"), num_heads=2)
-    assert released.facts() == Shortcut(network).facts()
+    assert released.identity() == Shortcut(network).identity()
     drawn, expected = (
-        generate(base, conditions(2), Decoding(num_steps=6), Planned(2, shortcut))
+        generate(base, conditions(2), Decoding(num_steps=6), Accelerated(Even(2), shortcut)).tokens
         for shortcut in (released, Shortcut(network.eval()))
     )
     assert torch.equal(drawn, expected)

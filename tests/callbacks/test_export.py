@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader
 from lit_shortcut.callbacks.ema import ModuleEMA
 from lit_shortcut.callbacks.export import ExportWeights
 from lit_shortcut.contracts import LabelledImages
-from lit_shortcut.networks.classifier import FashionCNN
-from lit_shortcut.tasks.classifier import ClassifierTask
+from lit_shortcut.fashion.classifier import ClassifierTask, FashionCNN
 
 
 def fit(path: Path, *callbacks: L.Callback, **arguments: Any) -> ClassifierTask:

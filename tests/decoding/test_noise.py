@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lit_shortcut.decoding import noise
 from lit_shortcut.decoding.noise import gumbel, uniform
-from lit_shortcut.decoding.unmasking import uniforms_at
 
 ALL_BITS = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -111,14 +110,12 @@ def test_neighbours_are_independent(kind: str) -> None:
     assert stats.chisquare(table.ravel()).pvalue > 1e-3
 
 
-def test_every_step_and_purpose_has_noise_of_its_own() -> None:
-    positions = torch.arange(16)[None]
-    drawn = {
-        tuple(uniforms_at(torch.tensor([5]), step, purpose, positions)[0].tolist())
-        for step in range(64)
-        for purpose in (0, 1)
-    }
-    assert len(drawn) == 128
+def test_streams_drawn_together_are_those_drawn_one_by_one() -> None:
+    seeds, positions, streams = torch.tensor([5, 7]), torch.arange(16), torch.arange(128)
+    together = uniform(seeds, streams, positions)
+    assert together.shape == (128, 2, 16)
+    assert all(torch.equal(part, uniform(seeds, stream, positions)) for stream, part in enumerate(together))
+    assert len(together.flatten(0, 1).unique(dim=0)) == 256
 
 
 def test_value_follows_its_position_wherever_it_stands() -> None:

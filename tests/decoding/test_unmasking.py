@@ -4,8 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lit_shortcut.decoding.noise import gumbel
-from lit_shortcut.decoding.unmasking import confidence, guide, sample_codes
+from lit_shortcut.decoding.unmasking import guide, sample_codes
 
 NEAREST_ZERO, NEAREST_ONE = 0.5 * 2.0**-23, 1 - 0.5 * 2.0**-23
 
@@ -82,9 +81,3 @@ def test_log_probs_belong_to_the_codes_drawn(logits: torch.Tensor, dtype: torch.
     every = logits[0].to(dtype).float().log_softmax(-1)
     assert log_probs.dtype == torch.float32
     assert torch.equal(log_probs, every.gather(-1, codes[..., None])[..., 0])
-
-
-def test_confidence_adds_scaled_gumbel_noise() -> None:
-    log_probs, uniforms = torch.tensor([[-1.0, -2.0]]), torch.tensor([[0.2, 0.9]])
-    torch.testing.assert_close(confidence(log_probs, uniforms, 7.0), log_probs + 7.0 * gumbel(uniforms))
-    assert torch.equal(confidence(log_probs, uniforms, 0.0), log_probs)

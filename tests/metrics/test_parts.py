@@ -6,18 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Past, Planned, PredictFn, Vanilla
+from lit_shortcut.acceleration.accelerated import Accelerated, Past, PredictFn, Vanilla
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
-from lit_shortcut.contracts import Acceleration, Conditions, Context, MaskedImageModel, State
-from lit_shortcut.metrics.parts import Laps, TimedAcceleration, TimedBase, parts_of, timed_layers
+from lit_shortcut.contracts import Acceleration, Clock, Conditions, Context, MaskedImageModel, State
+from lit_shortcut.metrics.parts import Laps, TimedAcceleration, TimedBase, parts_of
 from lit_shortcut.sampling import Decoding, generate, sample
 
 CPU = torch.device("cpu")
 MakeConditions = Callable[..., Conditions]
 
 
-class Clock:
+class Watch:
     """Moves when it is told to."""
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class Clock:
 class SlowHold(Hold):
     """Takes two seconds a step."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Watch) -> None:
         self.clock = clock
 
     def start(self, base: MaskedImageModel, context: Context) -> PredictFn:
@@ -42,19 +43,19 @@ class SlowHold(Hold):
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> Watch:
+    return Watch()
 
 
 @pytest.fixture
-def slow_base(make_base: Callable[[int], MaskGIT], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> MaskGIT:
+def slow_base(make_base: Callable[[int], MaskGIT], clock: Watch, monkeypatch: pytest.MonkeyPatch) -> MaskGIT:
     """Ten seconds a pass, half a second a head."""
     base = make_base(0)
     features, logits = base.features, base.interface.logits
 
-    def slow_features(tokens: Tensor, context: Context) -> Tensor:
+    def slow_features(tokens: Tensor, context: Context, at: Clock) -> Tensor:
         clock.now += 10
-        return features(tokens, context)
+        return features(tokens, context, at)
 
     def slow_logits(rows: Tensor, positions: Tensor | None = None) -> Tensor:
         clock.now += 0.5
@@ -65,7 +66,7 @@ def slow_base(make_base: Callable[[int], MaskGIT], clock: Clock, monkeypatch: py
     return base
 
 
-def run(base: MaskGIT, conditions: Conditions, acceleration: Acceleration, clock: Clock) -> tuple[Laps, Tensor]:
+def run(base: MaskGIT, conditions: Conditions, acceleration: Acceleration, clock: Watch) -> tuple[Laps, Tensor]:
     laps = Laps(CPU, clock)
     for step in sample(TimedBase(base, laps), conditions, Decoding(5), TimedAcceleration(acceleration, laps)):
         clock.now += 0.25  # as a part of the loop between head and the end of the step would
@@ -76,9 +77,9 @@ def run(base: MaskGIT, conditions: Conditions, acceleration: Acceleration, clock
 
 
 def test_each_part_gets_its_time_and_calls_and_nothing_is_lost(
-    slow_base: MaskGIT, conditions: MakeConditions, clock: Clock
+    slow_base: MaskGIT, conditions: MakeConditions, clock: Watch
 ) -> None:
-    laps, _ = run(slow_base, conditions(2), Planned(2, SlowHold(clock)), clock)
+    laps, _ = run(slow_base, conditions(2), Accelerated(Even(2), SlowHold(clock)), clock)
     assert laps.seconds == {"base": 20.0, "hold": 6.0, "head": 2.5, "token choice": 1.25, "rest": 0.0}
     assert {name: calls for name, calls in laps.calls.items() if calls} == {
         "base": 2,
@@ -89,19 +90,19 @@ def test_each_part_gets_its_time_and_calls_and_nothing_is_lost(
     assert sum(laps.seconds.values()) == clock.now
 
 
-def test_vanilla_has_no_part_of_its_own(slow_base: MaskGIT, conditions: MakeConditions, clock: Clock) -> None:
+def test_vanilla_has_no_part_of_its_own(slow_base: MaskGIT, conditions: MakeConditions, clock: Watch) -> None:
     laps, _ = run(slow_base, conditions(2), Vanilla(), clock)
     assert set(laps.seconds) == {"base", "head", "token choice", "rest"}
     assert laps.calls["base"] == 5
 
 
-@pytest.mark.parametrize("acceleration", [Vanilla(), Planned(2, Hold())], ids=["vanilla", "hold"])
+@pytest.mark.parametrize("acceleration", [Vanilla(), Accelerated(Even(2), Hold())], ids=["vanilla", "hold"])
 def test_tokens_are_those_of_the_loop_that_is_not_timed(
-    base: MaskGIT, conditions: MakeConditions, acceleration: Acceleration, clock: Clock
+    base: MaskGIT, conditions: MakeConditions, acceleration: Acceleration, clock: Watch
 ) -> None:
-    expected = generate(base, conditions(3), Decoding(5), acceleration)
+    expected = generate(base, conditions(3), Decoding(5), acceleration).tokens
     assert torch.equal(run(base, conditions(3), acceleration, clock)[1], expected)
-    assert torch.equal(generate(base, conditions(3), Decoding(5), acceleration), expected)
+    assert torch.equal(generate(base, conditions(3), Decoding(5), acceleration).tokens, expected)
 
 
 def laps_of(seconds: dict[str, float]) -> Laps:
@@ -117,23 +118,3 @@ def test_parts_are_medians_and_shares_are_taken_within_their_round() -> None:
     assert [part.calls for part in parts] == [4, 0, 0]
     assert [part.ms for part in parts] == pytest.approx([3200, 600, 200])
     assert [part.share for part in parts] == pytest.approx([0.8, 0.15, 0.05])
-
-
-def test_layers_are_timed_apart_from_what_surrounds_them_and_left_as_they_were(clock: Clock) -> None:
-    layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
-    laps = Laps(CPU, clock)
-    for layer in layers:
-        layer.register_forward_hook(lambda *_: setattr(clock, "now", clock.now + 4))
-    with timed_layers(layers, laps):
-        for layer in layers:
-            clock.now += 1  # as an embedding would
-            layer(torch.zeros(1))
-    layers[0](torch.zeros(1))
-    assert laps.seconds == {"base": 3.0, "layer": 12.0}
-    assert laps.calls["layer"] == 3
-
-
-def test_part_may_have_a_name_of_its_own(clock: Clock) -> None:
-    laps = Laps(CPU, clock)
-    assert TimedAcceleration(Vanilla(), laps, "predicted").name == "predicted"
-    assert TimedAcceleration(Vanilla(), laps).name == "vanilla"

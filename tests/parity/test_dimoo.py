@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import UNCONDITION, SpecialTokens
-from lit_shortcut.contracts import Acceleration, Conditions, Control
+from lit_shortcut.contracts import Acceleration, Clock, Conditions, Control
 from lit_shortcut.interface import Places
-from lit_shortcut.networks.control import embed_control, text_of_branch
+from lit_shortcut.networks.control import embed_control, prefix_of_branch
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import fill
 from lit_shortcut.sampling import Decoding, generate, sample
@@ -36,8 +37,8 @@ def part(prefix: str) -> dict[str, Tensor]:
 
 
 class RecordedPrompts:
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = GOLDEN["in.uncond_prompt" if text == UNCONDITION else "in.prompt"].tolist()
+    def encode(self, text: str, template: str = "{}") -> list[int]:
+        ids: list[int] = GOLDEN["in.uncond_prompt" if template == UNCONDITION else "in.prompt"].tolist()
         return ids
 
 
@@ -113,7 +114,7 @@ def test_transformer_equals_the_reference(base: DiMOO) -> None:
 
 def test_features_and_logits_of_the_base_equal_the_reference(base: DiMOO) -> None:
     context = base.context(one(), guided=False)
-    features = base.features(image_codes(GOLDEN["in.tokens"]), context)[0]
+    features = base.features(image_codes(GOLDEN["in.tokens"]), context, Clock(0, 1))[0]
     torch.testing.assert_close(in_sequence(base, features, LENGTH), GOLDEN["out.feature"], rtol=1e-5, atol=1e-5)
     expected = GOLDEN["out.logits"][:, LENGTH + 2 : -2].unflatten(1, (META["grid"], -1))[:, :, :-1].flatten(1, 2)
     expected = expected[..., SPECIAL.first_code :]
@@ -129,7 +130,7 @@ def test_next_features_equal_the_reference(base: DiMOO, network: LLaDAShortcutNe
 
 def test_next_features_by_interface_and_prompt_equal_the_reference(base: DiMOO, network: LLaDAShortcutNet) -> None:
     context = base.context(one(), guided=True)
-    assert context.text is not None
+    assert context.prefix is not None
     offsets = base.interface.row_offsets
     assert offsets is not None
     committed = (
@@ -138,7 +139,7 @@ def test_next_features_by_interface_and_prompt_equal_the_reference(base: DiMOO, 
     positions = (offsets[:, None] == committed).int().argmax(dim=0)[None]
     control = Control(GOLDEN["in.new_token_ids"][:, LENGTH:] - SPECIAL.first_code, positions)
     rows, _ = base.interface.row_places(torch.tensor([LENGTH]), PLACES.shape[1])
-    embedded = embed_control(base.interface, control, text_of_branch(context.text, 0), PLACES.shape[1])
+    embedded = embed_control(base.interface, control, prefix_of_branch(context.prefix, 0), PLACES.shape[1])
     following = network(GOLDEN["out.feature"][:, rows[0]], embedded.tokens, GOLDEN["in.mask_ratio"], *embedded[1:])
     expected = GOLDEN["out.next_feature"]
     torch.testing.assert_close(in_sequence(base, following, LENGTH), expected, rtol=1e-5, atol=1e-5)
@@ -161,8 +162,8 @@ def decoding(num_steps: int) -> Decoding:
 def test_greedy_runs_equal_the_reference_token_for_token(
     base: DiMOO, network: LLaDAShortcutNet, run: str, num_steps: int, budget: int | None
 ) -> None:
-    acceleration: Acceleration = Vanilla() if budget is None else Planned(budget, Shortcut(network))
-    codes = generate(base, one(), decoding(num_steps), acceleration)
+    acceleration: Acceleration = Vanilla() if budget is None else Accelerated(Even(budget), Shortcut(network))
+    codes = generate(base, one(), decoding(num_steps), acceleration).tokens
     assert torch.equal(codes + SPECIAL.first_code, GOLDEN[f"greedy.{run}.vq_ids"])
     steps = list(sample(base, one(), decoding(num_steps), acceleration))
     assert sum(step.is_full for step in steps) == (budget or num_steps)

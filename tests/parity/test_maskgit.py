@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_shortcut.acceleration.planned import Planned, Vanilla
+from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
@@ -82,12 +83,14 @@ def test_greedy_runs_equal_the_reference_token_for_token(
 ) -> None:
     labels = GOLDEN["in.greedy_label"]
     decoding = Decoding(num_steps=num_steps, guidance=META["cfg_w"], temperature=0, confidence_noise=0)
-    acceleration: Acceleration = Vanilla() if budget is None else Planned(budget, Shortcut(network))
+    acceleration: Acceleration = Vanilla() if budget is None else Accelerated(Even(budget), Shortcut(network))
     steps = list(sample(base, Conditions(labels, labels, labels), decoding, acceleration))
     for step, predicted, masked in zip(
         steps, GOLDEN[f"greedy.{run}.predicted"], GOLDEN[f"greedy.{run}.still_masked"], strict=True
     ):
-        logits = guide(base.interface.logits(step.features), decoding.guidance * decoding.progress(step.state.step))
+        logits = guide(
+            base.interface.logits(step.features), decoding.guidance * decoding.progress(step.state.clock.step)
+        )
         assert torch.equal(logits.argmax(-1), predicted)
         assert torch.equal(step.tokens == base.spec.mask_id, masked.bool())
     assert torch.equal(steps[-1].tokens, GOLDEN[f"greedy.{run}.tokens"])

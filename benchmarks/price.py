@@ -1,0 +1,107 @@
+"""What a compact encoding costs: a shortcut trained from each, validated on the features as the base computed them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+
+from benchmarks import fashion
+from benchmarks.table import Table
+from datamodules.conditions import ClassLabels
+from datamodules.trajectories import TrajectoryDataModule
+from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
+from lit_shortcut.losses import HeadKL, Loss, MaskedMSE
+from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.tasks.recording import RecordingTask
+from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.trajectory import (
+    Card,
+    concatenated,
+    finished_shards,
+    load_interface,
+    read_shard,
+    save_interface,
+    write_shard,
+)
+
+NUM_IMAGES, SHARD, VALIDATION_SHARDS, STEPS = 256, 32, 2, 300
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+
+
+def measure() -> Table:
+    """Record once in float32, write the same samples in each encoding, train from each with the same seed."""
+    with TemporaryDirectory() as scratch:
+        exact = Path(scratch) / "float32"
+        trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(exact, "float32")])
+        task = RecordingTask(fashion.base(), decoding=fashion.DECODING)
+        trainer.predict(task, datamodule=ClassLabels(NUM_IMAGES, SHARD, seed=1), return_predictions=False)
+        errors, sizes = {}, {}
+        for dtype in ("float32", "bfloat16", "int8"):
+            folder = Path(scratch) / dtype
+            if folder != exact:
+                convert(exact, folder, dtype)
+            sizes[dtype] = sum(finished_shards(folder, Card.read(folder)).values()) / NUM_IMAGES / 2
+            errors[dtype] = _trained(folder, exact)
+    rows = [
+        {
+            "encoding": dtype,
+            "MB a trajectory branch": sizes[dtype] / 1e6,
+            "val/mse": error["val/mse"],
+            "over float32, %": 100 * (error["val/mse"] / errors["float32"]["val/mse"] - 1),
+            "val/gain": error["val/gain"],
+            "val/rollout_mse_4 over float32, %": 100
+            * (error["val/rollout_mse_4"] / errors["float32"]["val/rollout_mse_4"] - 1),
+        }
+        for dtype, error in errors.items()
+    ]
+    note = (
+        f"The embedded default: {NUM_IMAGES} trajectories, recorded once in float32 and written in each encoding; the "
+        f"shortcut of configs/fashion/fit.yaml trained for {STEPS} steps from each with the same seed and order, all "
+        "validated on the float32 shards kept aside."
+    )
+    return Table("Price of the encoding", rows, note)
+
+
+def convert(source: Path, folder: Path, encoding: str) -> None:
+    """Write the samples of the set at ``source`` to ``folder`` with features in ``encoding``."""
+    card = Card.read(source)
+    made = replace(card, encoding=encoding)
+    made.write(folder)
+    save_interface(folder, load_interface(source, card))
+    for index in range(card.num_shards):
+        write_shard(folder, index, concatenated(list(read_shard(source, index, card))), made)
+
+
+def _trained(folder: Path, exact: Path) -> dict[str, float]:
+    """What validation on ``exact`` measures after training on ``folder``."""
+    L.seed_everything(0, verbose=False)
+
+    def scheduled(optimizer: torch.optim.Optimizer) -> OneCycleLR:
+        return OneCycleLR(optimizer, max_lr=2e-3, total_steps=STEPS, pct_start=0.05)
+
+    def adamw(parameters: Any) -> AdamW:
+        return AdamW(parameters, lr=1e-3, weight_decay=1e-2)
+
+    network: nn.Module = ShortcutNet(width=128, num_heads=1, bottleneck_ratio=2.0, grid=14, reach=3)
+    losses: dict[str, Loss] = {"mse": MaskedMSE(), "kl": HeadKL()}
+    task = ShortcutTask(network, losses=losses, optimizer=adamw, scheduler=scheduled)  # type: ignore[arg-type]
+    trainer = L.Trainer(**QUIET, max_steps=STEPS, limit_val_batches=0, gradient_clip_val=1.0)
+    trainer.fit(task, datamodule=TrajectoryDataModule(str(folder), 64, validation_shards=VALIDATION_SHARDS))
+    judge = L.Trainer(**QUIET)
+    data = TrajectoryDataModule(str(exact), validation_shards=VALIDATION_SHARDS)
+    (measured,) = judge.validate(task, datamodule=data, verbose=False)
+    return {name: float(value) for name, value in measured.items()}

@@ -1,0 +1,130 @@
+"""Vanilla decoding, and the base at planned steps with a predictor in between: a plan says when, a predictor what."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from lit_shortcut.contracts import BaseEnds, Context, FeatureFn, MaskedImageModel, State
+
+
+class Past(NamedTuple):
+    """What plans and predictors may look back at.
+
+    ``latest`` (G, B, S, C) are the previous step's features, predicted or not; ``full`` holds index and features of the
+    last full steps, oldest first, as many as the predictor's ``memory``.
+    """
+
+    latest: Tensor
+    full: list[tuple[int, Tensor]]
+
+
+PredictFn = Callable[[Past, State], Tensor]
+"""From the past and the present state to features (G, B, S, C)."""
+
+DecideFn = Callable[[Past, State], bool | Tensor]
+"""Whether the base runs at the present step: for the whole batch, or sample by sample (B,)."""
+
+
+class Predictor(Protocol):
+    """Stands in for the base between full steps."""
+
+    @property
+    def memory(self) -> int:
+        """Full steps it looks back at."""
+
+    def identity(self) -> dict[str, Any]:
+        """JSON values that determine what it computes: ``method``, and its weights if it has any."""
+
+    def start(self, base: BaseEnds, context: Context) -> PredictFn:
+        """Return a predicting function for one batch of ``base``'s features under ``context``."""
+
+
+class Plan(ABC):
+    """Says at which steps the base runs. Step 0 is always full and never asked about.
+
+    A class and no protocol, so that YAML can name one and leave its budget to each row.
+    """
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """JSON values that determine its decisions, ``plan`` (its name) and ``budget`` among them."""
+
+    @abstractmethod
+    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
+        """Return a deciding function for one batch whose N steps commit ``counts`` tokens, ``predictor`` in between.
+
+        Raises:
+            ValueError: if the plan does not fit so many steps, or another predictor.
+        """
+
+
+class Vanilla:
+    """The base at every step."""
+
+    def identity(self) -> dict[str, Any]:
+        """Its name."""
+        return {"method": "vanilla"}
+
+    def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
+        """Return the base's own features."""
+        return lambda state: (base.features(state.tokens, context, state.clock), True)
+
+
+class Accelerated(nn.Module):
+    """The base at the steps that ``plan`` chooses, ``predictor`` at the others (arXiv 2602.23996).
+
+    It is a module, so that a predictor's network follows the task that holds it in device and precision. Where a plan
+    decides sample by sample, the base runs on the samples that need it; this is for predictors without memory of
+    earlier full steps.
+
+    Args:
+        plan: when the base runs.
+        predictor: what computes the features of the other steps.
+    """
+
+    def __init__(self, plan: Plan, predictor: Predictor) -> None:
+        super().__init__()
+        self.plan, self.predictor = plan, predictor
+
+    def identity(self) -> dict[str, Any]:
+        """The predictor's and the plan's."""
+        return self.predictor.identity() | self.plan.identity()
+
+    def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
+        """Return features by plan.
+
+        Raises:
+            ValueError: if the plan or the predictor does not fit the base or the steps.
+        """
+        decide, predict = self.plan.start(counts, self.predictor), self.predictor.start(base, context)
+        memory, full = self.predictor.memory, list[tuple[int, Tensor]]()
+        latest: Tensor | None = None
+
+        def features_of(state: State) -> tuple[Tensor, bool | Tensor]:
+            nonlocal latest
+            past = None if latest is None else Past(latest, full)
+            is_full = True if past is None else decide(past, state)
+            if past is None or is_full is True:
+                latest = base.features(state.tokens, context, state.clock)
+                full.append((state.clock.step, latest))
+                del full[: max(0, len(full) - memory)]
+            else:
+                latest = predict(past, state)
+                if isinstance(is_full, Tensor):
+                    latest = _refreshed(latest, is_full, base, context, state)
+            return latest, is_full
+
+        return features_of
+
+
+def _refreshed(predicted: Tensor, is_full: Tensor, base: MaskedImageModel, context: Context, state: State) -> Tensor:
+    """``predicted`` (G, B, S, C) with the base's features for the samples that ``is_full`` (B,) marks."""
+    index = is_full.nonzero()[:, 0]
+    if not len(index):
+        return predicted
+    computed = base.features(state.tokens[index], context.rows(index), state.clock)
+    return predicted.index_copy(1, index, computed.to(predicted.dtype))

@@ -1,0 +1,1 @@
+"""The embedded default: everything that knows garments."""

@@ -1,0 +1,146 @@
+"""Train a small base on images: predict masked tokens from those left (Chang et al., arXiv 2202.04200)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Generic, TypeVar, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import AdamW
+
+from lit_shortcut.bases.dimoo.adapter import DiMOO
+from lit_shortcut.bases.dimoo.llada import LLaDA
+from lit_shortcut.bases.dimoo.prompt import UNCONDITION
+from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
+from lit_shortcut.contracts import CaptionedImages, Clock, Conditions, ImageTokenizer, LabelledImages
+from lit_shortcut.decoding.schedules import share_masked
+from lit_shortcut.tasks.optimized import OptimizedTask
+
+Images = TypeVar("Images", LabelledImages, CaptionedImages)
+
+
+class MaskedTokensTask(OptimizedTask, Generic[Images]):
+    """Cross-entropy over the codebook at masked places, the share of masked tokens drawn from the arccos schedule.
+
+    Args:
+        tokenizer: frozen; turns images into tokens.
+        condition_drop: share of samples whose condition is dropped, for guidance.
+        label_smoothing: of the cross-entropy.
+        optimizer: makes the optimiser from parameters.
+        scheduler: makes the learning-rate schedule, by the step.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        condition_drop: float,
+        label_smoothing: float,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+    ) -> None:
+        super().__init__(optimizer, scheduler)
+        self.tokenizer, self.condition_drop, self.label_smoothing = tokenizer, condition_drop, label_smoothing
+
+    @abstractmethod
+    def logits(self, codes: Tensor, is_masked: Tensor, batch: Images, is_dropped: Tensor) -> Tensor:
+        """Logits (M, V) at the places of ``codes`` (B, L) that ``is_masked`` (B, L), M of them in all.
+
+        ``is_dropped`` (B,) tells which of the batch's conditions the network may not see.
+        """
+
+    def training_step(self, batch: Images, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        loss, _ = self._loss(batch, None)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Images, batch_idx: int) -> None:
+        """Loss and token accuracy on images kept aside, with the same masks at each validation."""
+        generator = torch.Generator(batch.pixels.device).manual_seed(batch_idx)
+        loss, accuracy = self._loss(batch, generator)
+        self.log_dict({"val/loss": loss, "val/token_accuracy": accuracy}, prog_bar=True, batch_size=len(batch.labels))
+
+    def _loss(self, batch: Images, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            codes = self.tokenizer.encode(batch.pixels)
+        draws = torch.rand(len(codes), codes.shape[1] + 2, device=codes.device, generator=generator)
+        is_masked = draws[:, 2:] < share_masked("arccos", draws[:, :1])
+        logits = self.logits(codes, is_masked, batch, draws[:, 1] < self.condition_drop)
+        loss = F.cross_entropy(logits, codes[is_masked], label_smoothing=self.label_smoothing)
+        return loss, (logits.argmax(-1) == codes[is_masked]).float().mean()
+
+
+class MaskedModelingTask(MaskedTokensTask[LabelledImages]):
+    """Train a MaskGIT on images and their classes; :class:`MaskedTokensTask` says how.
+
+    Args:
+        transformer: the network to train, from scratch or from loaded weights.
+        tokenizer: frozen; turns images into tokens.
+        class_drop: share of samples whose class is replaced by the dropped class, for guidance.
+        label_smoothing: of the cross-entropy.
+        optimizer: makes the optimiser from parameters.
+        scheduler: makes the learning-rate schedule, by the step.
+    """
+
+    def __init__(
+        self,
+        transformer: MaskGITTransformer,
+        tokenizer: ImageTokenizer,
+        class_drop: float = 0.1,
+        label_smoothing: float = 0.1,
+        optimizer: OptimizerCallable = AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(tokenizer, class_drop, label_smoothing, optimizer, scheduler)
+        self.network: MaskGITTransformer = transformer.train().requires_grad_(True)  # loaded weights come frozen
+
+    def logits(self, codes: Tensor, is_masked: Tensor, batch: LabelledImages, is_dropped: Tensor) -> Tensor:
+        """Logits (M, V) under the batch's classes."""
+        classes = self.network.class_ids(batch.labels).masked_fill(is_dropped, self.network.dropped_class_id)
+        features = self.network(codes.masked_fill(is_masked, self.network.mask_id), classes)
+        return self.network.interface().logits(features)[is_masked]
+
+
+class PromptedMaskedModelingTask(MaskedTokensTask[CaptionedImages]):
+    """Train the transformer of a text-to-image base on images and their captions; see :class:`MaskedTokensTask`.
+
+    Args:
+        base: its transformer is trained, its tokenizer turns images into tokens and stays frozen.
+        prompt_drop: share of samples whose caption is replaced by the unconditional prompt, for guidance.
+        label_smoothing: of the cross-entropy.
+        optimizer: makes the optimiser from parameters.
+        scheduler: makes the learning-rate schedule, by the step.
+
+    Raises:
+        ValueError: if the base's tokenizer cannot encode images.
+    """
+
+    def __init__(
+        self,
+        base: DiMOO,
+        prompt_drop: float = 0.1,
+        label_smoothing: float = 0.0,
+        optimizer: OptimizerCallable = AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        if not hasattr(base.tokenizer, "encode"):
+            raise ValueError(f"the base's tokenizer must encode images; {type(base.tokenizer).__name__} only decodes")
+        tokenizer = cast(ImageTokenizer, base.tokenizer)
+        super().__init__(tokenizer, prompt_drop, label_smoothing, optimizer, scheduler)
+        self.base = base
+        self.network: LLaDA = base.transformer.train().requires_grad_(True)  # the base froze it
+
+    def logits(self, codes: Tensor, is_masked: Tensor, batch: CaptionedImages, is_dropped: Tensor) -> Tensor:
+        """Logits (M, V) under the batch's captions."""
+        prompts = tuple(
+            UNCONDITION if dropped else prompt
+            for prompt, dropped in zip(batch.prompts, is_dropped.tolist(), strict=True)
+        )
+        context = self.base.context(Conditions(batch.labels, batch.labels, batch.labels, prompts), guided=False)
+        features = self.base.features(codes.masked_fill(is_masked, self.base.spec.mask_id), context, Clock(0, 1))[0]
+        first = self.base.special.first_code
+        head = self.network.head_weight[first : first + self.base.spec.codebook_size]
+        return F.linear(features[:, : codes.shape[1]][is_masked], head)

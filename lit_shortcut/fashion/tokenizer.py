@@ -1,0 +1,154 @@
+"""A small image tokenizer and its training: convolutions around finite scalar quantisation (arXiv 2309.15505)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW
+from vector_quantize_pytorch import FSQ
+
+from lit_shortcut.contracts import Conditions, LabelledImages
+from lit_shortcut.metrics.images import ImageMetric
+from lit_shortcut.tasks.optimized import OptimizedTask
+from lit_shortcut.weights import load_module
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions with a residual: (B, C, H, W) to the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        refined: Tensor = x + self.body(x)
+        return refined
+
+
+class FSQTokenizer(nn.Module):
+    """Grey images to a grid of codes and back, each code standing for 2×2 pixels and their surroundings.
+
+    Args:
+        levels: FSQ levels per channel, each at least 3; their product is the codebook size V.
+        width: channels of the convolutions.
+        image_size: side of the square images in pixels, even.
+
+    Raises:
+        ValueError: if ``image_size`` is odd or a level is below 3.
+    """
+
+    def __init__(self, levels: list[int], width: int, image_size: int) -> None:
+        super().__init__()
+        if image_size % 2:
+            raise ValueError(f"image_size must be even, each token covers 2×2 pixels; got {image_size}")
+        if min(levels) < 3:
+            raise ValueError(f"levels must be at least 3 each, FSQ is skewed below that; got {levels}")
+        self.hparams = {"levels": levels, "width": width, "image_size": image_size}
+        self.image_size, self.grid = image_size, image_size // 2
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, width, 4, stride=2, padding=1),
+            ResidualBlock(width),
+            ResidualBlock(width),
+            nn.SiLU(),
+            nn.Conv2d(width, len(levels), 1),
+        )
+        self.quantizer = FSQ(levels)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(len(levels), width, 3, padding=1),
+            ResidualBlock(width),
+            ResidualBlock(width),
+            nn.SiLU(),
+            nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width // 2, 1, 3, padding=1),
+        )
+
+    @property
+    def codebook_size(self) -> int:
+        """V, number of codes."""
+        return int(self.quantizer.codebook_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstructions (B, 1, H, W) in [-1, 1] of ``images`` in the same form, differentiable."""
+        quantized, _ = self.quantizer(self.encoder(images))
+        reconstructions: Tensor = self.decoder(quantized)
+        return reconstructions
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, L), row by row, of uint8 ``images`` (B, 1 or 3, H, W); colour images are averaged to grey."""
+        grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
+        _, codes = self.quantizer(self.encoder(grey))
+        return codes.flatten(1).long()
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L); the three channels are equal."""
+        grid = tokens.unflatten(1, (self.grid, self.grid))
+        grey = self.decoder(self.quantizer.indices_to_codes(grid))
+        return ((grey.float() + 1) * 127.5).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
+
+    @classmethod
+    def load(cls, path: Path) -> FSQTokenizer:
+        """The one stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        return load_module(cls, path)
+
+
+class TokenizerTask(OptimizedTask):
+    """Reconstruct images through the quantiser: mean absolute plus mean squared error of pixels in [-1, 1].
+
+    Args:
+        tokenizer: the network to train.
+        metrics: measures of the reconstructions, by the name ``test`` logs them under.
+        optimizer: makes the optimiser from parameters.
+        scheduler: makes the learning-rate schedule, by the step.
+    """
+
+    def __init__(
+        self,
+        tokenizer: FSQTokenizer,
+        *,
+        metrics: dict[str, ImageMetric] | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, scheduler)
+        self.network: FSQTokenizer = tokenizer
+        self.metrics = metrics or {}
+
+    def training_step(self, batch: LabelledImages, batch_idx: int) -> Tensor:
+        """Reconstruction loss of one batch."""
+        loss = self._loss(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: LabelledImages, batch_idx: int) -> None:
+        """Reconstruction loss of images kept aside."""
+        self.log("val/loss", self._loss(batch), prog_bar=True, batch_size=len(batch.labels))
+
+    def on_test_start(self) -> None:
+        """Move the metrics to the task's device."""
+        for metric in self.metrics.values():
+            metric.to(self.device)
+
+    def test_step(self, batch: LabelledImages, batch_idx: int) -> None:
+        """Measure the images that codes alone give back: no base with this tokenizer can do better."""
+        reconstructions = self.network.decode(self.network.encode(batch.pixels))
+        none = torch.zeros_like(batch.labels)  # no run drew these images: neither ids nor seeds
+        conditions = Conditions(none, none, batch.labels)
+        for metric in self.metrics.values():
+            metric.update(reconstructions, conditions)
+
+    def on_test_epoch_end(self) -> None:
+        """Log each metric."""
+        self.log_dict({f"test/{name}": metric.compute() for name, metric in self.metrics.items()})
+
+    def _loss(self, batch: LabelledImages) -> Tensor:
+        pixels = batch.pixels.float() / 127.5 - 1
+        reconstructions = self.network(pixels)
+        return F.l1_loss(reconstructions, pixels) + F.mse_loss(reconstructions, pixels)
