@@ -24,12 +24,11 @@ from lit_shortcut.tasks.recording import RecordingTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     Card,
-    Dtype,
+    concatenated,
+    finished_shards,
     load_interface,
     read_shard,
-    recorded_bytes,
     save_interface,
-    stack,
     write_shard,
 )
 
@@ -55,7 +54,7 @@ def measure() -> Table:
             folder = Path(scratch) / dtype
             if folder != exact:
                 convert(exact, folder, dtype)
-            sizes[dtype] = recorded_bytes(folder, Card.read(folder)) / NUM_IMAGES / 2
+            sizes[dtype] = sum(finished_shards(folder, Card.read(folder)).values()) / NUM_IMAGES / 2
             errors[dtype] = _trained(folder, exact)
     rows = [
         {
@@ -77,14 +76,14 @@ def measure() -> Table:
     return Table("Price of the encoding", rows, note)
 
 
-def convert(source: Path, folder: Path, dtype: Dtype) -> None:
-    """Write the samples of the set at ``source`` to ``folder`` with features as ``dtype``."""
+def convert(source: Path, folder: Path, encoding: str) -> None:
+    """Write the samples of the set at ``source`` to ``folder`` with features in ``encoding``."""
     card = Card.read(source)
-    made = replace(card, dtype=dtype)
+    made = replace(card, encoding=encoding)
     made.write(folder)
     save_interface(folder, load_interface(source, card))
     for index in range(card.num_shards):
-        write_shard(folder, index, stack(list(read_shard(source, index, card))), made)
+        write_shard(folder, index, concatenated(list(read_shard(source, index, card))), made)
 
 
 def _trained(folder: Path, exact: Path) -> dict[str, float]:

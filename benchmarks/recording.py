@@ -22,7 +22,6 @@ from lit_shortcut.contracts import Conditions
 from lit_shortcut.metrics.latency import measure_latency
 from lit_shortcut.sampling import generate
 from lit_shortcut.tasks.recording import RecordingTask
-from lit_shortcut.trajectory import Dtype
 
 NUM_IMAGES, BATCH_SIZE, ROUNDS = 512, 32, 3
 PLAIN = "sampling alone"
@@ -74,8 +73,8 @@ def _predict(task: L.LightningModule, *callbacks: L.Callback) -> None:
     trainer.predict(task, datamodule=ClassLabels(NUM_IMAGES, BATCH_SIZE), return_predictions=False)
 
 
-def _record(task: L.LightningModule, folder: Path, dtype: Dtype) -> None:
-    _predict(task, TrajectoryWriter(folder, dtype, overwrite=True))
+def _record(task: L.LightningModule, folder: Path, encoding: str) -> None:
+    _predict(task, TrajectoryWriter(folder, encoding, overwrite=True))
 
 
 def _timed(name: str, run: Callable[[], object], least: dict[str, float]) -> Callable[[], object]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_shortcut.weights import WeightsError, load_tensors, read_pickle, replacing
+from lit_shortcut.files import replacing
+from lit_shortcut.weights import WeightsError, load_tensors, read_pickle
 
 STATE_KEYS = ("model_state_dict", "state_dict", "model")  # of MaskGIT's checkpoints, a Lightning one and LlamaGen's
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # put before names by distributed training and torch.compile

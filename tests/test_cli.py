@@ -167,7 +167,6 @@ def test_csv_logger_gets_the_report_as_files(folder: Path) -> None:
         ("num_images: 12", "num_images: twelve", "num_images"),
         ("datamodules.conditions.ClassLabels", "datamodules.conditions.Labels", "datamodules.conditions.Labels"),
         ("enable_progress_bar", "enable_progres_bar", "enable_progres_bar"),
-        ("dtype: bfloat16", "dtype: int4", "dtype"),
     ],
 )
 def test_wrong_key_or_class_in_yaml_is_named(

@@ -14,7 +14,7 @@ import lit_shortcut.tasks.evaluation
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.evaluation.drawing import Drawn
-from lit_shortcut.trajectory import Card, is_complete
+from lit_shortcut.trajectory import Card, check_shards
 from tests.command_line import CONFIGS, TOY, lightning
 from tests.wandb_offline import Run, read_run
 
@@ -112,7 +112,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def test_predict_records_the_whole_set_and_a_second_time_nothing(toy: Toy) -> None:
     card = Card.read(toy.folder / "runs/toy/trajectories")
     assert (card.num_samples, card.num_steps, card.base_fingerprint) == (12, 6, ToyBase().fingerprint)
-    assert is_complete(toy.folder / "runs/toy/trajectories", card)
+    check_shards(toy.folder / "runs/toy/trajectories", card)
     assert toy.rerecorded == set()
 
 

@@ -13,7 +13,7 @@ from lit_shortcut.bases.dimoo.published import published
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import save_published
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, is_complete
+from lit_shortcut.trajectory import Card, check_shards
 from tests.command_line import CONFIGS, lightning
 from tests.published_dimoo import SPECIAL, make_checkpoint
 
@@ -47,7 +47,7 @@ def run(folder: Path, verb: str, config: str, *words: str) -> None:
 def test_extract_records_a_shard_for_each_prompt(folder: Path) -> None:
     run(folder, "predict", "extract.yaml", "--model.decoding.num_steps=4")
     card = Card.read(folder / "runs/dimoo/trajectories")
-    assert is_complete(folder / "runs/dimoo/trajectories", card)
+    check_shards(folder / "runs/dimoo/trajectories", card)
     assert (card.num_shards, card.spec["num_tokens"], card.num_steps) == (3, 6, 4)
     base = published(str(folder / "checkpoint"), height=32, width=48, special=SPECIAL)
     assert card.base_fingerprint == base.fingerprint

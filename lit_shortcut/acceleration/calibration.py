@@ -2,7 +2,7 @@
 
 The cost of a plan is the KL of the guided heads at the places each step commits, with the predictor rolled along the
 recorded control tokens. What a segment between two full steps costs does not depend on the rest of the plan, so dynamic
-programming finds the best one (as LeMiCa does for diffusion, Gao et al., arXiv 2511.00090).
+programming finds the best one, as for the segments of LeMiCa (Gao et al., arXiv 2511.00090), which minimises the worst.
 """
 
 from __future__ import annotations
@@ -66,19 +66,15 @@ class Segments(NamedTuple):
             costs[nodes] = cost
         return self._replace(costs=costs)
 
-    def scaled(self, factor: float) -> Segments:
-        """Return all costs multiplied by ``factor``."""
-        return self._replace(costs={nodes: cost * factor for nodes, cost in self.costs.items()})
 
-
-class Planned(NamedTuple):
+class Found(NamedTuple):
     """Full ``steps`` and what they cost, ``kl`` in nats an image."""
 
     steps: list[int]
     kl: float
 
 
-def best_plan(segments: Segments, budget: int) -> Planned:
+def best_plan(segments: Segments, budget: int) -> Found:
     """Return the cheapest ``budget`` full steps, by dynamic programming.
 
     Raises:
@@ -101,7 +97,7 @@ def best_plan(segments: Segments, budget: int) -> Planned:
         return min(choices)
 
     kl, steps = best((0,), budget - 1)
-    return Planned([0, *steps], kl)
+    return Found([0, *steps], kl)
 
 
 def cost_of(segments: Segments, steps: Sequence[int]) -> float:

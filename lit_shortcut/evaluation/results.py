@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_shortcut.evaluation.drawing import strip_of
 from lit_shortcut.evaluation.identity import differences
 from lit_shortcut.evaluation.rows import Row
-from lit_shortcut.weights import replacing
+from lit_shortcut.files import replacing
 
 _PROMPTS = "prompts.json"
 

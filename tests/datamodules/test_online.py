@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from datamodules.conditions import ClassLabels
-from datamodules.online import OnlineDataModule, concatenated
+from datamodules.online import OnlineDataModule
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.toy import ToyBase
@@ -21,7 +21,8 @@ from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories, Transition
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import RecordingTask, record
-from lit_shortcut.trajectory import TrajectoryError, transitions
+from lit_shortcut.trajectory import TrajectoryError, concatenated
+from tests.tiny_trajectories import transitions
 
 DECODING = Decoding(num_steps=5)
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -48,6 +49,8 @@ def make(
         global_rank=rank,
         world_size=world_size,
         current_epoch=epoch,
+        overfit_batches=0,
+        precision=precision,
         strategy=trainer.strategy,
         precision_plugin=trainer.precision_plugin,
     )
@@ -168,10 +171,10 @@ def test_pool_of_different_texts_has_the_transitions_of_all_its_batches(
     pool, expected = concatenated([record(dimoo, part, DECODING) for part in parts]), record(dimoo, whole, DECODING)
     assert pool.conditions.prompts == expected.conditions.prompts
     ours, theirs = transitions(pool), transitions(expected)
-    assert ours.text is not None
-    assert theirs.text is not None
-    is_text = torch.arange(ours.text.control.shape[1]) < ours.text.num_control[:, None]
-    texts = [text._replace(control=text.control.where(is_text[..., None], 0)) for text in (ours.text, theirs.text)]
+    assert ours.prefix is not None
+    assert theirs.prefix is not None
+    is_text = torch.arange(ours.prefix.control.shape[1]) < ours.prefix.num_control[:, None]
+    texts = [text._replace(control=text.control.where(is_text[..., None], 0)) for text in (ours.prefix, theirs.prefix)]
     for one, other in zip((*flat(ours), *texts[0]), (*flat(theirs), *texts[1]), strict=True):
         torch.testing.assert_close(one, other)
 

@@ -33,7 +33,7 @@ def part(prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in GOLDEN.items() if name.startswith(prefix)}
 
 
-TEXTS = names("in.text_")
+TEXTS = sorted(names("in.text_"), key=int)
 
 
 class RecordedTexts:

@@ -12,22 +12,24 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from datamodules.trajectories import TrajectoryDataModule
+from lit_shortcut.acceleration.replay import Replay
+from lit_shortcut.callbacks.ema import ModuleEMA
+from lit_shortcut.callbacks.replay_table import ReplayTable
 from lit_shortcut.contracts import Trajectories, Transition
-from lit_shortcut.losses import HeadKL, MaskedMSE
+from lit_shortcut.losses import HeadKL, Loss, MaskedMSE
 from lit_shortcut.metrics.functional import head_kl, masked_mse
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     Card,
+    concatenated,
     read_shard,
     save_interface,
     select,
-    stack,
-    transitions,
     write_shard,
 )
 from lit_shortcut.weights import WeightsError, load_module_with_metadata
-from tests.tiny_trajectories import SPEC, card, interface, trajectories, write_set
+from tests.tiny_trajectories import SPEC, card, interface, trajectories, transitions, write_set
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -84,7 +86,7 @@ class Task(ShortcutTask):
 
 def batch_of(folder: Path, window: int = 1, count: int = 9) -> Transition:
     found = card()
-    samples = stack(list(read_shard(folder, 0, found)))
+    samples = concatenated(list(read_shard(folder, 0, found)))
     starts = found.num_steps - window
     places = [(b, g, s) for b in range(len(samples.tokens)) for g in range(found.branches) for s in range(starts)]
     return select(samples, places[:: len(places) // count][:count], window)
@@ -265,7 +267,7 @@ def test_short_fit_learns_a_linear_velocity(tmp_path: Path) -> None:
 def by_hand(folder: Path, made: ShortcutNet, depth: int) -> tuple[float, float]:
     """Mean squared error after ``depth`` predictions and that of hold, window by window over the last two shards."""
     found, ends, errors, held = card(), interface(), [], []
-    windows = transitions(stack([one for shard in (2, 3) for one in read_shard(folder, shard, found)]), depth)
+    windows = transitions(concatenated([one for shard in (2, 3) for one in read_shard(folder, shard, found)]), depth)
     for row in range(len(windows.step)):
         features = windows.features[row : row + 1]
         for offset in range(depth):
@@ -364,3 +366,82 @@ def test_checkpoint_holds_the_network_alone_and_what_ties_it_to_its_base(folder:
         again, datamodule=TrajectoryDataModule(str(folder)), ckpt_path=tmp_path / "fit.ckpt", weights_only=True
     )
     assert validate(folder, task) == validate(folder, again)
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("options", [{}, {"anchored": True, "rows": "masked"}])
+def test_fit_and_validate_run_in_every_precision(folder: Path, precision: Any, options: dict[str, Any]) -> None:
+    losses: dict[str, Loss] = {"mse": MaskedMSE(standardised=True), "kl": HeadKL()}
+    task = ShortcutTask(ShortcutNet(width=6, num_heads=1, **options), losses=losses)
+    ema, table = ModuleEMA(0.9), ReplayTable([1, 2])
+    trainer = L.Trainer(**QUIET, max_steps=3, log_every_n_steps=1, precision=precision, callbacks=[ema, table])
+    trainer.fit(task, datamodule=TrajectoryDataModule(str(folder), batch_size=8, window=2))
+    assert trainer.global_step == 3
+    trainer.validate(task, datamodule=TrajectoryDataModule(str(folder)), verbose=False)
+    assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
+    kinds = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+    assert {parameter.dtype for parameter in task.network.parameters()} == {kinds[precision]}
+    assert {buffer.dtype for buffer in task.ends.interface.buffers()} == {kinds[precision]}
+
+
+def test_float16_weights_validate_and_do_not_train(folder: Path) -> None:
+    task, data = ShortcutTask(network(1)), TrajectoryDataModule(str(folder))
+    with pytest.raises(ValueError, match=r"trainer\.precision: 16-true"):
+        L.Trainer(**QUIET, max_steps=1, precision="16-true").fit(task, datamodule=data)
+    single = validate(folder, ShortcutTask(network(1)))
+    trainer = L.Trainer(**QUIET, precision="16-true")
+    trainer.validate(ShortcutTask(network(1)), datamodule=TrajectoryDataModule(str(folder), validation_shards=2))
+    assert float(trainer.callback_metrics["val/mse"]) == pytest.approx(single["val/mse"], rel=1e-2)
+
+
+# ---- memory, names and what goes through the command line
+
+
+def test_interface_is_no_submodule_and_follows_the_task(folder: Path) -> None:
+    task = Task(folder, network())
+    assert not [name for name, _ in task.named_buffers() if "interface" in name or "embedding" in name]
+    task.to(torch.float64)
+    assert task.ends.interface.code_embedding.dtype == torch.float64
+
+
+def test_diagnostics_run_at_log_steps_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    task, batch = Task(folder, network(1)), batch_of(folder)
+    diagnostics = task._diagnostics
+    monkeypatch.setattr(task, "_diagnostics", lambda *arguments: calls.append(1) or diagnostics(*arguments))
+    for step in range(8):
+        task.stand_in.global_step = step
+        task.logged.clear()
+        task.training_step(batch, step)
+        assert bool(task.logged) == (step in (3, 7))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["loss", "gain"])
+def test_name_that_is_logged_already_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"train/{name}"):
+        ShortcutTask(network(), losses={name: MaskedMSE()})
+
+
+def test_loss_without_its_data_is_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(TrajectoryDataModule, "velocity_scale")
+    with pytest.raises(ValueError, match=r"model\.losses\.error.*velocity_scale"):
+        Task(folder, network(), losses={"error": MaskedMSE(standardised=True)})
+
+
+def test_validation_holds_a_few_steps_of_features_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing on the device is as large as a trajectory: the set's features are only ever sliced by step."""
+    largest: list[int] = []
+    features_at = Replay.features
+
+    def noted(self: Replay, *arguments: Any) -> Tensor:
+        found = features_at(self, *arguments)
+        largest.append(found.numel())
+        return found
+
+    monkeypatch.setattr(Replay, "features", noted)
+    validate(folder, ShortcutTask(network(1)), validation_batch_size=2)
+    assert max(largest) == 2 * 2 * 10 * 6  # B, G, S, C

@@ -11,7 +11,7 @@ from tempfile import NamedTemporaryFile
 import torch
 from torch import Tensor
 
-from lit_shortcut.trajectory.files import TrajectoryError
+from lit_shortcut.trajectory import TrajectoryError
 
 _GB = 1e9
 
