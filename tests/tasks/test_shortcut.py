@@ -29,8 +29,8 @@ from lit_shortcut.trajectory import (
     write_shard,
 )
 from lit_shortcut.weights import WeightsError, load_module_with_metadata
-from tests.tiny_trajectories import SPEC, card, interface, trajectories, transitions, write_set
 from tests.reads import Reads
+from tests.tiny_trajectories import SPEC, card, interface, trajectories, transitions, write_set
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
