@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -55,25 +55,35 @@ class PromptedLLaDA(nn.Module, ABC):
     Args:
         transformer: the network that is accelerated.
         tokenizer: decodes image tokens to images.
+        special: ids of the tokens that are no text, a dataclass.
         image: how an image stands behind its prompt.
         max_prompt_tokens: longest prompt, special tokens included.
 
     Raises:
-        ValueError: if a code lies outside the vocabulary.
+        ValueError: if a code or a special token lies outside the vocabulary.
     """
 
     def __init__(
-        self, transformer: LLaDA, tokenizer: ImageDecoder, *, image: ImageTokens, max_prompt_tokens: int
+        self,
+        transformer: LLaDA,
+        tokenizer: ImageDecoder,
+        *,
+        special: Any,
+        image: ImageTokens,
+        max_prompt_tokens: int,
     ) -> None:
         super().__init__()
+        self.special = special
         self.transformer, self.tokenizer = transformer, tokenizer
         self.image, self.max_prompt_tokens = image, max_prompt_tokens
         self.eval().requires_grad_(False)
         first, end = image.first_code, image.first_code + image.codebook_size
-        if end > transformer.wte.num_embeddings:
-            raise ValueError(
-                f"codes {first}..{end - 1} lie outside the transformer's vocabulary of {transformer.wte.num_embeddings}"
-            )
+        vocab_size = transformer.wte.num_embeddings
+        if end > vocab_size:
+            raise ValueError(f"codes {first}..{end - 1} lie outside the transformer's vocabulary of {vocab_size}")
+        outside = {name: id_ for name, id_ in asdict(special).items() if not 0 <= id_ < vocab_size}
+        if outside:
+            raise ValueError(f"special tokens {outside} lie outside the transformer's vocabulary of {vocab_size}")
         height, width = image.grid
         self.frame_ids: Tensor
         self.register_buffer("frame_ids", image.frame, persistent=False)
@@ -111,11 +121,12 @@ class PromptedLLaDA(nn.Module, ABC):
         return super().train(False)
 
     def identity(self) -> dict[str, Any]:
-        """Fingerprints of transformer and image decoder, and the shape of the images."""
+        """Fingerprints of transformer and image decoder, special tokens, and the shape of the images."""
         return {
             "class": type(self).__name__,
             "fingerprint": self.fingerprint,
             "decoder": network_fingerprint(self.tokenizer),
+            "special": asdict(self.special),
             "grid": list(self.spec.grid),
         }
 

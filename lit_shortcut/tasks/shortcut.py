@@ -56,6 +56,7 @@ class ShortcutTask(OptimizedTask):
     """
 
     network: ShortcutNetwork
+    monitor = "val/mse"
 
     def __init__(
         self,

@@ -201,6 +201,14 @@ def test_prompt_longer_than_the_context_is_refused(dimoo: DiMOO, prompted: MakeC
         dimoo.context(prompted(1)._replace(prompts=("x" * 31,)), guided=False)
 
 
+def test_negative_prompt_takes_the_place_of_the_unconditional_one(prompted: MakeConditions) -> None:
+    context = remade(negative="blurry").context(prompted(2), guided=True)
+    assert isinstance(context, PromptContext)
+    assert bytes(context.ids[1, 0, : len("<blurry>")].tolist()) == b"<blurry>"
+    with pytest.raises(ValueError, match=r"at most 32 tokens, template included; 'x+'… has 33"):
+        remade(negative="x" * 31)
+
+
 def test_classes_in_place_of_prompts_are_refused(dimoo: DiMOO, conditions: MakeConditions) -> None:
     with pytest.raises(ValueError, match="expected a prompt for each of 2 samples, got 0"):
         dimoo.context(conditions(2), guided=True)
