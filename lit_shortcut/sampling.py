@@ -63,13 +63,12 @@ class Decoding:
     order: Order = "confidence"
 
     def __post_init__(self) -> None:
-        if self.order not in get_args(Order):
-            raise ValueError(f"order must be one of {', '.join(get_args(Order))}; got {self.order!r}")
         for name in ("temperature", "confidence_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name, known in (("guidance_course", get_args(Course)), ("noise_course", get_args(NoiseCourse))):
-            if getattr(self, name) not in known:
+        words = {"schedule": Schedule, "guidance_course": Course, "noise_course": NoiseCourse, "order": Order}
+        for name, kind in words.items():
+            if getattr(self, name) not in (known := get_args(kind)):
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
 
     @property
