@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import chain
 from typing import Any, Literal
 
 import lightning as L
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from datamodules.conditions import InTurn, sample_seed
+from datamodules.loading import EpochLoader
 from datamodules.ranks import rank_and_world_size
-from datamodules.trajectories import EpochLoader
+from datamodules.windows import Order
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import card_of, record
-from lit_shortcut.trajectory import DTYPES, Card, Order, select
-from lit_shortcut.trajectory.sample import joined, padded, require_finite
+from lit_shortcut.trajectory import Card, TrajectoryError, concatenated, require_finite, select
 
 
 @dataclass(eq=False)
@@ -143,7 +142,14 @@ class OnlineDataModule(L.LightningDataModule):
     @cached_property
     def card(self) -> Card:
         """What a recorded set of the images of epoch 0 would say of itself."""
-        return card_of(self.base, self.decoding, self.conditions, self.dtype)
+        return card_of(
+            self.base,
+            self.decoding,
+            self.conditions,
+            encoding=self.dtype,
+            precision=str(self.trainer.precision) if self.trainer else "32-true",
+            base_identity=self.base.identity(),
+        )
 
     @property
     def interface(self) -> TokenInterface:
@@ -218,9 +224,12 @@ class OnlineDataModule(L.LightningDataModule):
         self.base.to(device)
         with precision.predict_step_context() if precision else nullcontext():
             drawn = record(self.base, move_data_to_device(conditions, device), self.decoding)
-        drawn = drawn._replace(features=drawn.features.to(DTYPES[self.dtype]))
+        drawn = drawn._replace(features=drawn.features.to(getattr(torch, self.dtype)))
         drawn = move_data_to_device(drawn, torch.device("cpu"))
-        require_finite("features", drawn.features, self.source)
+        try:
+            require_finite("features", drawn.features)
+        except ValueError as error:
+            raise TrajectoryError(f"{self.source}: {error}") from error
         return drawn
 
     def _draw_pool(self, epoch: int, number: int) -> Trajectories:
@@ -229,16 +238,3 @@ class OnlineDataModule(L.LightningDataModule):
         run_seed = self.conditions.seed if epoch == 0 else sample_seed(self.conditions.seed, -epoch)
         batches, at_once = self.conditions.loader(run_seed).dataset, self.pool_images // self.conditions.batch_size
         return concatenated([self.draw(batches[number * at_once + index]) for index in range(at_once)])
-
-
-def concatenated(batches: Sequence[Trajectories]) -> Trajectories:
-    """``batches`` as one, rows padded to the longest."""
-    conditions = [batch.conditions for batch in batches]
-    ids, seeds, labels = (torch.cat(column) for column in zip(*(one[:3] for one in conditions), strict=True))
-    return Trajectories(
-        Conditions(ids, seeds, labels, tuple(chain.from_iterable(one.prompts for one in conditions))),
-        torch.cat(padded([batch.features for batch in batches])),
-        torch.cat([batch.tokens for batch in batches]),
-        torch.cat([batch.committed_at for batch in batches]),
-        joined([batch.prefix for batch in batches if batch.prefix is not None], torch.cat),
-    )

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_shortcut.weights import WeightsError, load_tensors, read_pickle, replacing
+from lit_shortcut.files import replacing
+from lit_shortcut.weights import WeightsError, load_tensors, read_pickle
 
 STATE_KEYS = ("model_state_dict", "state_dict", "model")  # of MaskGIT's checkpoints, a Lightning one and LlamaGen's
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # put before names by distributed training and torch.compile
@@ -114,7 +115,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
         WeightsError: if the file is missing, damaged, holds more than tensors, numbers and text, or no state dict.
     """
     if path.suffix == ".safetensors":
-        return _unwrapped(load_tensors(path)[0])
+        return unwrapped(load_tensors(path)[0])
     content = read_pickle(path)
     state = state_in(content)
     if state is None:
@@ -122,10 +123,11 @@ def load_state(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path}: expected a state dict, or a dict with one at {' or '.join(map(repr, STATE_KEYS))}; found {found}"
         )
-    return _unwrapped(state)
+    return unwrapped(state)
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` without the beginnings that distributed training and ``torch.compile`` put before its names."""
     bare = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
     return bare if len(bare) == len(state) else state
 

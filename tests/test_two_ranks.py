@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.multiprocessing import ProcessRaisedException
 
-import lit_shortcut.tasks.generation
+import lit_shortcut.tasks.recording
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.fashion.classifier import FashionCNN, FashionFeatures
@@ -63,14 +63,14 @@ def logged(folder: Path, logs: Path, *words: object) -> dict[str, list[float]]:
 def test_ranks_record_different_samples_which_together_are_the_set_of_one_process(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = lit_shortcut.tasks.generation.record
+    record = lit_shortcut.tasks.recording.record
 
     def noted(base: Any, conditions: Conditions, decoding: Any, **room: Any) -> Trajectories:
         with (tmp_path / f"drawn_by_{os.getpid()}").open("a") as file:
             file.writelines(f"{number}\n" for number in conditions.ids.tolist())
         return record(base, conditions, decoding, **room)
 
-    monkeypatch.setattr(lit_shortcut.tasks.generation, "record", noted)
+    monkeypatch.setattr(lit_shortcut.tasks.recording, "record", noted)
     lightning(tmp_path, "predict", "--config", TOY / "extract.yaml", *UNEVEN, *TWO)
     one, two = ({path.name: path.read_bytes() for path in (where / SET).iterdir()} for where in (trained, tmp_path))
     assert two == one
@@ -207,7 +207,7 @@ def metrics(tmp_path: Path) -> str:
             }
         },
     }
-    metric = {"class_path": "lit_shortcut.metrics.images.FrechetDistance", "init_args": arguments}
+    metric = {"class_path": "lit_shortcut.metrics.distances.FrechetDistance", "init_args": arguments}
     return json.dumps({"fid": metric, "class_agreement": agreement})
 
 
@@ -229,5 +229,5 @@ def test_ranks_measure_images_to_the_values_of_one_process(trained: Path, tmp_pa
     assert one.keys() == two.keys()
     for name, row in one.items():
         assert row["values"]["fid"] > 0
-        assert two[name]["facts"] == row["facts"]
+        assert two[name]["identity"] == row["identity"]
         assert two[name]["values"] == pytest.approx(row["values"], rel=1e-9), name

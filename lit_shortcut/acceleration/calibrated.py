@@ -11,7 +11,7 @@ from typing import Any
 
 from lit_shortcut.acceleration.accelerated import DecideFn, Plan, Predictor
 from lit_shortcut.acceleration.plans import Adaptive, Steps
-from lit_shortcut.weights import replacing
+from lit_shortcut.files import replacing
 
 
 @dataclass(frozen=True)

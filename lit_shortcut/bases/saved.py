@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_shortcut.published import Names, fill
 from lit_shortcut.weights import WeightsError
@@ -23,10 +23,10 @@ DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 
 
 def file_patterns(folder: str, stem: str, variant: Variant | None) -> list[str]:
-    """What to download of ``folder`` in a repository: its configuration, and weights of one ``variant`` only."""
+    """What to download of ``folder`` in a repository ("" is its root): configuration, weights of one ``variant``."""
     single = _single(stem, variant)
     names = ("config.json", _index(stem, variant), single, f"{single.removesuffix('.safetensors')}-*.safetensors")
-    return [f"{folder}/{name}" for name in names]
+    return [f"{folder}/{name}" if folder else name for name in names]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,13 +86,13 @@ def read_weights(
     return state
 
 
-def build(cls: type[ModelMixin], folder: Path, **changes: Any) -> ModelMixin:
+def build(cls: type[ModelMixin], folder: Path, dtype: torch.dtype = torch.float32) -> ModelMixin:
     """The ``cls`` of diffusers that ``config.json`` in ``folder`` describes, on the meta device.
 
     Args:
         cls: class of the model.
         folder: that one was saved to.
-        **changes: to its configuration.
+        dtype: of its tensors.
 
     Raises:
         WeightsError: if the file is missing or damaged, or describes another model.
@@ -103,12 +103,17 @@ def build(cls: type[ModelMixin], folder: Path, **changes: Any) -> ModelMixin:
         raise WeightsError(f"{path}: _class_name: expected {cls.__name__}, found {found!r}")
     try:
         with torch.device("meta"):
-            return cls.from_config(config, **changes)
-    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            return cast(cls.from_config(config), dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"{path}: not the configuration of a {cls.__name__} ({error})") from error
 
 
-def take(module: torch.nn.Module, state: dict[str, Tensor], folder: Path, but_for: Iterable[str] = ()) -> None:
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert ``module`` of diffusers to ``dtype``, whose own ``to`` warns of a list of exceptions, empty or not."""
+    return nn.Module.to(module, dtype)
+
+
+def take(module: nn.Module, state: dict[str, Tensor], folder: Path, but_for: Iterable[str] = ()) -> None:
     """Hand ``state`` of ``folder`` to ``module``, frozen and in eval mode, apart from names that begin ``but_for``.
 
     Raises:

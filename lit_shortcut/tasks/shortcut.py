@@ -158,7 +158,7 @@ class ShortcutTask(OptimizedTask):
 
     def network_facts(self) -> dict[str, Any]:
         """The base the network belongs to, and how its trajectories were drawn."""
-        return asdict(self.card) if self.card else {}
+        return asdict(self.card) | {"base_fingerprint": self.card.base_fingerprint} if self.card else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what every trained task keeps, unless the last loss was not finite."""

@@ -110,7 +110,7 @@ def test_a_step_of_many_may_reveal_nothing() -> None:
 
 
 def test_arccosines_are_taken_in_float32() -> None:
-    """arccos(½) is π/3, off by a rounding in float32: the reference commits 17 of 1024 tokens, then 16."""
+    """In float64 step 21 would commit a token less than the reference does, and step 22 one more."""
     assert tokens_per_step("arccos_left", num_steps=45, num_tokens=1024)[21:23] == [17, 16]
 
 

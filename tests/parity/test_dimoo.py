@@ -37,8 +37,8 @@ def part(prefix: str) -> dict[str, Tensor]:
 
 
 class RecordedPrompts:
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = GOLDEN["in.uncond_prompt" if text == UNCONDITION else "in.prompt"].tolist()
+    def encode(self, text: str, template: str = "{}") -> list[int]:
+        ids: list[int] = GOLDEN["in.uncond_prompt" if template == UNCONDITION else "in.prompt"].tolist()
         return ids
 
 

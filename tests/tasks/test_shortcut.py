@@ -22,16 +22,15 @@ from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     Card,
+    concatenated,
     read_shard,
     save_interface,
     select,
-    stack,
-    transitions,
     write_shard,
 )
 from lit_shortcut.weights import WeightsError, load_module_with_metadata
 from tests.reads import Reads
-from tests.tiny_trajectories import SPEC, card, interface, trajectories, write_set
+from tests.tiny_trajectories import SPEC, card, interface, trajectories, transitions, write_set
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -88,7 +87,7 @@ class Task(ShortcutTask):
 
 def batch_of(folder: Path, window: int = 1, count: int = 9) -> Transition:
     found = card()
-    samples = stack(list(read_shard(folder, 0, found)))
+    samples = concatenated(list(read_shard(folder, 0, found)))
     starts = found.num_steps - window
     places = [(b, g, s) for b in range(len(samples.tokens)) for g in range(found.branches) for s in range(starts)]
     return select(samples, places[:: len(places) // count][:count], window)
@@ -269,7 +268,7 @@ def test_short_fit_learns_a_linear_velocity(tmp_path: Path) -> None:
 def by_hand(folder: Path, made: ShortcutNet, depth: int) -> tuple[float, float]:
     """Mean squared error after ``depth`` predictions and that of hold, window by window over the last two shards."""
     found, ends, errors, held = card(), interface(), [], []
-    windows = transitions(stack([one for shard in (2, 3) for one in read_shard(folder, shard, found)]), depth)
+    windows = transitions(concatenated([one for shard in (2, 3) for one in read_shard(folder, shard, found)]), depth)
     for row in range(len(windows.step)):
         features = windows.features[row : row + 1]
         for offset in range(depth):
