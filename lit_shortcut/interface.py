@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class TokenInterface(nn.Module):
 
     Letters: L image tokens, S rows of the features, C width, V codebook. What a base has no need of is None (with
     rotary positions ``position_embedding``, else ``row_offsets``). Nothing here is trained: the tensors are buffers,
-    shared with the base that made them.
+    shared with the base that made them until either is moved or cast.
 
     Args:
         num_tokens: L; the first L rows of the features are the image tokens.
@@ -37,6 +37,9 @@ class TokenInterface(nn.Module):
             are the image tokens, then what frames them; each stands so many places behind the prompt's end. The
             prompt's own rows come last. None where rows have no place in a sequence.
     """
+
+    is_linear: ClassVar[bool] = True
+    """Whether the head is linear but for its bias, so that guidance may come before it and the head run once."""
 
     code_embedding: Tensor
     head_weight: Tensor
@@ -91,8 +94,12 @@ class TokenInterface(nn.Module):
         if positions is None:
             logits = self._without_bias(features[..., : self.num_tokens, :])
             return logits if self.head_bias is None else logits + self.head_bias
+        return self.row_logits(self.rows_at(features, positions), positions)
+
+    def rows_at(self, features: Tensor, positions: Tensor) -> Tensor:
+        """Rows (..., B, M, C) of ``features`` (..., B, S, C) at image ``positions`` (B, M)."""
         index = positions[..., None].expand(*features.shape[:-2], -1, features.shape[-1])
-        return self.row_logits(torch.gather(features, -2, index), positions)
+        return torch.gather(features, -2, index)
 
     def row_logits(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Logits (..., V) of ``rows`` (..., C) of the features, which stand at image ``positions`` (...)."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lit_shortcut.acceleration.accelerated import Past, PredictFn
-from lit_shortcut.contracts import BaseEnds, Context, Control, Prefix, State
+from lit_shortcut.contracts import BaseEnds, Context, Control, State
 from lit_shortcut.hub import local_file
-from lit_shortcut.networks.control import embed_control, prefix_of_branch, require_kind
+from lit_shortcut.networks.control import Layout, embed_control, lay_out_branches, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
 from lit_shortcut.weights import WeightsError, fingerprint, load_module_with_metadata
@@ -83,8 +83,10 @@ class Shortcut(nn.Module):
         network = self.network.to(interface.code_embedding.device)
         dtype = next(network.parameters()).dtype
 
-        def following(features: Tensor, control: Control, masked_share: Tensor, prefix: Prefix | None) -> Tensor:
-            embedded = embed_control(interface, control, prefix, features.shape[-2])
+        layouts = [] if context.prefix is None else lay_out_branches(interface, context)
+
+        def following(features: Tensor, control: Control, masked_share: Tensor, layout: Layout | None) -> Tensor:
+            embedded = embed_control(interface, control, layout)
             predicted: Tensor = network(
                 features.to(dtype), embedded.tokens.to(dtype), masked_share, embedded.is_real, embedded.places
             )
@@ -92,16 +94,14 @@ class Shortcut(nn.Module):
 
         def predict(past: Past, state: State) -> Tensor:
             branches, num_rows = past.latest.shape[0], past.latest.shape[-2]
-            if context.prefix is None:
+            if not layouts:
                 control = Control(state.control.tokens.repeat(branches, 1), state.control.positions.repeat(branches, 1))
                 doubled = following(past.latest.flatten(0, 1), control, state.masked_share.repeat(branches), None)
                 return doubled.unflatten(0, (branches, -1))
-            frame = num_rows - context.prefix.control.shape[-2]
             predicted = []
-            for branch, features in enumerate(past.latest):
-                prefix = prefix_of_branch(context.prefix, branch)
-                own_rows = features[:, : frame + int(prefix.lengths.max())]
-                own = following(own_rows, state.control, state.masked_share, prefix)
+            for features, layout in zip(past.latest, layouts, strict=True):
+                own_rows = features[:, : layout.rows.shape[1]]
+                own = following(own_rows, state.control, state.masked_share, layout)
                 predicted.append(pad(own, (0, 0, 0, num_rows - own.shape[1])))
             return torch.stack(predicted)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Control, Prefix
+from lit_shortcut.contracts import Context, Control, Prefix, PrefixSize
 from lit_shortcut.interface import Places, TokenInterface
 from lit_shortcut.networks.shortcut import VelocityNet
 from lit_shortcut.weights import WeightsError
@@ -21,32 +21,63 @@ class EmbeddedControl(NamedTuple):
     places: Places
 
 
-def embed_control(interface: TokenInterface, control: Control, prefix: Prefix | None, num_rows: int) -> EmbeddedControl:
-    """Embed ``control`` (B, K), behind the tokens of ``prefix`` if there is one, for features of ``num_rows`` (S).
+class Layout(NamedTuple):
+    """What a prefix means for a batch at every step: where rows of the features stand, and the control it adds.
 
-    Where nothing is padded no masks are made, since attention is faster without. A batch of one has no padding; of
-    others it is known where ``prefix`` tells its lengths on the CPU.
+    ``rows`` (B, S) are places in the base's sequence, ``is_real`` (B, S) is false at rows that are padding. ``control``
+    holds the prefix's tokens alone, P of them.
     """
-    committed = interface.embed(control.tokens, control.positions)
-    if prefix is None:
-        return EmbeddedControl(committed, control.is_real, Places(rows=None, control=control.positions))
-    device = committed.device
+
+    rows: Tensor
+    is_real: Tensor | None
+    control: EmbeddedControl
+
+
+def lay_out(interface: TokenInterface, prefix: Prefix, num_rows: int, size: PrefixSize | None = None) -> Layout:
+    """Lay out ``prefix`` (B, …) for features of ``num_rows`` (S), on the interface's device.
+
+    Where nothing is padded no masks are made, since attention is faster without. ``size`` says whether that is so; when
+    it is not given, a batch of one has no padding, and of others it is known where lengths lie on the CPU.
+    """
     rows, row_is_real = interface.row_places(prefix.lengths, num_rows)
     assert interface.row_offsets is not None  # else it has no places
-    num_prefix_rows, num_prefix = num_rows - len(interface.row_offsets), prefix.control.shape[1]
-    prefix_places = torch.arange(num_prefix, device=device).expand(len(rows), -1)
-    is_real = control.is_real
-    if control.is_real is not None or _is_padded(prefix.num_control, num_prefix):
-        prefix_is_real = prefix_places < prefix.num_control.to(device)[:, None]
-        all_real = torch.ones_like(control.tokens, dtype=torch.bool)
-        is_real = torch.cat([prefix_is_real, all_real if control.is_real is None else control.is_real], dim=1)
+    num_control = prefix.control.shape[1]
+    places = torch.arange(num_control, device=rows.device).expand(len(rows), -1)
+    if size is None:
+        rows_are_padded = _is_padded(prefix.lengths, num_rows - len(interface.row_offsets))
+        control_is_padded = _is_padded(prefix.num_control, num_control)
+    else:
+        rows_are_padded = control_is_padded = size.is_padded
+    is_real = places < prefix.num_control.to(rows.device)[:, None] if control_is_padded else None
+    control = EmbeddedControl(prefix.control.to(rows.device), is_real, Places(rows=None, control=places))
+    return Layout(rows, row_is_real if rows_are_padded else None, control)
+
+
+def lay_out_branches(interface: TokenInterface, context: Context) -> list[Layout]:
+    """Layouts of the guidance branches of a ``context`` with a prefix, each cut to the longest in its branch."""
+    assert context.prefix is not None
+    assert interface.row_offsets is not None
+    layouts = []
+    for branch, size in enumerate(context.prefix_sizes):
+        lengths, control, num_control = (part[branch] for part in context.prefix)
+        own = Prefix(lengths, control[:, : size.longest_control], num_control)
+        layouts.append(lay_out(interface, own, len(interface.row_offsets) + size.longest, size))
+    return layouts
+
+
+def embed_control(interface: TokenInterface, control: Control, layout: Layout | None = None) -> EmbeddedControl:
+    """Embed ``control`` (B, K), behind the tokens of the prefix that ``layout`` is of, if there is one."""
+    committed = interface.embed(control.tokens, control.positions)
+    if layout is None:
+        return EmbeddedControl(committed, control.is_real, Places(rows=None, control=control.positions))
+    prefix = layout.control
     return EmbeddedControl(
-        tokens=torch.cat([prefix.control.to(committed), committed], dim=1),
-        is_real=is_real,
+        tokens=torch.cat([prefix.tokens.to(committed.dtype), committed], dim=1),
+        is_real=_joined(prefix, control),
         places=Places(
-            rows=rows,
-            control=torch.cat([prefix_places, rows.gather(1, control.positions)], dim=1),
-            is_real=row_is_real if _is_padded(prefix.lengths, num_prefix_rows) else None,
+            rows=layout.rows,
+            control=torch.cat([prefix.places.control, layout.rows.gather(1, control.positions)], dim=1),
+            is_real=layout.is_real,
         ),
     )
 
@@ -66,10 +97,12 @@ def require_kind(network: VelocityNet, interface: TokenInterface, whose: str) ->
         )
 
 
-def prefix_of_branch(prefix: Prefix, branch: int) -> Prefix:
-    """One guidance branch of a context's ``prefix`` (G, B, …), its control cut to the longest in it."""
-    lengths, num_control = prefix.lengths[branch], prefix.num_control[branch]
-    return Prefix(lengths, prefix.control[branch][:, : int(num_control.max())], num_control)
+def _joined(prefix: EmbeddedControl, control: Control) -> Tensor | None:
+    """Which tokens of ``prefix``, then of ``control``, are no padding: (B, P + K), None where all are."""
+    if prefix.is_real is None and control.is_real is None:
+        return None
+    parts = (prefix.places.control, prefix.is_real), (control.tokens, control.is_real)
+    return torch.cat([torch.ones_like(of, dtype=torch.bool) if real is None else real for of, real in parts], dim=1)
 
 
 def _is_padded(lengths: Tensor, longest: int) -> bool:

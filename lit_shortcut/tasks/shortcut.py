@@ -23,7 +23,7 @@ from lit_shortcut.metrics.functional import (
     masked_mse,
     token_agreement,
 )
-from lit_shortcut.networks.control import embed_control, require_kind
+from lit_shortcut.networks.control import embed_control, lay_out, require_kind
 from lit_shortcut.networks.shortcut import VelocityNet
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.trajectory import Card
@@ -111,7 +111,8 @@ class ShortcutTask(OptimizedTask):
 
     def forward(self, features: Tensor, control: Control, masked_share: Tensor, text: Prefix | None = None) -> Tensor:
         """Features after one step, (B, S, C), from those before, ``control`` (B, K) and ``masked_share`` (B,)."""
-        embedded = embed_control(self.interface, control, text, features.shape[-2])
+        layout = None if text is None else lay_out(self.interface, text, features.shape[-2])
+        embedded = embed_control(self.interface, control, layout)
         following: Tensor = self.network(
             features, embedded.tokens.to(features), masked_share, embedded.is_real, embedded.places
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_shortcut.contracts import Clock, Conditions, MaskedImageModel
+from lit_shortcut.decoding.unmasking import guide
 
 BASES = [
     "make_base",
@@ -78,6 +79,21 @@ def test_first_rows_of_the_features_are_the_image_tokens(model: MaskedImageModel
     chosen = model.interface.logits(features, places)
     for row, own_places in enumerate(places):
         torch.testing.assert_close(chosen[:, row], every[:, row, own_places])
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.8])
+def test_logits_of_guided_features_are_guided_logits_where_the_head_is_linear(
+    model: MaskedImageModel, conditions: MakeConditions, scale: float
+) -> None:
+    """Sampling counts on it."""
+    features = model.features(half_masked(model, 2), model.context(conditions(2), guided=True), Clock(0, 1))
+    places = torch.tensor([[3, 1], [0, 2]])
+    expected = guide(model.interface.logits(features, places), scale)
+    guided = model.interface.row_logits(guide(model.interface.rows_at(features, places), scale), places)
+    if model.interface.is_linear:
+        torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+    else:
+        assert not torch.allclose(guided, expected, rtol=1e-4, atol=1e-4) or scale == 0
 
 
 def test_features_know_where_a_token_stands(model: MaskedImageModel, conditions: MakeConditions) -> None:
