@@ -79,9 +79,10 @@ class Shortcut(nn.Module):
             WeightsError: if the network was trained for another base, or does not fit this one.
         """
         self._require_fit(base)
-        interface = base.interface
-        network = self.network.to(interface.code_embedding.device)
-        dtype = next(network.parameters()).dtype
+        interface, network = base.interface, self.network
+        if (weight := next(network.parameters())).device != interface.code_embedding.device:
+            network.to(interface.code_embedding.device)
+        dtype = weight.dtype
 
         layouts = [] if context.prefix is None else lay_out_branches(interface, context)
 

@@ -37,6 +37,8 @@ class Launches(TorchDispatchMode):
         self, func: OpOverload, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace != "aten":  # questions about a tensor
+            return func(*args, **kwargs)
         if func not in _FUSED_ON_DEVICES:  # inference mode hands operations over whole
             with self:
                 decomposed = func.decompose(*args, **kwargs)
