@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lit_shortcut.acceleration.compilation import compile_networks
+from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation import Row, require_feasible
 from lit_shortcut.metrics.latency import device_name
@@ -37,6 +37,7 @@ class BenchTask(L.LightningModule):
         rounds: timed runs of each row.
         random_weights: say of the weights that they are random; sizes alone matter here.
         compiled: run base and predictors' networks through ``torch.compile``.
+        compile_mode: ``reduce-overhead`` replays CUDA graphs, for plans that are fixed before a run.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class BenchTask(L.LightningModule):
         rounds: int = 3,
         random_weights: bool = False,
         compiled: bool = False,
+        compile_mode: Mode = "default",
     ) -> None:
         super().__init__()
         if rounds < 1:
@@ -56,7 +58,7 @@ class BenchTask(L.LightningModule):
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding, self.rows, self.path, self.rounds = decoding or Decoding(), rows, path, rounds
-        self.random_weights, self.compiled = random_weights, compiled
+        self.random_weights, self.compiled, self.compile_mode = random_weights, compiled, compile_mode
         self.methods = nn.ModuleList(row.method for row in rows if isinstance(row.method, nn.Module))
 
     def setup(self, stage: str) -> None:
@@ -68,7 +70,7 @@ class BenchTask(L.LightningModule):
     def on_test_start(self) -> None:
         """Compile, where that is asked for."""
         if self.compiled:
-            compile_networks(self.base, self.methods)
+            compile_networks(self.base, self.methods, self.compile_mode)
 
     def test_step(self, batch: Conditions, batch_idx: int) -> None:
         """Measure on the first batch; the others are left alone."""

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lit_shortcut.acceleration.compilation import compile_networks
+from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.evaluation import (
@@ -52,6 +52,7 @@ class GenerationTask(L.LightningModule):
         random_weights: the weights are random, at published sizes: ``test`` measures latency alone, draws no images and
             gives no figure of quality.
         compiled: run base and predictors' networks through ``torch.compile``.
+        compile_mode: ``reduce-overhead`` replays CUDA graphs, for plans that are fixed before a run.
         memory_limit_gb: features of a batch that ``predict`` keeps in the memory of the base's device, in GB (10⁹
             bytes); batches that wait to be written take as much each. Where a batch's take more, they go to a file step
             by step, and no trajectory lies in memory whole.
@@ -72,6 +73,7 @@ class GenerationTask(L.LightningModule):
         grid_images: int = 20,
         random_weights: bool = False,
         compiled: bool = False,
+        compile_mode: Mode = "default",
         memory_limit_gb: float = 8.0,
         scratch: Path = SCRATCH,
     ) -> None:
@@ -85,7 +87,8 @@ class GenerationTask(L.LightningModule):
         self.methods = nn.ModuleList(row.method for row in self.rows if isinstance(row.method, nn.Module))
         self.run_seeds = run_seeds or [0]
         self.latency_rounds, self.latency_batch_size = latency_rounds, latency_batch_size
-        self.grid_images, self.random_weights, self.compiled = grid_images, random_weights, compiled
+        self.grid_images, self.random_weights = grid_images, random_weights
+        self.compiled, self.compile_mode = compiled, compile_mode
         self.memory_limit_gb, self.scratch = memory_limit_gb, Path(scratch)
         self.reference = Row(self.decoding.num_steps)
         self.jobs: list[tuple[Row, int]] = []
@@ -93,7 +96,7 @@ class GenerationTask(L.LightningModule):
     def on_predict_start(self) -> None:
         """Compile, where that is asked for."""
         if self.compiled:
-            compile_networks(self.base, ())
+            compile_networks(self.base, (), self.compile_mode)
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
         """Trajectories of one batch by the base alone, all features kept."""
@@ -141,7 +144,7 @@ class GenerationTask(L.LightningModule):
         for metric in self.metrics.values():
             metric.to(self.device)
         if self.compiled:
-            compile_networks(self.base, self.methods)
+            compile_networks(self.base, self.methods, self.compile_mode)
 
     def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure one batch of images, or latency when all rows are done."""

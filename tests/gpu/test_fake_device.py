@@ -114,7 +114,7 @@ def test_a_plan_that_reads_features_is_caught(monkeypatch: pytest.MonkeyPatch) -
 def test_a_tensor_left_on_the_host_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake("toy", monkeypatch) as on:
         on.base.interface.head_bias = on.mode.from_tensor(torch.zeros(on.base.spec.codebook_size))
-        with pytest.raises(RuntimeError, match="on the same device.*cuda:0 and cpu"):
+        with pytest.raises(RuntimeError, match=r"on the same device.*cuda:0 and cpu"):
             generate(on.base, on.conditions, DECODINGS["default"], Vanilla())
 
 

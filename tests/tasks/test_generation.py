@@ -73,7 +73,7 @@ def test_recorded_features_and_tokens_are_those_of_the_decoding_loop(base: Maske
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recording_is_compiled_where_that_is_asked_for(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     bases: list[MaskedImageModel] = []
-    monkeypatch.setattr("lit_shortcut.tasks.generation.compile_networks", lambda base, methods: bases.append(base))
+    monkeypatch.setattr("lit_shortcut.tasks.generation.compile_networks", lambda base, *_: bases.append(base))
     task = GenerationTask(ToyBase(), decoding=DECODING, compiled=compiled)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.predict(task, datamodule=ClassLabels(4, batch_size=4))
@@ -195,7 +195,7 @@ def test_random_weights_are_timed_once_and_draw_no_image(tmp_path: Path, monkeyp
 
 def test_compiled_rows_are_not_taken_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[MaskedImageModel] = []
-    monkeypatch.setattr("lit_shortcut.tasks.generation.compile_networks", lambda base, methods: compiled.append(base))
+    monkeypatch.setattr("lit_shortcut.tasks.generation.compile_networks", lambda base, *_: compiled.append(base))
     measure(tmp_path, ROWS[:1])
     assert "compiled" not in stored(tmp_path)["vanilla_n5_seed0"]["facts"]
     assert compiled == []
