@@ -15,8 +15,8 @@ from jsonargparse import auto_cli
 
 from benchmarks import loader, price, recording, training
 from benchmarks.table import Table
+from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
-from lit_shortcut.weights import replacing
 
 Name = Literal["loader", "recording", "price", "training"]
 BENCHES: dict[Name, Callable[[], Table]] = {

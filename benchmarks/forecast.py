@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_shortcut.acceleration.accelerated import Accelerated, Predictor, Vanilla
 from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
+from lit_shortcut.files import replacing
 from lit_shortcut.sampling import Decoding, generate
-from lit_shortcut.weights import replacing
 
 
 class LiveMemory(TorchDispatchMode):

@@ -26,7 +26,6 @@ from lit_shortcut.metrics.latency import measure_latency
 from lit_shortcut.trajectory import (
     FORMAT_VERSION,
     Card,
-    Dtype,
     EncodedTransition,
     interface_fingerprint,
     save_interface,
@@ -87,18 +86,20 @@ def measure() -> Table:
     return Table("Reading training pairs", rows, note)
 
 
-def _write_set(folder: Path, dtype: Dtype) -> float:
+def _write_set(folder: Path, encoding: str) -> float:
     """A set of one guidance branch, by the project's own writer; bytes a trajectory takes."""
     ends = TokenInterface(SPEC.num_tokens, *torch.zeros(2, SPEC.codebook_size, SPEC.width))
     card = Card(
         format_version=FORMAT_VERSION,
-        base_fingerprint="random",
+        base={"fingerprint": "random"},
         interface=interface_fingerprint(ends),
         spec=SPEC._asdict(),
         decoding={},
         branches=1,
         num_steps=NUM_STEPS,
-        dtype=dtype,
+        precision="32-true",
+        encoding=encoding,
+        text_rows=False,
         num_samples=NUM_SHARDS * ROWS,
         samples_per_shard=ROWS,
         seed=0,

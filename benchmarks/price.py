@@ -18,17 +18,17 @@ from benchmarks.table import Table
 from datamodules.conditions import ClassLabels
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
+from lit_shortcut.losses import HeadKL, Loss, MaskedMSE
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.tasks.generation import GenerationTask
+from lit_shortcut.tasks.recording import RecordingTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     Card,
-    Dtype,
+    concatenated,
+    finished_shards,
     load_interface,
     read_shard,
-    recorded_bytes,
     save_interface,
-    stack,
     write_shard,
 )
 
@@ -47,14 +47,14 @@ def measure() -> Table:
     with TemporaryDirectory() as scratch:
         exact = Path(scratch) / "float32"
         trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(exact, "float32")])
-        task = GenerationTask(fashion.base(), decoding=fashion.DECODING)
+        task = RecordingTask(fashion.base(), decoding=fashion.DECODING)
         trainer.predict(task, datamodule=ClassLabels(NUM_IMAGES, SHARD, seed=1), return_predictions=False)
         errors, sizes = {}, {}
         for dtype in ("float32", "bfloat16", "int8"):
             folder = Path(scratch) / dtype
             if folder != exact:
                 convert(exact, folder, dtype)
-            sizes[dtype] = recorded_bytes(folder, Card.read(folder)) / NUM_IMAGES / 2
+            sizes[dtype] = sum(finished_shards(folder, Card.read(folder)).values()) / NUM_IMAGES / 2
             errors[dtype] = _trained(folder, exact)
     rows = [
         {
@@ -76,14 +76,14 @@ def measure() -> Table:
     return Table("Price of the encoding", rows, note)
 
 
-def convert(source: Path, folder: Path, dtype: Dtype) -> None:
-    """Write the samples of the set at ``source`` to ``folder`` with features as ``dtype``."""
+def convert(source: Path, folder: Path, encoding: str) -> None:
+    """Write the samples of the set at ``source`` to ``folder`` with features in ``encoding``."""
     card = Card.read(source)
-    made = replace(card, dtype=dtype)
+    made = replace(card, encoding=encoding)
     made.write(folder)
     save_interface(folder, load_interface(source, card))
     for index in range(card.num_shards):
-        write_shard(folder, index, stack(list(read_shard(source, index, card))), made)
+        write_shard(folder, index, concatenated(list(read_shard(source, index, card))), made)
 
 
 def _trained(folder: Path, exact: Path) -> dict[str, float]:
@@ -97,7 +97,8 @@ def _trained(folder: Path, exact: Path) -> dict[str, float]:
         return AdamW(parameters, lr=1e-3, weight_decay=1e-2)
 
     network: nn.Module = ShortcutNet(width=128, num_heads=1, bottleneck_ratio=2.0, grid=14, reach=3)
-    task = ShortcutTask(network, kl_weight=1.0, optimizer=adamw, scheduler=scheduled)  # type: ignore[arg-type]
+    losses: dict[str, Loss] = {"mse": MaskedMSE(), "kl": HeadKL()}
+    task = ShortcutTask(network, losses=losses, optimizer=adamw, scheduler=scheduled)  # type: ignore[arg-type]
     trainer = L.Trainer(**QUIET, max_steps=STEPS, limit_val_batches=0, gradient_clip_val=1.0)
     trainer.fit(task, datamodule=TrajectoryDataModule(str(folder), 64, validation_shards=VALIDATION_SHARDS))
     judge = L.Trainer(**QUIET)

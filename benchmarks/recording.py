@@ -21,14 +21,13 @@ from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.metrics.latency import measure_latency
 from lit_shortcut.sampling import generate
-from lit_shortcut.tasks.generation import GenerationTask
-from lit_shortcut.trajectory import Dtype
+from lit_shortcut.tasks.recording import RecordingTask
 
 NUM_IMAGES, BATCH_SIZE, ROUNDS = 512, 32, 3
 PLAIN = "sampling alone"
 
 
-class _Sampling(GenerationTask):
+class _Sampling(RecordingTask):
     """Predicts tokens and keeps no features."""
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> Tensor:  # type: ignore[override]  # that is the point
@@ -38,7 +37,7 @@ class _Sampling(GenerationTask):
 def measure() -> Table:
     """Predict the same images with and without recording, in turns, by the clock and by the processors' time."""
     base = fashion.base()
-    sampling, recording = _Sampling(base, decoding=fashion.DECODING), GenerationTask(base, decoding=fashion.DECODING)
+    sampling, recording = _Sampling(base, decoding=fashion.DECODING), RecordingTask(base, decoding=fashion.DECODING)
     wall: dict[str, float] = {}
     with TemporaryDirectory() as scratch:
         runs: dict[str, Callable[[], object]] = {PLAIN: partial(_predict, sampling)}
@@ -74,8 +73,8 @@ def _predict(task: L.LightningModule, *callbacks: L.Callback) -> None:
     trainer.predict(task, datamodule=ClassLabels(NUM_IMAGES, BATCH_SIZE), return_predictions=False)
 
 
-def _record(task: L.LightningModule, folder: Path, dtype: Dtype) -> None:
-    _predict(task, TrajectoryWriter(folder, dtype, overwrite=True))
+def _record(task: L.LightningModule, folder: Path, encoding: str) -> None:
+    _predict(task, TrajectoryWriter(folder, encoding, overwrite=True))
 
 
 def _timed(name: str, run: Callable[[], object], least: dict[str, float]) -> Callable[[], object]:

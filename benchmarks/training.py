@@ -13,13 +13,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.table import Table
-from lit_shortcut.contracts import Conditions, Control, Trajectories, Transition
+from lit_shortcut.acceleration.replay import RecordedEnds
+from lit_shortcut.contracts import Conditions, Control, TokenSpec, Trajectories, Transition
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.interface import TokenInterface
+from lit_shortcut.losses import HeadKL, Loss, MaskedMSE, weighted_sum
 from lit_shortcut.metrics.latency import measure_latency, speedups
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
@@ -122,12 +124,18 @@ def task_of(size: Size) -> ShortcutTask:
     """The training task with random weights, also of the last projection, and a random interface."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        task = ShortcutTask(ShortcutNet(**size.network), kl_weight=size.kl_weight)
+        losses: dict[str, Loss] = {"mse": MaskedMSE()}
+        if size.kl_weight:
+            losses["kl"] = HeadKL(size.kl_weight)
+        task = ShortcutTask(ShortcutNet(**size.network), losses=losses)
         assert isinstance(task.network.widen, nn.Linear)
         nn.init.normal_(task.network.widen.weight, std=0.05)
         table = torch.randn(size.codebook_size, size.network["width"]) / size.network["width"] ** 0.5
         positions = torch.randn(size.num_tokens, size.network["width"])
-        task.interface = TokenInterface(size.num_tokens, table, table, positions)
+        spec = TokenSpec(
+            size.num_tokens, size.num_tokens + 1, size.network["width"], size.codebook_size, size.codebook_size, 0
+        )
+        task.use(RecordedEnds(spec, TokenInterface(size.num_tokens, table, table, positions), "random"))
     return task
 
 
@@ -181,8 +189,8 @@ def _train(trained: _Trained, size: Size, way: _Way) -> None:
     for batch in way.batches:
         trained.optimizer.zero_grad()
         with _autocast(way):
-            terms, _ = trained.task.terms(batch, last=0)
-        (terms[0] + size.kl_weight * terms[2]).backward()
+            terms = _terms(trained.task, batch)
+        weighted_sum(trained.task.losses, terms).backward()
         if size.gradient_clip is not None:
             nn.utils.clip_grad_norm_(trained.parameters, size.gradient_clip)
         trained.optimizer.step()
@@ -193,10 +201,13 @@ def _train(trained: _Trained, size: Size, way: _Way) -> None:
 def _loss_of_a_pair(task: ShortcutTask, way: _Way) -> float:
     """Mean loss at a masked place over all batches."""
     with _autocast(way):
-        measured = [task.terms(batch, last=0) for batch in way.batches]
-    terms, counts = (torch.stack(parts) for parts in zip(*measured, strict=True))
-    error, _, kl = ((terms * counts).sum(0) / counts.sum(0))[:3]
-    return float(error + task.kl_weight * kl)
+        losses = [weighted_sum(task.losses, _terms(task, batch)) for batch in way.batches]
+    counts = torch.stack([batch.is_masked.sum() for batch in way.batches])
+    return float((torch.stack(losses) * counts).sum() / counts.sum())
+
+
+def _terms(task: ShortcutTask, batch: Transition) -> dict[str, Tensor]:
+    return task.terms(task.predict(batch, 0), batch.targets[:, 0], task.where(batch, 0))
 
 
 def _single(batch: Transition, row: int) -> Transition:

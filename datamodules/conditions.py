@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from datamodules.ranks import rank_and_world_size
@@ -69,19 +68,32 @@ class InTurn(L.LightningDataModule):
         batch_size: images per batch; in predict a batch is recorded as one shard.
         seed: of the run.
         num_classes: image i has label i modulo this.
+        run_seeds: ``test`` draws all images under each of these; None is ``seed`` only.
+
+    Raises:
+        ValueError: if a number is below 1, or a run seed is given twice.
     """
 
     prompts_sha256 = ""
     """Of the list of prompts that labels are numbers in; empty where they are classes."""
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, num_classes: int) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, num_classes: int, run_seeds: list[int] | None = None
+    ) -> None:
         super().__init__()
         for name, value in {"num_images": num_images, "batch_size": batch_size, "num_classes": num_classes}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        self.run_seeds = [seed] if run_seeds is None else run_seeds
+        if not self.run_seeds or len(set(self.run_seeds)) < len(self.run_seeds):
+            raise ValueError(f"run_seeds must be one or more different numbers, got {self.run_seeds}")
         self.num_images, self.batch_size, self.seed, self.num_classes = num_images, batch_size, seed, num_classes
         self.finished: set[int] = set()  # batches that predict leaves out
         self.allow_zero_length_dataloader_with_multiple_devices = True  # the last batches may be fewer than the ranks
+
+    def identity(self) -> dict[str, Any]:
+        """Return JSON values that all conditions follow from, but for the seed of a run."""
+        return {"num_images": self.num_images, "num_classes": self.num_classes, "prompts": self.prompts_sha256}
 
     def asked_for(self, conditions: Conditions) -> Conditions:
         """``conditions`` with all that their labels stand for."""
@@ -92,10 +104,9 @@ class InTurn(L.LightningDataModule):
         batches = self._batches(self.seed if seed is None else seed)
         return self._loader(batches, range(len(batches)))
 
-    def test_dataloader(self) -> Any:
-        """What the task makes of :meth:`loader`, else all batches; Lightning asks the data module alone."""
-        task = self.trainer.lightning_module if self.trainer else None
-        return task.test_dataloader() if task and is_overridden("test_dataloader", task) else self.loader()
+    def test_dataloader(self) -> list[DataLoader[Conditions]]:
+        """All batches under each of the run seeds."""
+        return [self.loader(seed) for seed in self.run_seeds]
 
     def predict_dataloader(self) -> DataLoader[Conditions]:
         """The batches not ``finished``."""
@@ -119,7 +130,15 @@ class ClassLabels(InTurn):
         batch_size: images per batch; in predict a batch is recorded as one shard.
         seed: of the run.
         num_classes: image i is of class i modulo this.
+        run_seeds: ``test`` draws all images under each of these; None is ``seed`` only.
     """
 
-    def __init__(self, num_images: int, batch_size: int = 32, seed: int = 0, num_classes: int = 10) -> None:
-        super().__init__(num_images, batch_size, seed, num_classes)
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int = 32,
+        seed: int = 0,
+        num_classes: int = 10,
+        run_seeds: list[int] | None = None,
+    ) -> None:
+        super().__init__(num_images, batch_size, seed, num_classes, run_seeds)

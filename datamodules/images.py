@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from lit_shortcut.contracts import LabelledImages
@@ -18,8 +20,11 @@ from lit_shortcut.contracts import LabelledImages
 class ImageFolder(L.LightningDataModule):
     """Images in one folder a class, such as ImageNet's ``val/n01440764/…``, for reference statistics.
 
-    Each is made RGB, its shorter side resized to ``image_size`` (bilinear, antialiased), and its centre cropped.
-    Classes are numbered in the order of their folders' names, ImageNet's own order.
+    Each is made RGB, its shorter side resized to ``image_size`` (bilinear, antialiased), and its centre cropped. Values
+    of 16-bit grey images are scaled to 8 bits; 32-bit and floating-point images, whose range no file states, are
+    refused. Alpha is dropped, the colours under it are kept. EXIF orientation is not applied, as in torchvision's own
+    image folders. Classes are numbered in the order of their folders' names, ImageNet's own order. Hidden files and
+    folders (names that begin with a dot, ``__MACOSX``) are left out.
 
     Args:
         folder: holds the classes' folders.
@@ -40,15 +45,41 @@ class ImageFolder(L.LightningDataModule):
             FileNotFoundError: if the folder is missing, or it or a class in it holds no images.
         """
         to_square = v2.Compose([v2.Resize(self.image_size), v2.CenterCrop(self.image_size), v2.PILToTensor()])
-        images = torchvision.datasets.ImageFolder(str(self.folder), to_square, loader=_read_rgb)
+        images = _Classes(str(self.folder), to_square, loader=_read_rgb, is_valid_file=self._is_image)
         return DataLoader(images, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=_labelled)
+
+    def _is_image(self, path: str) -> bool:
+        inside = Path(path).relative_to(self.folder)
+        return inside.suffix.lower() in IMG_EXTENSIONS and not any(map(_is_hidden, inside.parts))
+
+
+class _Classes(torchvision.datasets.ImageFolder):  # type: ignore[misc]  # untyped
+    """torchvision's, without hidden folders among the classes."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not _is_hidden(name)]
+        if not names:
+            raise FileNotFoundError(f"{directory}: expected a folder for each class, found none")
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _read_rgb(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):  # 32-bit integers, floating-point numbers
+                kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+                raise ValueError(
+                    f"its pixels are {kind} (mode {image.mode}) of unknown range; convert it to 8 or 16 bits"
+                )
             return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # some of Pillow's formats raise SyntaxError
+    # some of Pillow's formats raise SyntaxError, and modes that have no RGB ValueError
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 
 

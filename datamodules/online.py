@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from datamodules.conditions import InTurn, sample_seed
+from datamodules.loading import EpochLoader
 from datamodules.ranks import rank_and_world_size
-from datamodules.trajectories import EpochLoader
+from datamodules.windows import Order
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import card_of, record
-from lit_shortcut.trajectory import DTYPES, Card, Order, select
-from lit_shortcut.trajectory.sample import joined, padded, require_finite
+from lit_shortcut.trajectory import Card, TrajectoryError, concatenated, require_finite, select
 
 
 @dataclass(eq=False)
@@ -40,11 +39,15 @@ class _Training(Dataset[Transition]):
 
     def __getitem__(self, index: tuple[int, int]) -> Transition:
         epoch, number = index
-        own, number = divmod(number, self.per_pool)
-        first = (own * self.world_size + self.rank) * len(self.order) // self.order.num_shards
-        first += number * self.batch_size
-        windows = [self.order.at(epoch, position) for position in range(first, first + self.batch_size)]
+        windows = [self.order.at(epoch, position) for position in self.positions(number, self.rank)]
         return select(self.pool(epoch, windows[0].shard), [window[1:] for window in windows], self.window)
+
+    def positions(self, number: int, rank: int) -> range:
+        """Places in the order of the windows in batch ``number`` of ``rank``."""
+        own, number = divmod(number, self.per_pool)
+        first = (own * self.world_size + rank) * len(self.order) // self.order.num_shards
+        first += number * self.batch_size
+        return range(first, first + self.batch_size)
 
     @property
     def per_pool(self) -> int:
@@ -139,7 +142,14 @@ class OnlineDataModule(L.LightningDataModule):
     @cached_property
     def card(self) -> Card:
         """What a recorded set of the images of epoch 0 would say of itself."""
-        return card_of(self.base, self.decoding, self.conditions, self.dtype)
+        return card_of(
+            self.base,
+            self.decoding,
+            self.conditions,
+            encoding=self.dtype,
+            precision=str(self.trainer.precision) if self.trainer else "32-true",
+            base_identity=self.base.identity(),
+        )
 
     @property
     def interface(self) -> TokenInterface:
@@ -157,6 +167,24 @@ class OnlineDataModule(L.LightningDataModule):
         Raises:
             ValueError: if the images of an epoch do not fill a pool on each rank.
         """
+        batches = self._training()
+        layout: dict[str, int | str] = {
+            "images": self.card.digest,
+            "world_size": batches.world_size,
+            "batch_size": self.batch_size,
+            "pool_images": self.pool_images,
+            "window": self.window,
+            "seed": self.seed,
+        }
+        return EpochLoader(batches, len(batches), lambda: self.trainer.current_epoch if self.trainer else 0, layout)
+
+    def steps_of_batch(self, epoch: int, number: int) -> list[list[int]]:
+        """Step before each window of training batch ``number`` of ``epoch``, rank by rank."""
+        batches = self._training()
+        ranks = range(batches.world_size)
+        return [batches.order.steps_before(epoch, batches.positions(number, rank)) for rank in ranks]
+
+    def _training(self) -> _Training:
         rank, world_size = rank_and_world_size(self)
         pools = self.conditions.num_images // self.pool_images
         if pools < world_size:
@@ -171,16 +199,7 @@ class OnlineDataModule(L.LightningDataModule):
             group=1,
             seed=self.seed,
         )
-        batches = _Training(self._pool, order, self.batch_size, self.window, rank, world_size)
-        layout: dict[str, int | str] = {
-            "images": self.card.digest,
-            "world_size": world_size,
-            "batch_size": self.batch_size,
-            "pool_images": self.pool_images,
-            "window": self.window,
-            "seed": self.seed,
-        }
-        return EpochLoader(batches, len(batches), lambda: self.trainer.current_epoch if self.trainer else 0, layout)
+        return _Training(self._pool, order, self.batch_size, self.window, rank, world_size)
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on one rank exactly; the last may be smaller."""
@@ -188,6 +207,12 @@ class OnlineDataModule(L.LightningDataModule):
         loader = self.validation.loader()
         batches = _Validation(self.draw, loader.dataset, len(loader), rank, world_size)
         return EpochLoader(batches, -(-len(loader) // world_size))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave whole trajectories on the host: validation moves them step by step."""
+        if isinstance(batch, Trajectories):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def draw(self, conditions: Conditions) -> Trajectories:
         """Trajectories of ``conditions``, as ``predict`` draws them, in the host's memory."""
@@ -199,9 +224,12 @@ class OnlineDataModule(L.LightningDataModule):
         self.base.to(device)
         with precision.predict_step_context() if precision else nullcontext():
             drawn = record(self.base, move_data_to_device(conditions, device), self.decoding)
-        drawn = drawn._replace(features=drawn.features.to(DTYPES[self.dtype]))
+        drawn = drawn._replace(features=drawn.features.to(getattr(torch, self.dtype)))
         drawn = move_data_to_device(drawn, torch.device("cpu"))
-        require_finite("features", drawn.features, self.source)
+        try:
+            require_finite("features", drawn.features)
+        except ValueError as error:
+            raise TrajectoryError(f"{self.source}: {error}") from error
         return drawn
 
     def _draw_pool(self, epoch: int, number: int) -> Trajectories:
@@ -210,16 +238,3 @@ class OnlineDataModule(L.LightningDataModule):
         run_seed = self.conditions.seed if epoch == 0 else sample_seed(self.conditions.seed, -epoch)
         batches, at_once = self.conditions.loader(run_seed).dataset, self.pool_images // self.conditions.batch_size
         return concatenated([self.draw(batches[number * at_once + index]) for index in range(at_once)])
-
-
-def concatenated(batches: Sequence[Trajectories]) -> Trajectories:
-    """``batches`` as one, rows padded to the longest."""
-    conditions = [batch.conditions for batch in batches]
-    ids, seeds, labels = (torch.cat(column) for column in zip(*(one[:3] for one in conditions), strict=True))
-    return Trajectories(
-        Conditions(ids, seeds, labels, tuple(chain.from_iterable(one.prompts for one in conditions))),
-        torch.cat(padded([batch.features for batch in batches])),
-        torch.cat([batch.tokens for batch in batches]),
-        torch.cat([batch.committed_at for batch in batches]),
-        joined([batch.prefix for batch in batches if batch.prefix is not None], torch.cat),
-    )

@@ -16,7 +16,7 @@ def read_prompts(path: Path) -> list[str]:
     """Prompts in the file ``path``, at least one, none empty.
 
     ``.txt`` has a prompt a line; ``.jsonl`` a JSON value a line, ``.json`` a list of them: strings, or objects with the
-    key ``prompt``.
+    key ``prompt``. Text is UTF-8, with or without a byte order mark; blank lines at the end are left out.
 
     Raises:
         ValueError: if the file is missing, unreadable or of another kind, or a prompt is empty; the message names it.
@@ -24,7 +24,7 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix not in _READERS:
         raise ValueError(f"{path}: expected a file of prompts ending in {', '.join(_READERS)}")
     try:
-        values = _READERS[path.suffix](path.read_text(encoding="utf-8"))
+        values = _READERS[path.suffix](path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable file of prompts ({error})") from error
     if not isinstance(values, list):
@@ -43,15 +43,24 @@ class Prompts(InTurn):
         num_images: to generate; None one for each prompt. Prompts are gone through again where images are more.
         batch_size: images per batch; in predict a batch is recorded as one shard.
         seed: of the run.
+        run_seeds: ``test`` draws all images under each of these; None is ``seed`` only.
 
     Raises:
         ValueError: if the file does not hold prompts.
     """
 
-    def __init__(self, path: Path, num_images: int | None = None, batch_size: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        num_images: int | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
+        run_seeds: list[int] | None = None,
+    ) -> None:
         self.prompts = read_prompts(Path(path))
         self.prompts_sha256 = sha256(json.dumps(self.prompts).encode()).hexdigest()
-        super().__init__(len(self.prompts) if num_images is None else num_images, batch_size, seed, len(self.prompts))
+        count = len(self.prompts) if num_images is None else num_images
+        super().__init__(count, batch_size, seed, len(self.prompts), run_seeds)
 
     def asked_for(self, conditions: Conditions) -> Conditions:
         """``conditions`` with the prompts that their labels are the numbers of."""
@@ -60,14 +69,20 @@ class Prompts(InTurn):
 
 def _lines(text: str) -> list[str]:
     """Not ``splitlines``, which also cuts at separators that a text may hold."""
-    return text.removesuffix("\n").split("\n") if text else []
+    return text.rstrip().split("\n") if text.strip() else []
 
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    ".txt": _lines,
-    ".json": json.loads,
-    ".jsonl": lambda text: [json.loads(line) for line in _lines(text)],
-}
+def _json_lines(text: str) -> list[Any]:
+    values = []
+    for number, line in enumerate(_lines(text), start=1):
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+    return values
+
+
+_READERS: dict[str, Callable[[str], Any]] = {".txt": _lines, ".json": json.loads, ".jsonl": _json_lines}
 
 
 def _prompt(value: Any, where: str) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from lit_shortcut.weights import replacing
+from lit_shortcut.files import whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -28,10 +27,5 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        try:
-            with replacing(Path(path)) as aside, aside.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, f"{path}: cannot be written ({error.strerror or error})") from error
+        with whole(Path(path)) as file:
+            torch.save(checkpoint, file)

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
+from lit_shortcut.callbacks.wandb_lineage import WandbLineage
 from lit_shortcut.checkpoints import WholeCheckpointIO
 from lit_shortcut.precision import require_precision
 from lit_shortcut.trajectory import problems
@@ -123,7 +124,7 @@ def main(args: ArgsType = None) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=SaveConfig,
-        trainer_defaults={"callbacks": [WandbAxes()]},
+        trainer_defaults={"callbacks": [WandbAxes(), WandbLineage()]},
         auto_configure_optimizers=False,  # tasks take the optimiser and its schedule as arguments
         parser_kwargs={"parser_mode": "omegaconf+"},
         args=args,

@@ -91,6 +91,12 @@ class PrefixSize(NamedTuple):
     longest_control: int
     is_padded: bool
 
+    @classmethod
+    def of(cls, lengths: list[int], num_control: list[int]) -> PrefixSize:
+        """Return the size of one branch's prefixes, from the numbers of each sample."""
+        is_padded = min(lengths) < max(lengths) or min(num_control) < max(num_control)
+        return cls(max(lengths), max(num_control), is_padded)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
@@ -102,7 +108,7 @@ class Context:
     Args:
         prefix: the text prefix, for a base whose features have rows of it; other bases leave it out, with or without
             prompts.
-        prefix_sizes: of the prefix, one for each guidance branch.
+        prefix_sizes: of the prefix, one for each guidance branch; read off its tensors if a base leaves them out.
     """
 
     prefix: Prefix | None = None
@@ -187,13 +193,15 @@ class State(NamedTuple):
     """What a step of the decoding loop knows before its features are computed.
 
     ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step committed (K = 0 at step 0);
-    ``masked_share`` (B,) is the share of image tokens still masked, r in the paper.
+    ``masked_share`` (B,) is the share of image tokens still masked, r in the paper; ``masked`` (B, M) are their places,
+    in no particular order.
     """
 
     clock: Clock
     tokens: Tensor
     control: Control
     masked_share: Tensor
+    masked: Tensor
 
 
 class Step(NamedTuple):
@@ -259,8 +267,9 @@ class BaseEnds(Protocol):
 class MaskedImageModel(BaseEnds, Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
-    The first L rows of its features are the image tokens, row by row; what follows is the base's own. Where a row
-    stands in the base's sequence is another matter, which ``interface`` answers if it matters.
+    The first rows of its features are the image's, row by row: one for each token, or for a square of them, as
+    ``interface`` says. What follows is the base's own. Where a row stands in the base's sequence is another matter,
+    which ``interface`` answers if it matters.
     """
 
     def identity(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from lit_shortcut.networks.llada_shortcut import NAMES as DIMOO_SHORTCUT
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.published import SHORTCUT, save_published, state_in
+from lit_shortcut.published import SHORTCUT, STATE_KEYS, save_published, state_in
 from lit_shortcut.weights import WeightsError, first_sentence, load_module_with_metadata, save_tensors
 
 
@@ -45,7 +45,7 @@ def to_safetensors(source: Path, target: Path) -> None:
         raise WeightsError(f"{source}: not readable without running its code ({first_sentence(error)})") from error
     state = state_in(content)
     if state is None:
-        raise WeightsError(f"{source}: expected a state dict, or a dict with one at model_state_dict or state_dict")
+        raise WeightsError(f"{source}: expected a state dict, or a dict with one at {' or '.join(STATE_KEYS)}")
     save_tensors(target, {name: tensor.clone() for name, tensor in state.items()}, {})
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+_EPS = 1e-6  # of Meissonic's norms
 
 
 class Places(NamedTuple):
@@ -27,6 +29,9 @@ class TokenInterface(nn.Module):
     rotary positions ``position_embedding``, else ``row_offsets``). Nothing here is trained: the tensors are buffers,
     shared with the base that made them until either is moved or cast.
 
+    The first rows of the features are the image's: one for each token here, fewer in a subclass whose head spreads them
+    over a finer grid (``num_rows``, ``rows_of`` and ``masked_rows`` say which belongs to which).
+
     Args:
         num_tokens: L; the first L rows of the features are the image tokens.
         code_embedding: (V, C), the base's own embedding of each code.
@@ -37,6 +42,9 @@ class TokenInterface(nn.Module):
             are the image tokens, then what frames them; each stands so many places behind the prompt's end. The
             prompt's own rows come last. None where rows have no place in a sequence.
     """
+
+    SIZES: ClassVar[tuple[str, ...]] = ("num_tokens",)
+    """Arguments that are integers; all others are tensors."""
 
     is_linear: ClassVar[bool] = True
     """Whether the head is linear but for its bias, so that guidance may come before it and the head run once."""
@@ -64,6 +72,53 @@ class TokenInterface(nn.Module):
         self.register_buffer("head_bias", head_bias)
         self.register_buffer("row_offsets", row_offsets)
 
+    @property
+    def kind(self) -> str:
+        """Name under which :meth:`from_tensors` knows this class."""
+        return type(self).__name__
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the features that are the image's; they come first."""
+        return self.num_tokens
+
+    def rows_of(self, positions: Tensor) -> Tensor:
+        """Rows (...) of the features that give the logits of image places ``positions`` (...)."""
+        return positions
+
+    def masked_rows(self, is_masked: Tensor) -> Tensor:
+        """Image rows (..., ``num_rows``) that give the logits of a place where ``is_masked`` (..., L)."""
+        return is_masked
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return copies on the CPU of all that :meth:`from_tensors` needs beside ``kind``."""
+        copies = {  # a base may tie embedding and head, and safetensors refuses shared memory
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.state_dict().items()
+        }
+        return copies | {name: torch.tensor(getattr(self, name)) for name in self.SIZES}
+
+    @staticmethod
+    def from_tensors(kind: str, tensors: dict[str, Tensor]) -> TokenInterface:
+        """Build the interface of class ``kind`` that :meth:`to_tensors` took apart.
+
+        Raises:
+            ValueError: if ``kind`` is no interface known here, or ``tensors`` are missing, unknown, misshapen or not
+                finite.
+        """
+        known = {cls.__name__: cls for cls in (TokenInterface, ConvolutionalInterface)}
+        if kind not in known:
+            raise ValueError(f"kind of interface: expected {' or '.join(known)}, found {kind!r}")
+        infinite = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        if infinite:
+            raise ValueError(f"{', '.join(infinite)}: expected finite numbers")
+        arguments: dict[str, Any] = dict(tensors)
+        try:
+            arguments |= {name: int(tensors[name]) for name in known[kind].SIZES}
+            return known[kind](**arguments)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"tensors of a {kind}: {error}") from error
+
     def row_places(self, prompt_lengths: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         """Places (B, S) in the sequence of the first ``num_rows`` (S) rows, and which of them are no padding (B, S).
 
@@ -87,7 +142,7 @@ class TokenInterface(nn.Module):
         return embedded if self.position_embedding is None else embedded + self.position_embedding[positions]
 
     def logits(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits (..., B, M, V) of ``features`` (..., B, S, C), whose first L rows are the image tokens.
+        """Logits (..., B, M, V) of ``features`` (..., B, S, C), whose first rows are the image's.
 
         ``positions`` (B, M) chooses image places; None takes all L of them. The head runs on those alone.
         """
@@ -97,8 +152,8 @@ class TokenInterface(nn.Module):
         return self.row_logits(self.rows_at(features, positions), positions)
 
     def rows_at(self, features: Tensor, positions: Tensor) -> Tensor:
-        """Rows (..., B, M, C) of ``features`` (..., B, S, C) at image ``positions`` (B, M)."""
-        index = positions[..., None].expand(*features.shape[:-2], -1, features.shape[-1])
+        """Rows (..., B, M, C) of ``features`` (..., B, S, C) that give the logits at ``positions`` (B, M)."""
+        index = self.rows_of(positions)[..., None].expand(*features.shape[:-2], -1, features.shape[-1])
         return torch.gather(features, -2, index)
 
     def row_logits(self, rows: Tensor, positions: Tensor) -> Tensor:
@@ -110,3 +165,111 @@ class TokenInterface(nn.Module):
 
     def _without_bias(self, rows: Tensor) -> Tensor:
         return rows @ self.head_weight.T.to(rows.dtype)
+
+
+class ConvolutionalInterface(TokenInterface):
+    """Head of two 1×1 convolutions, behind an upsampling of rows that stand for several tokens each (Meissonic).
+
+    It is that of diffusers' ``ConvMlmLayer``, and before it its ``Upsample2D`` by a transposed convolution whose kernel
+    is its stride: RMS norm, stride² matrices, C → C' matrix, RMS norm, head. No place sees another row than its own. As
+    in diffusers, norms are computed in float32 and have an eps of 1e-6.
+
+    Args:
+        num_tokens: L, on a grid.
+        grid_width: tokens in a row of that grid.
+        stride: tokens a side of the square that a row of the features stands for.
+        code_embedding: (V, C).
+        head_weight: (V, C').
+        hidden_weight: (C', C), the convolution before it.
+        hidden_scale: (C'), of the norm between them.
+        upsampling_scale: (C), of the norm before the upsampling; None where ``stride`` is 1.
+        upsampling_weight: (stride², C, C), from a row to each of its tokens, row by row; None where ``stride`` is 1.
+
+    Raises:
+        ValueError: if the grid is no multiple of ``stride``, or the upsampling doesn't have its shape.
+    """
+
+    SIZES: ClassVar[tuple[str, ...]] = ("num_tokens", "grid_width", "stride")
+    is_linear = False
+
+    hidden_weight: Tensor
+    hidden_scale: Tensor
+    upsampling_scale: Tensor | None
+    upsampling_weight: Tensor | None
+    slots: Tensor
+    """(L,) where each place is among the rows' squares, laid out one after the other."""
+
+    def __init__(
+        self,
+        num_tokens: int,
+        grid_width: int,
+        stride: int,
+        code_embedding: Tensor,
+        head_weight: Tensor,
+        hidden_weight: Tensor,
+        hidden_scale: Tensor,
+        upsampling_scale: Tensor | None = None,
+        upsampling_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__(num_tokens, code_embedding, head_weight)
+        self.grid_width, self.stride = grid_width, stride
+        if min(num_tokens, grid_width, stride) < 1 or num_tokens % (grid_width * stride) or grid_width % stride:
+            raise ValueError(
+                f"expected a grid whose sides are multiples of {stride}, found {num_tokens} tokens, {grid_width} a row"
+            )
+        shape = None if upsampling_weight is None else tuple(upsampling_weight.shape)
+        width = code_embedding.shape[-1]
+        if shape != (None if stride == 1 else (stride**2, width, width)):
+            raise ValueError(f"upsampling_weight: found shape {shape}, width is {width} and stride {stride}")
+        self.register_buffer("hidden_weight", hidden_weight)
+        self.register_buffer("hidden_scale", hidden_scale)
+        self.register_buffer("upsampling_scale", upsampling_scale)
+        self.register_buffer("upsampling_weight", upsampling_weight)
+        place = torch.arange(num_tokens, device=code_embedding.device)
+        row, column = place // grid_width, place % grid_width
+        cell = row // stride * (grid_width // stride) + column // stride
+        slots = cell * stride**2 + row % stride * stride + column % stride
+        self.register_buffer("slots", slots, persistent=False)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the features that are the image's: L / stride²."""
+        return self.num_tokens // self.stride**2
+
+    def rows_of(self, positions: Tensor) -> Tensor:
+        """Rows (...) of the features that give the logits of image places ``positions`` (...)."""
+        return self.slots[positions] // self.stride**2
+
+    def masked_rows(self, is_masked: Tensor) -> Tensor:
+        """Image rows (..., ``num_rows``) with at least one place where ``is_masked`` (..., L)."""
+        return is_masked[..., self.slots.argsort()].unflatten(-1, (self.num_rows, -1)).any(dim=-1)
+
+    def logits(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits (..., B, M, V) of ``features`` (..., B, S, C), whose first rows are the image's.
+
+        ``positions`` (B, M) chooses image places; None takes all L of them, row by row.
+        """
+        slots = self._upsampled(features[..., : self.num_rows, :]).flatten(-3, -2)
+        index = self.slots if positions is None else self.slots[positions]
+        return self._head(torch.gather(slots, -2, index[..., None].expand(*slots.shape[:-2], -1, slots.shape[-1])))
+
+    def row_logits(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Logits (..., V) at image ``positions`` (...), of the ``rows`` (..., C) of the features they belong to."""
+        index = (self.slots[positions] % self.stride**2)[..., None, None].expand(*rows.shape[:-1], 1, rows.shape[-1])
+        return self._head(torch.gather(self._upsampled(rows), -2, index).squeeze(-2))
+
+    def _upsampled(self, rows: Tensor) -> Tensor:
+        """(..., C) to (..., stride², C), the tokens of each row."""
+        if self.upsampling_weight is None or self.upsampling_scale is None:
+            return rows[..., None, :]
+        normed = _rms_norm(rows, self.upsampling_scale)
+        weight = self.upsampling_weight.flatten(0, 1).to(normed.dtype)
+        return (normed @ weight.T).unflatten(-1, (self.stride**2, -1))
+
+    def _head(self, tokens: Tensor) -> Tensor:
+        return self._without_bias(_rms_norm(tokens @ self.hidden_weight.T.to(tokens.dtype), self.hidden_scale))
+
+
+def _rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    normed = x * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + _EPS)
+    return normed.to(x.dtype) * scale.to(x.dtype)

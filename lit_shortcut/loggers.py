@@ -1,40 +1,77 @@
-"""Pictures and tables to whichever loggers a trainer has."""
+"""Pictures, tables and files to whichever loggers a trainer has. One that fails is logged and ends no run."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pandas as pd
 import torchvision
+import wandb
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def carry_on(what: str) -> Iterator[None]:
+    """Log whatever fails within as an error of ``what``: results are worth more than a picture of them."""
+    try:
+        yield
+    except Exception:
+        _log.exception("%s failed; the run goes on without", what)
 
 
 def log_picture(trainer: L.Trainer, name: str, picture: Tensor) -> None:
     """Log ``picture``, uint8 (3, H, W): to W&B and TensorBoard as they do, elsewhere as a PNG in the log folder."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(name, [picture.permute(1, 2, 0).numpy()])
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, picture, trainer.global_step)
-        else:
-            path = _folder(trainer, logger) / f"{name.replace('/', '_')}_step{trainer.global_step}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torchvision.io.write_png(picture, str(path))
+    for logger in _loggers(trainer):
+        with carry_on(f"logging the picture {name} to {type(logger).__name__}"):
+            if isinstance(logger, WandbLogger):
+                logger.log_image(name, [picture.permute(1, 2, 0).numpy()])
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(name, picture, trainer.global_step)
+            else:
+                path = _folder(trainer, logger) / f"{name.replace('/', '_')}_step{trainer.global_step}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torchvision.io.write_png(picture, str(path))
 
 
 def log_table(trainer: L.Trainer, name: str, table: pd.DataFrame) -> None:
     """Log ``table``: to W&B as a table, to TensorBoard as Markdown, elsewhere as CSV in the logger's folder."""
-    for logger in trainer.loggers:
+    for logger in _loggers(trainer):
+        with carry_on(f"logging the table {name} to {type(logger).__name__}"):
+            if isinstance(logger, WandbLogger):
+                logger.log_table(name, dataframe=table)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(name, table.to_markdown(index=False), trainer.global_step)
+            else:
+                path = _folder(trainer, logger) / f"{name.replace('/', '_')}.csv"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                table.to_csv(path, index=False)
+
+
+def log_artifact(
+    trainer: L.Trainer, name: str, kind: str, paths: Sequence[Path], metadata: dict[str, Any] | None = None
+) -> None:
+    """Log the files ``paths`` to W&B as an artifact of type ``kind``; other loggers have none."""
+    for logger in _loggers(trainer):
         if isinstance(logger, WandbLogger):
-            logger.log_table(name, dataframe=table)
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(name, table.to_markdown(index=False), trainer.global_step)
-        else:
-            path = _folder(trainer, logger) / f"{name.replace('/', '_')}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            table.to_csv(path, index=False)
+            with carry_on(f"logging the artifact {name}"):
+                artifact = wandb.Artifact(name, type=kind, metadata=metadata)
+                for path in paths:
+                    artifact.add_file(str(path))
+                logger.experiment.log_artifact(artifact)
+
+
+def _loggers(trainer: L.Trainer) -> list[Logger]:
+    """Return the loggers that keep something; those of ``fast_dev_run`` do not."""
+    return [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
 
 
 def _folder(trainer: L.Trainer, logger: Logger) -> Path:

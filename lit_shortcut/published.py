@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_shortcut.weights import WeightsError, load_tensors, read_pickle, replacing
+from lit_shortcut.files import replacing
+from lit_shortcut.weights import WeightsError, load_tensors, read_pickle
 
-_STATE_KEYS = ("model_state_dict", "state_dict")  # of MaskGIT's checkpoint and of a Lightning one
+STATE_KEYS = ("model_state_dict", "state_dict", "model")  # of MaskGIT's checkpoints, a Lightning one and LlamaGen's
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # put before names by distributed training and torch.compile
 
 
 class Names:
@@ -97,7 +99,7 @@ def state_in(content: Any) -> dict[str, Tensor] | None:
     """The state dict that ``content`` of a checkpoint is, or has under one of the usual keys; None if there is none."""
     if not isinstance(content, dict):
         return None
-    state = next((content[key] for key in _STATE_KEYS if key in content), content)
+    state = next((content[key] for key in STATE_KEYS if key in content), content)
     holds_tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
     return state if state and holds_tensors else None
 
@@ -105,22 +107,29 @@ def state_in(content: Any) -> dict[str, Tensor] | None:
 def load_state(path: Path) -> dict[str, Tensor]:
     """The tensors of the published checkpoint at ``path`` under their own names, read without running pickled code.
 
-    It is a state dict or has one at ``model_state_dict`` or ``state_dict``; or it is a safetensors file, as
-    :mod:`lit_shortcut.convert` makes of those.
+    It is a state dict or has one at ``model_state_dict``, ``state_dict`` or ``model``; or it is a safetensors file, as
+    :mod:`lit_shortcut.convert` makes of those. Beginnings that distributed training or compilation put before names
+    are left out.
 
     Raises:
         WeightsError: if the file is missing, damaged, holds more than tensors, numbers and text, or no state dict.
     """
     if path.suffix == ".safetensors":
-        return load_tensors(path)[0]
+        return unwrapped(load_tensors(path)[0])
     content = read_pickle(path)
     state = state_in(content)
     if state is None:
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise WeightsError(
-            f"{path}: expected a state dict, or a dict with one at {' or '.join(map(repr, _STATE_KEYS))}; found {found}"
+            f"{path}: expected a state dict, or a dict with one at {' or '.join(map(repr, STATE_KEYS))}; found {found}"
         )
-    return state
+    return unwrapped(state)
+
+
+def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` without the beginnings that distributed training and ``torch.compile`` put before its names."""
+    bare = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    return bare if len(bare) == len(state) else state
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], names: Names, path: Path) -> None:
@@ -154,8 +163,9 @@ def fill(module: nn.Module, state: dict[str, Tensor], names: Names, path: Path) 
     ]
     if problems:
         sizes = ", ".join(f"{name} {value}" for name, value in getattr(module, "hparams", {}).items())
+        kind = type(module).__name__ + (f" with {sizes}" if sizes else "")
         listed = "\n".join(f"  {problem}" for problem in problems)
-        raise WeightsError(f"{path}: not the weights of a {type(module).__name__} with {sizes}:\n{listed}")
+        raise WeightsError(f"{path}: not the weights of a {kind}:\n{listed}")
     module.load_state_dict(
         {name: tensor.reshape(expected[name].shape).to(expected[name].dtype) for name, tensor in found.items()},
         assign=True,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from math import prod
+from math import inf, prod
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -22,9 +22,10 @@ from lit_shortcut.contracts import (
     Step,
     TokenSpec,
 )
-from lit_shortcut.decoding.halton import halton_order, roll_order
+from lit_shortcut.decoding.halton import halton_order, roll_order, rolled_starts
 from lit_shortcut.decoding.noise import gumbel, uniform
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
+from lit_shortcut.decoding.temperature import TemperatureCourse
 from lit_shortcut.decoding.unmasking import Choice, guide, sample_codes
 
 Order = Literal["confidence", "halton", "halton_rolled"]
@@ -42,6 +43,7 @@ class Decoding:
         guidance: classifier-free guidance at the last step; 0 runs the conditional branch only.
         guidance_course: whether guidance rises linearly from 0, or is constant.
         temperature: logits are multiplied by its inverse before codes are drawn; 0 takes the most probable code.
+        temperature_course: factors of the logits beside ``temperature``, step by step.
         confidence_noise: scale of the Gumbel noise on confidences at step 0.
         noise_course: whether that scale falls linearly to 0, is constant, or is multiplied by 1 − (i+1)/N at each step
             i (``product``, as MMaDA and Show-o do).
@@ -55,6 +57,7 @@ class Decoding:
     guidance: float = 2.8
     guidance_course: Course = "linear"
     temperature: float = 1.0
+    temperature_course: TemperatureCourse = field(default_factory=TemperatureCourse)
     confidence_noise: float = 7.0
     noise_course: NoiseCourse = "linear"
     order: Order = "confidence"
@@ -90,6 +93,10 @@ class Decoding:
     def guidance_at(self, step: int) -> float:
         """Scale of the guidance at ``step``."""
         return self.guidance * (self.progress(step) if self.guidance_course == "linear" else 1)
+
+    def sharpness_at(self, step: int) -> float:
+        """What the logits are multiplied by at ``step`` before codes are drawn; infinite at temperature 0."""
+        return self.temperature_course.at(step, self.num_steps) / self.temperature if self.temperature else inf
 
     def noise_at(self, step: int) -> float:
         """Scale of the noise on confidences at ``step``."""
@@ -139,7 +146,7 @@ def sample(
     tokens = torch.full_like(masked, base.spec.mask_id)
     committed = Control(tokens[:, :0], masked[:, :0])
     for index, count in enumerate(counts):
-        state = State(Clock(index, decoding.num_steps), tokens, committed, shares[index])
+        state = State(Clock(index, decoding.num_steps), tokens, committed, shares[index], masked)
         features, is_full = feature_fn(state)
         committed, masked = _choose(base, features, masked, decoding, noise, index, count)
         tokens = tokens.scatter(1, committed.positions, committed.tokens)
@@ -193,7 +200,9 @@ def _first_places(spec: TokenSpec, order: Order, seeds: Tensor) -> Tensor:
     if order == "confidence":
         return torch.arange(spec.num_tokens, device=seeds.device).expand(len(seeds), -1)
     places = halton_order(*spec.grid).to(seeds.device)
-    return roll_order(places, seeds) if order == "halton_rolled" else places.expand(len(seeds), -1)
+    if order == "halton":
+        return places.expand(len(seeds), -1)
+    return roll_order(places, rolled_starts(seeds, len(places)))
 
 
 def _choose(
@@ -232,6 +241,6 @@ def _draw(
         logits = guide(interface.logits(features, places), scale)
     if noise.codes is None:
         return sample_codes(logits, None)
-    if decoding.temperature != 1:
-        logits = logits / decoding.temperature
+    if (sharpness := decoding.sharpness_at(index)) != 1:
+        logits = logits * sharpness
     return sample_codes(logits, noise.codes[index].gather(1, places))

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import torchvision
 import yaml
 
-import lit_shortcut.tasks.generation
+import lit_shortcut.tasks.evaluation
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
-from lit_shortcut.trajectory import Card, is_complete
+from lit_shortcut.evaluation.drawing import Drawn
+from lit_shortcut.trajectory import Card, check_shards
 from tests.command_line import CONFIGS, TOY, lightning
 from tests.wandb_offline import Run, read_run
 
@@ -74,18 +74,18 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     folder = tmp_path_factory.mktemp("toy")
     runs: dict[str, Run] = {}
     drawn: dict[str, Counter[str]] = {}
-    real_images_of = lit_shortcut.tasks.generation.images_of
+    real_draw = lit_shortcut.tasks.evaluation.draw
 
     def run(name: str, verb: str, config: str, *words: object) -> None:
         before = set(folder.glob("runs/wandb/offline-run-*"))
         drawn[name] = Counter()
 
-        def images_of(*arguments: Any) -> torch.Tensor:
-            drawn[name][arguments[3].name] += 1
-            return real_images_of(*arguments)
+        def draw(*arguments: Any) -> Drawn:
+            drawn[name][arguments[2].name] += 1
+            return real_draw(*arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lit_shortcut.tasks.generation, "images_of", images_of)
+            patch.setattr(lit_shortcut.tasks.evaluation, "draw", draw)
             lightning(folder, verb, "--config", TOY / config, *words)
         for path in set(folder.glob("runs/wandb/offline-run-*")) - before:
             runs[name] = read_run(path)
@@ -104,7 +104,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     (folder / "runs/toy/report/rows/vanilla_n3_seed1.json").unlink()
     run("test without one row", "test", "evaluate.yaml")
     elsewhere = "--model.results=runs/toy/elsewhere"
-    run("test elsewhere", "test", "evaluate.yaml", elsewhere, "--model.run_seeds=[0,1,2]")
+    run("test elsewhere", "test", "evaluate.yaml", elsewhere, "--data.run_seeds=[0,1,2]")
     run("test of six", "test", "evaluate.yaml", elsewhere, "--data.num_images=6")
     return Toy(folder, runs, rerecorded, drawn)
 
@@ -112,14 +112,14 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def test_predict_records_the_whole_set_and_a_second_time_nothing(toy: Toy) -> None:
     card = Card.read(toy.folder / "runs/toy/trajectories")
     assert (card.num_samples, card.num_steps, card.base_fingerprint) == (12, 6, ToyBase().fingerprint)
-    assert is_complete(toy.folder / "runs/toy/trajectories", card)
+    check_shards(toy.folder / "runs/toy/trajectories", card)
     assert toy.rerecorded == set()
 
 
 def test_fit_exports_the_averaged_network_tied_to_its_base(toy: Toy) -> None:
     exported = Shortcut.load(toy.folder / "runs/toy/shortcut/shortcut.safetensors")
     checkpoint = Shortcut.load(toy.folder / "runs/toy/shortcut/last.ckpt")
-    assert exported.facts() == checkpoint.facts()
+    assert exported.identity() == checkpoint.identity()
     assert exported.base_fingerprint == checkpoint.base_fingerprint == ToyBase().fingerprint
     entry = yaml.safe_load((toy.folder / "runs/toy/shortcut/manifest.yaml").read_text())["shortcut.safetensors"]
     assert (entry["optimizer_steps"], entry["licence"]) == (8, "Apache-2.0")
@@ -146,12 +146,16 @@ def test_wandb_run_of_fit_holds_the_configuration(toy: Toy) -> None:
 def test_wandb_run_of_fit_holds_training_validation_and_sampling_over_optimiser_steps(toy: Toy) -> None:
     run = toy.runs["fit"]
     assert list(run.series("train/loss")) == list(range(8))
-    measured = [f"sampling/{name}/{value}" for name in ("n6_b2", "n6_b3") for value in ("latency_ms", "speedup")]
+    measured = [
+        f"sampling/{name}/{value}"
+        for name in ("shortcut_n6_b2", "shortcut_n6_b3")
+        for value in ("latency_ms", "speedup")
+    ]
     for name in ["val/mse", "val/gain", *measured]:
         assert list(run.series(name)) == [3, 7]
     assert set(run.series("sampling/vanilla_n6/speedup").values()) == {1}
-    slower = run.series("sampling/vanilla_n6/latency_ms")[7] / run.series("sampling/n6_b2/latency_ms")[7]
-    assert run.series("sampling/n6_b2/speedup")[7] == pytest.approx(slower)
+    slower = run.series("sampling/vanilla_n6/latency_ms")[7] / run.series("sampling/shortcut_n6_b2/latency_ms")[7]
+    assert run.series("sampling/shortcut_n6_b2/speedup")[7] == pytest.approx(slower)
     for name, kept in {"val/mse": {"min"}, "val/gain": {"max"}, "sampling/*": {"last"}}.items():
         assert run.axes[name] == ("trainer/global_step", kept)
 
@@ -178,14 +182,27 @@ def test_wandb_run_of_test_holds_table_grids_and_pareto_plot(toy: Toy) -> None:
     ]
 
 
+def test_artifacts_say_what_came_from_what(toy: Toy) -> None:
+    weights = Shortcut.load(toy.folder / "runs/toy/shortcut/shortcut.safetensors").identity()["weights"]
+    recorded = f"trajectories-{Card.read(toy.folder / 'runs/toy/trajectories').digest}"
+    made = toy.runs["fit"].artifacts
+    assert made[recorded] == {"card.json"}
+    assert made[f"shortcut-{weights}"] == {"shortcut.safetensors"}
+    assert toy.runs["fit"].config["uses"] == [recorded]
+    assert toy.runs["test"].config["uses"] == [f"shortcut-{weights}"]
+    assert toy.runs["test"].artifacts["report"] == {"report.md", "report.json", "grids.png", "pareto.png"}
+
+
 def test_test_stores_every_row_and_writes_the_report(toy: Toy) -> None:
     report = toy.folder / "runs/toy/report"
     stored = {path.stem for path in (report / "rows").iterdir()}
     assert stored == {f"{row}_seed{seed}" for row in ROWS for seed in SEEDS}
-    facts = json.loads((report / "rows/shortcut_n6_b2_seed1.json").read_text())["facts"]
-    assert (facts["base"], facts["num_images"], facts["row"]["budget"]) == (ToyBase().fingerprint, 10, 2)
-    weights = Shortcut.load(toy.folder / "runs/toy/shortcut/shortcut.safetensors").facts()["weights"]
-    assert facts["row"]["weights"] == weights
+    entry = json.loads((report / "rows/shortcut_n6_b2_seed1.json").read_text())
+    weights = Shortcut.load(toy.folder / "runs/toy/shortcut/shortcut.safetensors").identity()["weights"]
+    assert entry["full_steps"]["mean"] == entry["row"]["budget"] == 2
+    assert entry["identity"]["base"] == ToyBase().identity()
+    assert entry["identity"]["acceleration"]["weights"] == weights
+    assert entry["identity"]["conditions"]["num_images"] == 10
     text = (report / "report.md").read_text()
     for method, budget in (("vanilla", 6), ("shortcut", 2), ("hold", 2)):
         assert re.search(rf"\| {method} +\| 6 +\| {budget} ", text)

@@ -13,11 +13,12 @@ from lit_shortcut.bases.dimoo.published import published
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import save_published
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, is_complete
+from lit_shortcut.trajectory import Card, check_shards
 from tests.command_line import CONFIGS, lightning
 from tests.published_dimoo import SPECIAL, make_checkpoint
 
 DIMOO = CONFIGS / "dimoo"
+ROWS = '--model.rows=[[4], [4, 2, "shortcut"]]'
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def run(folder: Path, verb: str, config: str, *words: str) -> None:
 def test_extract_records_a_shard_for_each_prompt(folder: Path) -> None:
     run(folder, "predict", "extract.yaml", "--model.decoding.num_steps=4")
     card = Card.read(folder / "runs/dimoo/trajectories")
-    assert is_complete(folder / "runs/dimoo/trajectories", card)
+    check_shards(folder / "runs/dimoo/trajectories", card)
     assert (card.num_shards, card.spec["num_tokens"], card.num_steps) == (3, 6, 4)
     base = published(str(folder / "checkpoint"), height=32, width=48, special=SPECIAL)
     assert card.base_fingerprint == base.fingerprint
@@ -59,7 +60,7 @@ def test_fit_trains_on_what_extract_records_and_samples_with_it(folder: Path) ->
     sampling = fit["trainer"]["callbacks"][1]["init_args"]
     source = {"source": "checkpoint", "height": 32, "width": 48, "special": vars(SPECIAL)}
     sampling["base"] = {"class_path": "lit_shortcut.bases.dimoo.published.published", "init_args": source}
-    sampling["plans"], sampling["decoding"] = [[4, 2]], {"num_steps": 4, "schedule": "cosine_left"}
+    sampling["rows"], sampling["decoding"] = [[4, 2, "shortcut"]], {"num_steps": 4, "schedule": "cosine_left"}
     sampling["conditions"]["init_args"] |= {"path": "prompts.txt", "num_images": 2}
     fit["model"]["init_args"]["network"]["init_args"] |= {"width": 16, "num_heads": 2, "mlp_width": 24}
     fit["data"]["init_args"]["validation_shards"] = 1
@@ -70,15 +71,12 @@ def test_fit_trains_on_what_extract_records_and_samples_with_it(folder: Path) ->
 
 
 def test_evaluate_measures_the_released_shortcut_in_half_precision(folder: Path) -> None:
-    rows = yaml.safe_load((DIMOO / "evaluate.yaml").read_text())["model"]["init_args"]["rows"]
-    budgets = [row["acceleration"]["init_args"]["budget"] for row in rows if "acceleration" in row]
-    assert budgets == [14, 11, 9, 14, 14]
-    rows = [{"num_steps": 4}, rows[3] | {"num_steps": 4}]
-    planned = rows[1]["acceleration"]["init_args"]
-    planned["budget"] = 2
-    planned["predictor"]["init_args"]["network"]["init_args"] = {"path": "shortcut.pth", "num_heads": 2}
+    arguments = yaml.safe_load((DIMOO / "evaluate.yaml").read_text())["model"]["init_args"]
+    assert [row[1] for row in arguments["rows"] if len(row) > 1] == [14, 11, 9, 14, 14]
+    methods = {"shortcut": arguments["methods"]["shortcut"]}
+    methods["shortcut"]["init_args"]["network"]["init_args"] = {"path": "shortcut.pth", "num_heads": 2}
     clip = {"class_path": "lit_shortcut.metrics.clip.CLIPScore", "init_args": {"model": str(CLIP)}}
-    words = (f"--model.rows={json.dumps(rows)}", "--model.decoding.num_steps=4", "--model.latency_rounds=1")
+    words = (ROWS, f"--model.methods={json.dumps(methods)}", "--model.decoding.num_steps=4", "--model.latency_rounds=1")
     words += (f"--model.metrics={json.dumps({'clip_score': clip})}",)
     run(folder, "test", "evaluate.yaml", *words)
     found = {path.stem for path in (folder / "runs/dimoo/report/rows").iterdir()}
@@ -109,14 +107,13 @@ def run_random(folder: Path, config: str, *words: str) -> None:
 
 def test_latency_of_random_weights_needs_no_files(tmp_path: Path) -> None:
     rows = yaml.safe_load((DIMOO / "latency.yaml").read_text())["model"]["init_args"]["rows"]
-    plans = [(row["num_steps"], row.get("acceleration", {}).get("init_args", {}).get("budget")) for row in rows]
-    assert plans == [(64, None), (64, 14), (64, 11), (64, 9)]
+    assert rows == [[64], *([64, budget, "shortcut"] for budget in (14, 11, 9))]
     predictor = yaml.safe_load((CONFIGS / "parts/dimoo_random_shortcut.yaml").read_text())
     predictor["init_args"]["network"]["init_args"] = PREDICTOR
-    rows[1]["acceleration"]["init_args"] = {"budget": 2, "predictor": predictor}
-    rows = [row | {"num_steps": 4} for row in rows[:2]]
-    words = (f"--model.rows={json.dumps(rows)}", "--model.decoding.num_steps=4", "--model.base.init_args.depth=1")
+    words = (ROWS, f"--model.methods={json.dumps({'shortcut': predictor})}")
+    words += ("--model.decoding.num_steps=4", "--model.base.init_args.depth=1")
     run_random(tmp_path, "latency.yaml", *words)
     measured = json.loads((tmp_path / "runs/dimoo/latency/latency.json").read_text())
     assert measured["measured"].keys() == {"vanilla_n4", "shortcut_n4_b2"}
-    assert all(row["base"].startswith("random-") for row in measured["facts"]["rows"])
+    loops = measured["identity"]["rows"].values()
+    assert all(loop["base"]["fingerprint"].startswith("random-") for loop in loops)

@@ -6,7 +6,6 @@ import json
 import random
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -17,8 +16,8 @@ import pytest
 import torch
 import yaml
 
-import lit_shortcut.tasks.generation
-from lit_shortcut.evaluation import Row
+import lit_shortcut.tasks.evaluation
+from lit_shortcut.evaluation.rows import Row
 from lit_shortcut.weights import load_tensors
 from tests.command_line import TOY, fresh_process, lightning, record_toy
 
@@ -150,37 +149,33 @@ def test_killed_training_ends_with_the_bits_of_the_uninterrupted_one(
         assert_same(whole[part], killed[part], part)
 
 
-def test_killed_test_goes_on_and_measures_no_finished_row_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", [3, 10])
+def test_killed_test_loses_at_most_one_batch_and_ends_with_the_same_bytes(
+    tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images_of = lit_shortcut.tasks.generation.images_of
+    draw = lit_shortcut.tasks.evaluation.draw
 
-    def noted(base: Any, conditions: Any, decoding: Any, row: Row) -> Any:
+    def noted(base: Any, conditions: Any, row: Row) -> Any:
         with (tmp_path / "drawn").open("a") as file:
             file.write(f"{row.name}\n")
-        return images_of(base, conditions, decoding, row)
+        return draw(base, conditions, row)
 
     def measure(results: str) -> None:
         torch.set_num_threads(1)
-        rows = "--model.rows=" + json.dumps([{"num_steps": n, "acceleration": None} for n in (3, 4, 5, 6)])
+        rows = "--model.rows=" + json.dumps([[3], [4], [5], [6]])
         words = ("--trainer.logger=false", "--model.latency_rounds=0", f"--model.results={results}", rows)
-        lightning(tmp_path, "test", "--config", TOY / "evaluate.yaml", *words)
+        lightning(tmp_path, "test", "--config", TOY / "evaluate.yaml", *words, "--model.methods=null")
 
-    def finished() -> dict[str, int]:
-        return {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "killed/rows").glob("*.json")}
+    def drawn() -> list[str]:
+        path = tmp_path / "drawn"
+        return path.read_text().split() if path.exists() else []
 
-    monkeypatch.setattr(lit_shortcut.tasks.generation, "images_of", noted)
-    kill_once(lambda: len(finished()) >= 3, 0, get_context("fork").Process(target=measure, args=("killed",)))
-    before = finished()
-    assert 3 <= len(before) < 8
-    (tmp_path / "drawn").unlink()
+    monkeypatch.setattr(lit_shortcut.tasks.evaluation, "draw", noted)
+    kill_once(lambda: len(drawn()) >= moment, 0, get_context("fork").Process(target=measure, args=("killed",)))
+    assert moment <= len(drawn()) < 24
     measure("killed")
-    drawn = Counter((tmp_path / "drawn").read_text().split())
-    assert drawn.total() == 3 * (8 - len(before))  # 10 images in batches of 4
-    after = finished()
-    assert len(after) == 8
-    assert before.items() <= after.items()
+    assert 24 <= len(drawn()) <= 24 + 1  # 4 rows, 2 seeds, 10 images in batches of 4
     measure("whole")
-    for name in after:
-        whole, killed = ((tmp_path / where / "rows" / f"{name}.json").read_text() for where in ("whole", "killed"))
-        assert whole == killed
+    for path in (tmp_path / "whole").glob("*/*"):
+        assert (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+    assert not list((tmp_path / "killed" / "unfinished").iterdir())

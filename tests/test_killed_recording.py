@@ -17,7 +17,7 @@ from datamodules.conditions import ClassLabels
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.tasks.generation import GenerationTask
+from lit_shortcut.tasks.recording import RecordingTask
 from lit_shortcut.trajectory import Card, finished_shards, problems, read_shard
 
 
@@ -28,9 +28,9 @@ def _record(folder: Path) -> None:
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
-        callbacks=[TrajectoryWriter(folder, dtype="int8")],
+        callbacks=[TrajectoryWriter(folder, "int8")],
     )
-    task = GenerationTask(ToyBase(), decoding=Decoding(num_steps=6))
+    task = RecordingTask(ToyBase(), decoding=Decoding(num_steps=6))
     trainer.predict(task, datamodule=ClassLabels(48, batch_size=4), return_predictions=False)
 
 
@@ -75,7 +75,7 @@ def test_recording_killed_at_random_moments_ends_with_the_same_bytes(
         left = finished_shards(folder, card)
         interrupted += 0 < len(left) < card.num_shards
         for index in left:
-            assert [one.id for one in read_shard(folder, index, card)] == list(card.ids(index))
+            assert [int(one.conditions.ids) for one in read_shard(folder, index, card)] == list(card.ids(index))
         again = recording(folder)
         again.join()
         assert contents(folder) == expected

@@ -78,3 +78,26 @@ def test_without_loggers_nothing_is_written(tmp_path: Path) -> None:
     log_picture(trainer(tmp_path), "grid", PICTURE)
     log_table(trainer(tmp_path), "table", TABLE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_trial_run_leaves_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = L.Trainer(accelerator="cpu", logger=CSVLogger(tmp_path), fast_dev_run=True, enable_progress_bar=False)
+    log_picture(run, "grid", PICTURE)
+    log_table(run, "table", TABLE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logger_that_fails_is_logged_and_the_others_get_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    broken = TensorBoardLogger(tmp_path / "tensorboard")
+    run = trainer(tmp_path, broken, CSVLogger(tmp_path, name="csv"))
+    monkeypatch.setattr(broken.experiment, "add_image", fail)
+    log_picture(run, "grid", PICTURE)
+    assert (tmp_path / "csv" / "version_0" / "grid_step0.png").exists()
+    assert "TensorBoardLogger failed" in caplog.text
+    assert "no space left" in caplog.text

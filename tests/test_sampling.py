@@ -18,9 +18,10 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.class_tokens import ClassContext
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Clock, Conditions, Context, Step, TokenSpec
-from lit_shortcut.decoding.halton import halton_order, roll_order
+from lit_shortcut.decoding.halton import halton_order, roll_order, rolled_starts
 from lit_shortcut.decoding.noise import uniform
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
+from lit_shortcut.decoding.temperature import TemperatureCourse
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding, Order, generate, sample
@@ -248,6 +249,24 @@ def test_codes_follow_the_tempered_softmax(temperature: float) -> None:
         assert stats.chisquare(counts, expected).pvalue > 1e-3
 
 
+def test_temperature_course_sharpens_step_by_step(base: MaskGIT, conditions: MakeConditions) -> None:
+    def drawn(**changes: Any) -> list[Step]:
+        return steps_of(base, conditions(4), num_steps=4, **changes)
+
+    halved = TemperatureCourse(first=2.0, last=2.0)
+    for one, other in zip(drawn(temperature=0.5), drawn(temperature_course=halved), strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+    warm = TemperatureCourse(first=2.0, last=2.0, warmup=1)  # 1 at step 0, then 2
+    assert torch.equal(drawn(temperature_course=warm)[0].tokens, drawn()[0].tokens)
+    assert not torch.equal(drawn(temperature_course=warm)[-1].tokens, drawn()[-1].tokens)
+
+
+@pytest.mark.parametrize(("name", "value"), [("first", 0.0), ("last", -1.0), ("warmup", -1)])
+def test_temperature_course_below_its_bounds_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"temperature_course\.{name}.*{value}"):
+        TemperatureCourse(**{name: value})
+
+
 def test_confidence_noise_orders_the_places_by_chance_and_ends_at_the_last_step() -> None:
     ids = torch.arange(8000)
     conditions = Conditions(ids, ids, torch.zeros_like(ids))
@@ -296,7 +315,7 @@ def test_halton_reveals_the_places_in_their_order(base: MaskGIT, conditions: Mak
 def test_rolled_halton_reveals_every_place_in_the_sample_own_order(base: MaskGIT, conditions: MakeConditions) -> None:
     steps = steps_of(base, conditions(6), num_steps=5, order="halton_rolled")
     places = torch.cat([step.committed.positions for step in steps], dim=1)
-    assert torch.equal(places, roll_order(halton_order(4, 4), conditions(6).seeds))
+    assert torch.equal(places, roll_order(halton_order(4, 4), rolled_starts(conditions(6).seeds, 16)))
     assert len(places.unique(dim=0)) > 1
 
 

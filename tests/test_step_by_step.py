@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load
 from torch import Tensor
 
 from datamodules.conditions import ClassLabels
@@ -24,10 +24,9 @@ from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.tasks.generation import GenerationTask
-from lit_shortcut.tasks.recording import record
-from lit_shortcut.trajectory import DTYPES, TrajectoryError, encode, problems, read_shard, write_shard
-from lit_shortcut.trajectory.room import room_like
+from lit_shortcut.tasks.recording import RecordingTask, record
+from lit_shortcut.tasks.room import room_like
+from lit_shortcut.trajectory import ENCODINGS, TrajectoryError, problems, read_shard, write_shard
 from tests.tiny_trajectories import SPEC, card, trajectories
 
 STATUS = Path("/proc/self/status")
@@ -35,10 +34,12 @@ DECODING = Decoding(num_steps=5)
 ODD = {"spec": SPEC._asdict() | {"sequence_length": 9, "width": 5}, "num_steps": 3, "branches": 1}
 
 
-def predict(folder: Path, dtype: Any = "bfloat16", **arguments: Any) -> dict[str, bytes]:
+def predict(folder: Path, encoding: str = "bfloat16", **arguments: Any) -> dict[str, bytes]:
     quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    task = GenerationTask(ToyBase(), decoding=DECODING, scratch=folder / "scratch", **arguments)
-    L.Trainer(**quiet, callbacks=[TrajectoryWriter(folder / "set", dtype)]).predict(task, ClassLabels(7, batch_size=3))
+    task = RecordingTask(ToyBase(), decoding=DECODING, scratch=folder / "scratch", **arguments)
+    L.Trainer(**quiet, callbacks=[TrajectoryWriter(folder / "set", encoding)]).predict(
+        task, ClassLabels(7, batch_size=3)
+    )
     assert list(problems(folder / "set")) == []
     return {path.name: path.read_bytes() for path in (folder / "set").iterdir()}
 
@@ -53,14 +54,19 @@ def is_mapped(features: Tensor) -> bool:
     return "features-" in entry
 
 
-def member(folder: Path, index: int, name: str) -> bytes:
-    with tarfile.open(folder / f"shard-{index:06d}.tar") as tar:
-        return tar.extractfile(name).read()  # type: ignore[union-attr]
+def members(folder: Path, sample: str) -> dict[str, np.ndarray]:
+    """Arrays of a sample of the first shard, as numpy reads them."""
+    with tarfile.open(folder / "shard-000000.tar") as tar:
+        names = [name for name in tar.getnames() if name.startswith(sample) and name.endswith(".npy")]
+        return {
+            name.partition(".")[2]: np.load(io.BytesIO(tar.extractfile(name).read()))  # type: ignore[union-attr]
+            for name in names
+        }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_shards_are_the_same_with_and_without_a_scratch_file(tmp_path: Path, dtype: str) -> None:
-    assert predict(tmp_path / "file", dtype, memory_limit_gb=0) == predict(tmp_path / "memory", dtype)
+@pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
+def test_shards_are_the_same_with_and_without_a_scratch_file(tmp_path: Path, encoding: str) -> None:
+    assert predict(tmp_path / "file", encoding, memory_limit_gb=0) == predict(tmp_path / "memory", encoding)
     assert list((tmp_path / "file" / "scratch").iterdir()) == []
     assert not (tmp_path / "memory" / "scratch").exists()
 
@@ -87,63 +93,64 @@ def test_texts_of_different_lengths_are_recorded_the_same_in_a_scratch_file(
     found = record(dimoo, prompted(3), DECODING, memory_limit_gb=0, scratch=tmp_path)
     assert torch.equal(found.features, expected.features)
     assert found.prefix is not None
-    assert expected.text is not None
-    made = card(spec=dimoo.spec._asdict(), num_steps=5, prompts="0" * 64, num_samples=3)
+    assert expected.prefix is not None
+    made = card(spec=dimoo.spec._asdict(), num_steps=5, prompts="0" * 64, text_rows=True, num_samples=3)
     for folder, one in (("file", found), ("memory", expected)):
         write_shard(tmp_path / folder, 0, one, made)
     file, memory = ((tmp_path / folder / "shard-000000.tar").read_bytes() for folder in ("file", "memory"))
     assert file == memory
     for row, one in enumerate(read_shard(tmp_path / "file", 0, made)):
-        assert torch.equal(one.features, expected.features[row, :, :, : one.features.shape[2]])
-        stored = load(member(tmp_path / "file", 0, f"{row:08d}.safetensors"))
-        assert stored.keys() == {"features", "tokens", "committed_at", "text_lengths", "text_control"}
-        assert torch.equal(stored["features"], one.features)
-        assert torch.equal(stored["text_control"], expected.text.control[row, 0, : len(stored["text_control"])])
+        assert torch.equal(one.features[0], expected.features[row, :, :, : one.features.shape[3]])
+        stored, lengths = members(tmp_path / "file", f"{row:08d}"), expected.prefix.lengths[row].tolist()
+        assert stored["prefix.lengths.npy"].tolist() == lengths
+        assert stored["prefix.control.npy"].tolist() == expected.prefix.control[row, 0, : lengths[0]].tolist()
+        assert len(stored["c02.npy"]) - len(stored["u02.npy"]) == lengths[0] - lengths[1]
+        assert stored["u02.npy"].tolist() == expected.features[row, 1, 2, : len(stored["u02.npy"])].tolist()
     assert len({one.features.shape for one in read_shard(tmp_path / "file", 0, made)}) == 3
 
 
-def odd(dtype: str) -> tuple[Trajectories, dict[str, Any]]:
+def odd(encoding: str) -> tuple[Trajectories, dict[str, Any]]:
     """Samples of which no tensor's size is a multiple of another's type."""
     recorded = trajectories([0, 1, 2])
-    changes = ODD | {"dtype": dtype}
+    changes = ODD | {"encoding": encoding}
     return recorded._replace(
         features=recorded.features[:, :1, :3, :9, :5], committed_at=recorded.committed_at.clamp(max=2)
     ), changes
 
 
 @pytest.mark.parametrize("at_once", [1, 400, 2**22])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_member_is_plain_safetensors_however_many_steps_are_encoded_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, at_once: int
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_members_are_the_same_however_many_steps_are_encoded_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, at_once: int
 ) -> None:
-    monkeypatch.setattr("lit_shortcut.trajectory.stored._AT_ONCE", at_once)
-    recorded, changes = odd(dtype)
+    monkeypatch.setattr("lit_shortcut.trajectory.writing._AT_ONCE", at_once)
+    recorded, changes = odd(encoding)
     write_shard(tmp_path, 0, recorded, card(**changes))
-    content = member(tmp_path, 0, "00000001.safetensors")
-    found, expected = load(content), encode(recorded.features[1], dtype)
-    assert torch.equal(found["features"], expected.values)
-    assert found.keys() == {"features", "tokens", "committed_at"} | ({"scales"} if dtype == "int8" else set())
-    assert expected.scales is None or torch.equal(found["scales"], expected.scales)
-    assert torch.equal(found["tokens"], recorded.tokens[1].int())
-    assert torch.equal(found["committed_at"], recorded.committed_at[1].short())
+    found, expected = members(tmp_path, "00000001"), ENCODINGS[encoding].encode(recorded.features[1])
+    assert found.keys() == {
+        *(f"c{step:02d}.{part}" for step in range(3) for part in expected),
+        *("tokens.npy", "committed_at.npy"),
+    }
+    for part, values in expected.items():
+        stored = torch.stack([torch.from_numpy(found[f"c{step:02d}.{part}"]) for step in range(3)])
+        assert torch.equal(stored.view(values.dtype), values[0])
+    assert found["tokens.npy"].tolist() == recorded.tokens[1].tolist()
+    assert found["committed_at.npy"].tolist() == recorded.committed_at[1].tolist()
     (_, one, _) = read_shard(tmp_path, 0, card(**changes))
-    assert torch.equal(one.features, expected.decode())
-    (tmp_path / "member").write_bytes(content)
-    with safe_open(tmp_path / "member", "pt") as file:
-        assert torch.equal(file.get_tensor("features"), expected.values)
+    assert torch.equal(one.features[0], ENCODINGS[encoding].decode(expected))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
 def test_infinity_at_the_last_step_leaves_finished_shards_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    monkeypatch.setattr("lit_shortcut.trajectory.stored._AT_ONCE", 1)
-    write_shard(tmp_path, 0, trajectories([0, 1, 2]), card(dtype=dtype))
+    monkeypatch.setattr("lit_shortcut.trajectory.writing._AT_ONCE", 1)
+    write_shard(tmp_path, 0, trajectories([0, 1, 2]), card(encoding=encoding))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     recorded = trajectories([3, 4, 5])
     recorded.features[2, -1, -1, -1, -1] = torch.inf
-    with pytest.raises(TrajectoryError, match=r"shard-000001\.tar: sample 5: .*found NaN or infinity"):
-        write_shard(tmp_path, 1, recorded, card(dtype=dtype))
+    with pytest.raises(TrajectoryError, match=r"shard-000001\.tar: sample 00000005: .*found NaN or infinity"):
+        write_shard(tmp_path, 1, recorded, card(encoding=encoding))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -176,7 +183,7 @@ def test_scratch_that_is_no_folder_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [-1.0, float("nan")])
 def test_limit_that_is_none_is_refused(limit: float) -> None:
     with pytest.raises(ValueError, match="memory_limit_gb must be at least 0, got"):
-        GenerationTask(ToyBase(), memory_limit_gb=limit)
+        RecordingTask(ToyBase(), memory_limit_gb=limit)
 
 
 PROBE = """
@@ -219,7 +226,7 @@ def growth(job):
 
 folder, base, ids = Path(sys.argv[1]), Large(), torch.zeros(1, dtype=torch.long)
 decoding = Decoding(num_steps=STEPS, schedule="linear")
-made = card(spec=base.spec._asdict(), num_steps=STEPS, num_samples=1, dtype=sys.argv[2])
+made = card(spec=base.spec._asdict(), num_steps=STEPS, num_samples=1, encoding=sys.argv[2])
 
 def recorded(limit):
     return record(base, Conditions(ids, ids, ids), decoding, memory_limit_gb=limit, scratch=folder)

@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
 
+from datamodules.prompts import Prompts
 from datamodules.trajectories import TrajectoryDataModule
-from lit_shortcut.acceleration.accelerated import Planned
+from datamodules.windows import Order, WindowReader
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.replay import RecordedEnds
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
-from lit_shortcut.contracts import Conditions, Control, Trajectories
-from lit_shortcut.networks.control import embed_control
+from lit_shortcut.bases.toy_cross import CrossToyBase
+from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
+from lit_shortcut.contracts import Conditions, Trajectories
+from lit_shortcut.losses import MaskedMSE
+from lit_shortcut.networks.control import lay_out
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
-from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
-from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.tasks.recording import record
+from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.tasks.recording import RecordingTask, record
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
     FORMAT_VERSION,
     Card,
-    Order,
     Source,
-    Trajectory,
     TrajectoryError,
-    WindowReader,
+    concatenated,
     interface_fingerprint,
     load_interface,
+    problems,
     read_shard,
     save_interface,
     select,
-    stack,
     write_shard,
 )
 from lit_shortcut.weights import WeightsError
-from tests.forged_shards import forge, with_tensors
+from tests.forged_shards import forge
+from tests.tiny_trajectories import adopt
 
 MakeConditions = Callable[..., Conditions]
 DECODING = Decoding(5, "cosine_left", guidance=2.0, guidance_course="constant", temperature=0, confidence_noise=0)
@@ -63,13 +69,15 @@ def rows_of(recorded: Trajectories, start: int, stop: int) -> Trajectories:
 def card(dimoo: DiMOO) -> Card:
     return Card(
         format_version=FORMAT_VERSION,
-        base_fingerprint=dimoo.fingerprint,
+        base={"fingerprint": dimoo.fingerprint},
         interface=interface_fingerprint(dimoo.interface),
         spec=dimoo.spec._asdict(),
         decoding=asdict(DECODING),
         branches=2,
         num_steps=5,
-        dtype="float32",
+        precision="32-true",
+        encoding="float32",
+        text_rows=True,
         num_samples=5,
         samples_per_shard=3,
         seed=0,
@@ -87,28 +95,27 @@ def folder(tmp_path: Path, dimoo: DiMOO, recorded: Trajectories, card: Card) -> 
     return tmp_path
 
 
-def read_set(folder: Path, card: Card) -> list[Trajectory]:
+def read_set(folder: Path, card: Card) -> list[Trajectories]:
     return [one for shard in range(card.num_shards) for one in read_shard(folder, shard, card)]
 
 
-def trained() -> LLaDAShortcutNet:
+def trained(**options: Any) -> LLaDAShortcutNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        network = LLaDAShortcutNet(16, num_heads=2, mlp_width=32)
+        network = LLaDAShortcutNet(16, num_heads=2, mlp_width=32, **options)
         assert isinstance(network.widen, torch.nn.Linear)
         torch.nn.init.normal_(network.widen.weight, std=0.3)
     return network.eval()
 
 
-def task(network: VelocityNet, dimoo: DiMOO, **arguments: str) -> ShortcutTask:
-    made = ShortcutTask(network, **arguments)  # type: ignore[arg-type]
-    made.interface = dimoo.interface
-    made.register_buffer("channel_scale", torch.ones(16))
+def task(network: ShortcutNetwork, dimoo: DiMOO, **arguments: Any) -> ShortcutTask:
+    made = ShortcutTask(network, **arguments)
+    made.use(RecordedEnds(dimoo.spec, dimoo.interface, dimoo.fingerprint))
     return made
 
 
 def test_reader_returns_what_writer_wrote(folder: Path, card: Card, recorded: Trajectories) -> None:
-    found = stack(read_set(folder, Card.read(folder)))
+    found = concatenated(read_set(folder, Card.read(folder)))
     assert found.conditions.prompts == recorded.conditions.prompts
     assert torch.equal(found.features, recorded.features)
     assert torch.equal(found.tokens, recorded.tokens)
@@ -123,7 +130,7 @@ def test_reader_returns_what_writer_wrote(folder: Path, card: Card, recorded: Tr
 def test_sample_takes_the_rows_of_its_own_prompt_whatever_its_batch(
     folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions
 ) -> None:
-    assert [one.features.shape[2] for one in read_set(folder, card)] == [FRAME + length for length in LENGTHS]
+    assert [one.features.shape[3] for one in read_set(folder, card)] == [FRAME + length for length in LENGTHS]
     conditions = Conditions(*(part[3:] for part in prompted(5)))
     write_shard(
         folder / "apart", 1, record(dimoo, conditions, DECODING), card
@@ -138,42 +145,50 @@ def test_interface_beside_the_shards_knows_the_rows_places(folder: Path, card: C
         assert torch.equal(mine, theirs)
 
 
-def test_training_predicts_what_sampling_does(folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions) -> None:
-    """Samples and branches mixed and padded in one training batch, against the predictor in the decoding loop."""
-    network = trained()
-    steps = list(sample(dimoo, prompted(5), DECODING, Planned(1, Shortcut(network))))
-    batch = select(stack(read_set(folder, card)), [(row, branch, 0) for row in range(5) for branch in range(2)])
-    assert batch.prefix is not None
-    control = Control(*(part[:, 0] for part in batch.control if part is not None))
-    following = task(network, dimoo)(batch.features, control, batch.masked_share[:, 0], batch.prefix)
+@pytest.mark.parametrize(
+    "options", [{}, {"uses_control": False}, {"uses_prefix": False}, {"rows": "masked"}, {"anchored": True}]
+)
+@pytest.mark.parametrize("gap", [1, 3])
+def test_training_predicts_what_sampling_does(
+    folder: Path, card: Card, dimoo: DiMOO, prompted: MakeConditions, options: dict[str, Any], gap: int
+) -> None:
+    """Samples and branches mixed and padded in one training batch, against the predictor along recorded tokens."""
+    network, recorded = trained(**options), concatenated(read_set(folder, card))
+    made = task(network, dimoo)
+    replay = made.replay(recorded)
+    run = Accelerated(Even(1), Shortcut(network)).start(replay, replay.recorded, replay.counts)
+    features = [run(state)[0] for state in replay.states()]
+    batch = select(recorded, [(row, branch, 0) for row in range(5) for branch in range(2)], gap)
+    following = made.predict(batch, gap - 1)
     for row in range(5):
         for branch in range(2):
             num_rows = FRAME + (LENGTHS[row] if branch == 0 else 3)
             found = following[2 * row + branch, :num_rows]
-            torch.testing.assert_close(found, steps[1].features[branch, row, :num_rows], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, features[gap][branch, row, :num_rows], rtol=1e-4, atol=1e-5)
 
 
 def test_loss_over_all_rows_leaves_out_padding(folder: Path, card: Card, dimoo: DiMOO) -> None:
-    batch = select(stack(read_set(folder, card)), [(row, branch, 1) for row in range(5) for branch in range(2)])
-    made = task(trained(), dimoo, rows="all")
-    real = made._real_rows(batch)
+    batch = select(concatenated(read_set(folder, card)), [(row, branch, 1) for row in range(5) for branch in range(2)])
+    loss = MaskedMSE(rows="all")
+    made = task(trained(), dimoo, losses={"mse": loss})
+    real = made.where(batch, 0)["all"]
     assert real.sum(1).tolist() == [FRAME + n for length in LENGTHS for n in (length, 3)]
-    following = made._advance(batch.features, batch, 0)
+    following = made.predict(batch, 0)
     squares = torch.cat(
         [
             (following[row, :n] - batch.targets[row, 0, :n]).square().flatten()
             for row, n in enumerate(real.sum(1).tolist())
         ]
     )
-    loss = made._error(following, batch.targets[:, 0], real)
-    torch.testing.assert_close(loss, squares.mean(), rtol=1e-5, atol=1e-7)
+    found = loss(following, batch.targets[:, 0], real, dimoo.interface)
+    torch.testing.assert_close(found, squares.mean(), rtol=1e-5, atol=1e-7)
 
 
 def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path) -> None:
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     data = TrajectoryDataModule(str(folder), batch_size=4)
     trainer = L.Trainer(max_steps=2, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)  # type: ignore[arg-type]
-    made = ShortcutTask(LLaDAShortcutNet(16, num_heads=2, mlp_width=32), rows="all", rollout_depth=2)
+    made = ShortcutTask(LLaDAShortcutNet(16, num_heads=2, mlp_width=32), losses={"mse": MaskedMSE(rows="all")})
     trainer.fit(made, datamodule=data)
     trainer.validate(made, datamodule=data, verbose=False)
     assert torch.isfinite(torch.tensor([float(value) for value in trainer.callback_metrics.values()])).all()
@@ -185,9 +200,9 @@ def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(folder: Path,
     order = Order(1, rows=3, branches=2, starts=3, group=1, seed=0)
     found = WindowReader(Source(folder, card), order, 2).read(0, range(7)).decode()
     places = [order.at(0, position)[1:] for position in range(7)]
-    expected = select(stack(list(read_shard(folder, 0, card))), places, 2)
+    expected = select(concatenated(list(read_shard(folder, 0, card))), places, 2)
     assert found.prefix is not None
-    assert expected.text is not None
+    assert expected.prefix is not None
     assert torch.equal(found.features, expected.features)
     mine, theirs = ((*batch.control, *batch[2:6], *(batch.prefix or ())) for batch in (found, expected))
     for one, other in zip(mine, theirs, strict=True):
@@ -199,32 +214,57 @@ def test_batch_of_one_trains_without_masks(folder: Path, card: Card, dimoo: DiMO
     reader = WindowReader(Source(folder, card), order, 1)
     for position in range(len(order)):
         batch = reader.read(0, range(position, position + 1)).decode()
-        control = Control(*(part if part is None else part[:, 0] for part in batch.control))
-        embedded = embed_control(dimoo.interface, control, batch.prefix, batch.features.shape[1])
-        assert embedded.is_real is embedded.places.is_real is None
-
-
-def damage(tensors: dict[str, Tensor], name: str) -> None:
-    if name == "missing":
-        del tensors["text_lengths"]
-    elif name == "nan":
-        tensors["text_control"][0, 0] = torch.nan
-    elif name == "long":
-        tensors["text_lengths"][1] = 3_000_000
-    else:
-        tensors["text_control"] = tensors["text_control"][1:].contiguous()
+        assert batch.prefix is not None
+        layout = lay_out(LLaDAShortcutNet(16, num_heads=2), dimoo.interface, batch.prefix, batch.features.shape[1])
+        assert batch.control.is_real is layout.is_real is layout.control.is_real is None
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "content", "message"),
     [
-        ("missing", "'text_lengths' is missing"),
-        ("nan", "text_control: expected finite float32"),
-        ("long", "text_lengths: expected at most 19 beside features of 35 rows, found 3000000"),
-        ("short", r"text_control: expected torch.float32 \(11, 16\), found torch.float32 \(10, 16\)"),
+        ("prefix.lengths", b"\xff" * 8, "features: expected|prefix.control.npy: expected"),
+        ("prefix.lengths", b"\x0b\0\0\0\x04\0\0\0", "features: expected 23 rows and those of texts"),
+        ("prefix.control", bytes(64), "prefix.control.npy: expected 11 rows, found 1"),
     ],
 )
-def test_damaged_text_is_refused(folder: Path, card: Card, name: str, message: str) -> None:
-    forge(folder, 0, card, with_tensors("00000000", lambda tensors: damage(tensors, name)))
-    with pytest.raises(TrajectoryError, match=rf"sample 00000000: {message}"):
+def test_texts_that_do_not_fit_the_rows_are_refused(
+    folder: Path, card: Card, name: str, content: bytes, message: str
+) -> None:
+    member = f"00000000.{name}.npy"
+    forge(folder, 0, lambda members: members | {member: members[member][:128] + content})
+    with pytest.raises(TrajectoryError, match=rf"sample 00000000: ({message})"):
         next(read_shard(folder, 0, card))
+
+
+def test_set_says_whether_its_features_have_rows_of_a_text(folder: Path, tmp_path: Path, card: Card) -> None:
+    assert list(problems(folder)) == []
+    other = adopt(folder, replace(card, text_rows=False))
+    with pytest.raises(TrajectoryError, match="sample 00000000: features: expected 56 rows"):
+        next(read_shard(folder, 0, other))
+
+
+def test_verify_names_a_sample_of_another_frame(folder: Path, card: Card, recorded: Trajectories) -> None:
+    """Two more rows beside the text, as another template would give."""
+    padded = torch.nn.functional.pad(recorded.features, (0, 0, 0, 2))
+    other = rows_of(recorded._replace(features=padded), 3, 5)
+    write_shard(folder, 1, other, replace(card, spec=card.spec | {"sequence_length": 100}))
+    made = replace(card, spec=card.spec | {"sequence_length": 100})
+    adopt(folder, made)
+    found = list(problems(folder))
+    assert found == [f"{folder}/shard-000001.tar: sample 00000003: other rows beside its text than before"]
+
+
+def test_base_with_prompts_and_no_text_rows_is_recorded_and_trained_from(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\ntwo cats\n")
+    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = L.Trainer(**quiet, callbacks=[TrajectoryWriter(tmp_path / "set")])
+    task = RecordingTask(CrossToyBase(), decoding=Decoding(num_steps=4))
+    trainer.predict(task, datamodule=Prompts(tmp_path / "prompts.txt", num_images=8, batch_size=2))
+    made = Card.read(tmp_path / "set")
+    assert (bool(made.prompts), made.text_rows) == (True, False)
+    assert list(problems(tmp_path / "set")) == []
+    (one, _) = read_shard(tmp_path / "set", 0, made)
+    assert one.conditions.prompts == ("a cat",)
+    data = TrajectoryDataModule(str(tmp_path / "set"), batch_size=4)
+    data.setup("fit")
+    assert next(iter(data.train_dataloader())).decode().prefix is None

@@ -12,7 +12,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.toy import toy_dimoo
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.trajectory import Card, TrajectoryError, is_complete, read_shard
+from lit_shortcut.trajectory import Card, TrajectoryError, check_shards, read_shard
 from lit_shortcut.weights import WeightsError, save_module
 from tests.command_line import CONFIGS, lightning
 
@@ -37,11 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_predict_records_a_trajectory_for_each_prompt_in_turn(folder: Path) -> None:
     source = folder / "runs/toy_dimoo/trajectories"
     card = Card.read(source)
-    assert is_complete(source, card)
+    check_shards(source, card)
     assert (card.num_samples, card.num_classes, len(card.prompts)) == (10, len(PROMPTS), 64)
     recorded = [one for shard in range(card.num_shards) for one in read_shard(source, shard, card)]
-    assert [one.prompt for one in recorded] == (PROMPTS * 2)[:10]
-    assert all(one.text_lengths is not None and int(one.text_lengths[1]) == 3 for one in recorded)
+    assert [one.conditions.prompts[0] for one in recorded] == (PROMPTS * 2)[:10]
+    assert all(one.prefix is not None and int(one.prefix.lengths[0, 1]) == 3 for one in recorded)
 
 
 def test_set_of_other_prompts_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_measured_rows_know_their_prompts_and_the_images_size(folder: Path) -> N
     rows = {path.stem: json.loads(path.read_text()) for path in (folder / "runs/toy_dimoo/report/rows").iterdir()}
     assert rows.keys() == {"vanilla_n6_seed0", "shortcut_n6_b2_seed0"}
     card = Card.read(folder / "runs/toy_dimoo/trajectories")
-    assert {row["facts"]["prompts"] for row in rows.values()} == {card.prompts}
-    assert all(row["facts"]["spec"] == card.spec for row in rows.values())
+    assert {row["identity"]["conditions"]["prompts"] for row in rows.values()} == {card.prompts}
+    assert all(row["identity"]["base"] == toy_dimoo().identity() for row in rows.values())
     latency = json.loads((folder / "runs/toy_dimoo/report/latency.json").read_text())
     assert latency["measured"].keys() == {"vanilla_n6", "shortcut_n6_b2"}
 

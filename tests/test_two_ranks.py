@@ -9,12 +9,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.multiprocessing import ProcessRaisedException
 
-import lit_shortcut.tasks.generation
+import lit_shortcut.tasks.recording
+from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.fashion.classifier import FashionCNN, FashionFeatures
+from lit_shortcut.losses import MaskedMSE
+from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.weights import save_module
 from tests.command_line import TOY, fresh_process, lightning
 from tests.metrics.reference import write_reference
@@ -22,6 +29,12 @@ from tests.metrics.reference import write_reference
 TWO = ("--trainer.strategy=ddp_fork", "--trainer.devices=2")
 SET = "runs/toy/trajectories"
 WEIGHTS = "runs/toy/shortcut/last.ckpt"
+LOSSES = json.dumps(
+    {
+        "mse": {"class_path": "lit_shortcut.losses.MaskedMSE"},
+        "kl": {"class_path": "lit_shortcut.losses.HeadKL", "init_args": {"weight": 0.5}},
+    }
+)
 UNEVEN = ("--data.num_images=10", "--data.batch_size=4")  # batches of 4, 4 and 2 for two ranks
 
 
@@ -50,14 +63,14 @@ def logged(folder: Path, logs: Path, *words: object) -> dict[str, list[float]]:
 def test_ranks_record_different_samples_which_together_are_the_set_of_one_process(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = lit_shortcut.tasks.generation.record
+    record = lit_shortcut.tasks.recording.record
 
     def noted(base: Any, conditions: Conditions, decoding: Any, **room: Any) -> Trajectories:
         with (tmp_path / f"drawn_by_{os.getpid()}").open("a") as file:
             file.writelines(f"{number}\n" for number in conditions.ids.tolist())
         return record(base, conditions, decoding, **room)
 
-    monkeypatch.setattr(lit_shortcut.tasks.generation, "record", noted)
+    monkeypatch.setattr(lit_shortcut.tasks.recording, "record", noted)
     lightning(tmp_path, "predict", "--config", TOY / "extract.yaml", *UNEVEN, *TWO)
     one, two = ({path.name: path.read_bytes() for path in (where / SET).iterdir()} for where in (trained, tmp_path))
     assert two == one
@@ -67,14 +80,95 @@ def test_ranks_record_different_samples_which_together_are_the_set_of_one_proces
 
 def test_two_ranks_train_as_one_of_twice_the_batch(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / SET, tmp_path / SET)
-    long = ("--trainer.max_steps=20", "--trainer.val_check_interval=5", "--data.window=2", "--model.kl_weight=0.5")
+    long = ("--trainer.max_steps=20", "--trainer.val_check_interval=5", "--data.window=2", f"--model.losses={LOSSES}")
     command = ("fit", "--config", TOY / "fit.yaml", *long, "--data.validation_shards=1", "--trainer.callbacks=null")
     one = logged(tmp_path, tmp_path / "one", *command, "--data.batch_size=8")
     two = logged(tmp_path, tmp_path / "two", *command, "--data.batch_size=4", *TWO)
     assert len(one["train/loss"]) == 20
     assert len(one["val/mse"]) == 4
-    for name in ("train/loss", "train/mse", "train/head_kl", "val/mse", "val/head_kl"):
+    for name in ("train/loss", "train/mse", "train/kl", "train/cosine", "val/mse", "val/head_kl"):
         assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    counted = logged(tmp_path, tmp_path / "counted", *command, "--data.batch_size=4", *TWO, "--data.on_corrupt=skip")
+    assert counted["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
+
+
+def test_ranks_train_without_sending_how_many_places_are_masked(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / SET, tmp_path / SET)
+    process = fresh_process(_fit_and_note_reductions, tmp_path)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert len((tmp_path / "reductions").read_text().split()) == 2 * 2  # ranks, and two of 8 steps log
+
+
+def _fit_and_note_reductions(folder: Path) -> None:
+    def reduction(values: torch.Tensor) -> torch.Tensor:
+        with (folder / "reductions").open("a") as file:
+            file.write("one\n")
+        return values
+
+    quiet = ("--trainer.callbacks=null", "--trainer.logger=false", "--trainer.enable_checkpointing=false", *TWO)
+    few = ("--trainer.log_every_n_steps=4", "--trainer.limit_val_batches=0", "--data.batch_size=4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_shortcut.tasks.shortcut.sum_over_ranks", reduction)
+        lightning(folder, "fit", "--config", TOY / "fit.yaml", *quiet, *few)
+
+
+@pytest.mark.parametrize("at", ["log", "checkpoint"])
+def test_loss_that_is_not_finite_on_one_rank_ends_both_with_one_message(trained: Path, tmp_path: Path, at: str) -> None:
+    shutil.copytree(trained / SET, tmp_path / SET)
+    process = fresh_process(_fit_with_a_loss_that_explodes, tmp_path, at)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    first, second = ((tmp_path / f"rank{rank}").read_text() for rank in range(2))
+    assert first == second
+    assert "training loss is nan at optimiser step 3" in first
+
+
+class _Exploding(MaskedMSE):
+    """NaN from the third call on, on the second rank only."""
+
+    calls = 0
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        self.calls += 1
+        loss = super().__call__(*arguments)
+        return loss * torch.nan if self.calls > 2 and torch.distributed.get_rank() == 1 else loss
+
+
+class _Noted(ShortcutTask):
+    """Each rank writes why it ends; then they wait for each other, lest the first one's end kills the other."""
+
+    folder: Path
+
+    def _require_finite(self, loss: float) -> None:
+        try:
+            super()._require_finite(loss)
+        except ValueError as error:
+            (self.folder / f"rank{self.global_rank}").write_text(str(error))
+            torch.distributed.barrier()
+            raise
+
+
+def _fit_with_a_loss_that_explodes(folder: Path, at: str) -> None:
+    task = _Noted(ShortcutNet(16, num_heads=2), losses={"mse": _Exploding()})
+    task.folder = folder
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy="ddp_fork",
+        devices=2,
+        max_steps=8,
+        limit_val_batches=0,
+        log_every_n_steps={"log": 4, "checkpoint": 100}[at],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=at == "checkpoint",
+        callbacks=[ModelCheckpoint(folder / "saved", every_n_train_steps=3)] if at == "checkpoint" else [],
+    )
+    with pytest.raises(ProcessRaisedException):
+        trainer.fit(task, datamodule=TrajectoryDataModule(str(folder / SET), batch_size=4))
 
 
 def test_ranks_validate_to_the_metrics_of_one_process(trained: Path, tmp_path: Path) -> None:
@@ -113,7 +207,7 @@ def metrics(tmp_path: Path) -> str:
             }
         },
     }
-    metric = {"class_path": "lit_shortcut.metrics.images.FrechetDistance", "init_args": arguments}
+    metric = {"class_path": "lit_shortcut.metrics.distances.FrechetDistance", "init_args": arguments}
     return json.dumps({"fid": metric, "class_agreement": agreement})
 
 

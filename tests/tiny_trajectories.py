@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lit_shortcut.contracts import Conditions, TokenSpec, Trajectories
+from lit_shortcut.contracts import Conditions, TokenSpec, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.trajectory import FORMAT_VERSION, Card, interface_fingerprint, save_interface, write_shard
+from lit_shortcut.trajectory import FORMAT_VERSION, Card, interface_fingerprint, save_interface, select, write_shard
 
 SPEC = TokenSpec(num_tokens=9, sequence_length=10, width=6, codebook_size=5, mask_id=5, num_classes=10)
 
@@ -23,13 +23,15 @@ def interface() -> TokenInterface:
 
 CARD = Card(
     format_version=FORMAT_VERSION,
-    base_fingerprint="0123456789abcdef",
+    base={"class": "Tiny", "fingerprint": "0123456789abcdef"},
     interface=interface_fingerprint(interface()),
     spec=SPEC._asdict(),
     decoding={"num_steps": 4, "schedule": "arccos", "guidance": 2.5},
     branches=2,
     num_steps=4,
-    dtype="float32",
+    precision="32-true",
+    encoding="float32",
+    text_rows=False,
     num_samples=11,
     samples_per_shard=3,
     seed=7,
@@ -73,3 +75,10 @@ def adopt(folder: Path, other: Card) -> Card:
     for path in folder.glob("shard-*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"card": other.digest}))
     return other
+
+
+def transitions(recorded: Trajectories, window: int = 1) -> Transition:
+    """All windows of ``window`` (R) steps in ``recorded``: B · G · (N − R), start by start within each branch."""
+    count, branches, num_steps = recorded.features.shape[:3]
+    places = [(b, g, s) for b in range(count) for g in range(branches) for s in range(num_steps - window)]
+    return select(recorded, places, window)

@@ -30,6 +30,8 @@ class Run(NamedTuple):
     history: list[dict[str, Any]]
     axes: dict[str, Axis]
     files: list[str]
+    artifacts: dict[str, set[str]]
+    """Names of their files."""
 
     def series(self, name: str) -> dict[int, Any]:
         """Values of metric ``name`` by optimiser step."""
@@ -59,7 +61,7 @@ def records(path: Path) -> Iterator[Record]:
 def read_run(folder: Path) -> Run:
     """The run in ``folder``, an ``offline-run-…``."""
     (path,) = folder.glob("*.wandb")
-    run = Run(folder, "", {}, [], {}, [])
+    run = Run(folder, "", {}, [], {}, [], {})
     for record in records(path):
         match record.WhichOneof("record_type"):
             case "run":
@@ -73,6 +75,11 @@ def read_run(folder: Path) -> Run:
                 metric = record.metric
                 kept = {field.name for field, _ in metric.summary.ListFields()}
                 run.axes[metric.name or metric.glob_name] = Axis(metric.step_metric, kept)
+            case "request" if record.request.WhichOneof("request_type") == "log_artifact":
+                artifact = record.request.log_artifact.artifact
+                run.artifacts[artifact.name] = {entry.path for entry in artifact.manifest.contents}
+            case "artifact":
+                run.artifacts[record.artifact.name] = {entry.path for entry in record.artifact.manifest.contents}
             case "files":
                 run.files.extend(file.path for file in record.files.files)
     return run

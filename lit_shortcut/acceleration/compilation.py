@@ -15,7 +15,7 @@ from torch.utils._triton import has_triton
 
 from lit_shortcut.acceleration.accelerated import Accelerated
 from lit_shortcut.contracts import MaskedImageModel
-from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.networks.shortcut import ShortcutNetwork
 
 Mode = Literal["default", "reduce-overhead"]
 
@@ -43,7 +43,7 @@ def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module], mode:
     base.features = finish(torch.compile(base.features, fullgraph=True, mode=mode))  # type: ignore[method-assign]
     for method in methods:
         for module in method.modules():
-            if isinstance(module, VelocityNet):
+            if isinstance(module, ShortcutNetwork):
                 module.compile(fullgraph=True, mode=mode)
                 assert module._compiled_call_impl is not None
                 module._compiled_call_impl = finish(module._compiled_call_impl)

@@ -80,8 +80,8 @@ class EvenTokens(Plan):
 class Adaptive(Plan):
     """The base when the features have changed by more than ``threshold`` since it last ran.
 
-    The change of a step is |f_t − f_(t−1)| / |f_(t−1)| over the places still masked, as EasyCache measures it (Zhou et
-    al., arXiv 2507.02860); changes add up until they pass the threshold. A calibrated threshold makes the mean number
+    The change of a step is |f_t − f_(t−1)| / |f_(t−1)| over the image tokens, as EasyCache measures it (Zhou et al.,
+    arXiv 2507.02860); changes add up until they pass the threshold. A calibrated threshold makes the mean number
     of full steps the budget (:mod:`lit_shortcut.acceleration.calibration`).
 
     Args:

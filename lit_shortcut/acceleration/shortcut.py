@@ -12,9 +12,9 @@ from torch.nn.functional import pad
 from lit_shortcut.acceleration.accelerated import Past, PredictFn
 from lit_shortcut.contracts import BaseEnds, Context, Control, State
 from lit_shortcut.hub import local_file
-from lit_shortcut.networks.control import Layout, embed_control, lay_out_branches, require_kind
+from lit_shortcut.networks.control import Layout, advance, lay_out_branches, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
-from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
+from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.weights import WeightsError, fingerprint, load_module_with_metadata
 
 Precision = Literal["bfloat16", "float16", "float32"]
@@ -23,7 +23,8 @@ Precision = Literal["bfloat16", "float16", "float32"]
 class Shortcut(nn.Module):
     """Next features by a shortcut network.
 
-    Guidance branches run in one batch, or one after the other where their prompts differ in length.
+    Guidance branches run in one batch, or one after the other where their prompts differ in length. An anchored network
+    starts from the last full step and all tokens committed since, any other from the latest features.
 
     Args:
         network: trained on trajectories of the base it will stand in for.
@@ -31,15 +32,18 @@ class Shortcut(nn.Module):
         dtype: of the network's weights and arithmetic; None leaves them as they are.
     """
 
-    memory = 0
-
     def __init__(
-        self, network: VelocityNet, base_fingerprint: str | None = None, dtype: Precision | None = None
+        self, network: ShortcutNetwork, base_fingerprint: str | None = None, dtype: Precision | None = None
     ) -> None:
         super().__init__()
         self.network, self.base_fingerprint = network, base_fingerprint
         if dtype is not None:
             self.network.to(getattr(torch, dtype))
+
+    @property
+    def memory(self) -> int:
+        """1 for an anchored network, else 0."""
+        return int(self.network.options.anchored)
 
     @classmethod
     def load(cls, path: Path, dtype: Precision | None = None) -> Shortcut:
@@ -73,7 +77,7 @@ class Shortcut(nn.Module):
         return {"method": "shortcut", "weights": fingerprint(self.network.state_dict())}
 
     def start(self, base: BaseEnds, context: Context) -> PredictFn:
-        """Predict from the latest features and the tokens just committed, embedded by the base's own interface.
+        """Predict from features and the tokens committed since, embedded by the base's own interface.
 
         Raises:
             WeightsError: if the network was trained for another base, or does not fit this one.
@@ -82,27 +86,42 @@ class Shortcut(nn.Module):
         interface, network = base.interface, self.network
         if (weight := next(network.parameters())).device != interface.code_embedding.device:
             network.to(interface.code_embedding.device)
-        dtype = weight.dtype
+        dtype, anchored = weight.dtype, network.options.anchored
+        layouts = lay_out_branches(network, interface, context)
+        since: list[Control] = []  # an anchored network's control, step by step
+        anchor = -1
 
-        layouts = [] if context.prefix is None else lay_out_branches(interface, context)
+        def source(past: Past, state: State) -> tuple[Tensor, Control, Tensor | None]:
+            nonlocal anchor
+            if not anchored:
+                return past.latest, state.control, None
+            step, features = past.full[-1]
+            if step != anchor:
+                anchor = step
+                since.clear()
+            since.append(state.control)
+            tokens, positions = (torch.cat(parts, dim=1) for parts in list(zip(*since, strict=True))[:2])
+            return features, Control(tokens, positions), torch.full_like(state.masked_share, state.clock.step - step)
 
-        def following(features: Tensor, control: Control, masked_share: Tensor, layout: Layout | None) -> Tensor:
-            embedded = embed_control(interface, control, layout)
-            predicted: Tensor = network(
-                features.to(dtype), embedded.tokens.to(dtype), masked_share, embedded.is_real, embedded.places
-            )
+        def following(
+            features: Tensor, control: Control, state: State, gap: Tensor | None, layout: Layout | None
+        ) -> Tensor:
+            share, masked = state.masked_share, state.masked
+            predicted = advance(network, interface, features.to(dtype), control, share, layout, masked=masked, gap=gap)
             return predicted.to(features.dtype)
 
         def predict(past: Past, state: State) -> Tensor:
-            branches, num_rows = past.latest.shape[0], past.latest.shape[-2]
+            features, control, gap = source(past, state)
+            branches, num_rows = features.shape[0], features.shape[-2]
             if not layouts:
-                control = Control(state.control.tokens.repeat(branches, 1), state.control.positions.repeat(branches, 1))
-                doubled = following(past.latest.flatten(0, 1), control, state.masked_share.repeat(branches), None)
-                return doubled.unflatten(0, (branches, -1))
+                control = Control(control.tokens.repeat(branches, 1), control.positions.repeat(branches, 1))
+                share, masked = state.masked_share.repeat(branches), state.masked.repeat(branches, 1)
+                repeated = state._replace(masked_share=share, masked=masked)
+                gap = None if gap is None else gap.repeat(branches)
+                return following(features.flatten(0, 1), control, repeated, gap, None).unflatten(0, (branches, -1))
             predicted = []
-            for features, layout in zip(past.latest, layouts, strict=True):
-                own_rows = features[:, : layout.rows.shape[1]]
-                own = following(own_rows, state.control, state.masked_share, layout)
+            for rows, layout in zip(features, layouts, strict=True):
+                own = following(rows[:, : layout.rows.shape[1]], control, state, gap, layout)
                 predicted.append(pad(own, (0, 0, 0, num_rows - own.shape[1])))
             return torch.stack(predicted)
 

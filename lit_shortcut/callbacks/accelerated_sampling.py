@@ -2,77 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
+from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lit_shortcut.acceleration.accelerated import Accelerated
-from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
-from lit_shortcut.evaluation import Row, add_images, images_of, require_feasible, strip_of, take_values
-from lit_shortcut.loggers import log_picture
+from lit_shortcut.evaluation.drawing import draw, require_feasible, strip_of
+from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows
+from lit_shortcut.evaluation.tally import Tally
+from lit_shortcut.evaluation.timing import time_rows
+from lit_shortcut.loggers import carry_on, log_picture
 from lit_shortcut.metrics.images import ImageMetric
-from lit_shortcut.metrics.latency import measure_latency, speedups
-from lit_shortcut.networks.shortcut import VelocityNet
-from lit_shortcut.report import grids, pixels
-from lit_shortcut.sampling import Decoding, generate
+from lit_shortcut.networks.shortcut import ShortcutNetwork
+from lit_shortcut.report.grids import grids
+from lit_shortcut.report.plot import pixels
+from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.shortcut import ShortcutTask
+
+_TRAINED = "shortcut"
 
 
 class AcceleratedSampling(L.Callback):
-    """At the end of validation, generate at each (N, b) and log metrics, latency, speed-up and an image grid.
+    """At the end of validation, draw each row and log metrics, latency, speed-up and an image grid.
 
     With :class:`~lit_shortcut.callbacks.ema.ModuleEMA` the averaged network is sampled with, as in all of validation.
-    Latency is that of the decoding loop, synchronised and warmed up, without the image decoder, per image at the batch
-    size of ``conditions``; vanilla is timed in turns with the others. Logged under ``sampling/n<N>_b<b>/…`` and
-    ``sampling/vanilla_n<N>/…``; batch size and device of the timing are printed, and go to the loggers as
-    hyperparameters ``sampling/latency_batch_size`` and ``sampling/latency_device``.
+    Images are drawn in the trainer's precision, as ``test`` draws them. Latency is that of the decoding loop,
+    synchronised and warmed up, without the image decoder, per image at the batch size of ``conditions``; vanilla is
+    timed in turns with the others. Logged under ``sampling/<name of the row>/…``; batch size and device of the timing
+    go to the loggers as hyperparameters ``sampling/latency_batch_size`` and ``sampling/latency_device``.
 
     Args:
         base: the frozen model the trajectories come from; another one is refused.
         decoding: how tokens are drawn; its ``num_steps`` is vanilla's N, which the speed-up refers to.
-        plans: pairs (N, b).
+        rows: ways to decode, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them. The method ``shortcut`` is
+            the network in training; vanilla is drawn beside them in any case.
         conditions: what to generate.
+        methods: other predictors by name.
+        plans: plans by name, besides ``even`` and ``even_tokens``.
         metrics: measures of images by name.
         every_n_validations: sample at every so many validations.
-        latency_rounds: times each plan is timed.
-        grid_images: images of each plan shown side by side.
+        latency_rounds: times each row is timed; 0 leaves latency out.
+        grid_images: images of each row shown side by side; 0 leaves the grid out.
+
+    Raises:
+        ValueError: if a row is malformed or given twice, or a number is too small.
     """
 
     def __init__(
         self,
         base: MaskedImageModel,
         decoding: Decoding,
-        plans: list[tuple[int, int]],
+        rows: list[RowEntry],
         conditions: ConditionSource,
         *,
+        methods: dict[str, Predictor] | None = None,
+        plans: dict[str, NamedPlan] | None = None,
         metrics: dict[str, ImageMetric] | None = None,
         every_n_validations: int = 1,
         latency_rounds: int = 3,
         grid_images: int = 20,
     ) -> None:
-        self.base, self.decoding, self.plans, self.conditions = base, decoding, plans, conditions
-        self.metrics = metrics or {}
-        self.every_n_validations, self.latency_rounds, self.grid_images = (
-            every_n_validations,
-            latency_rounds,
-            grid_images,
-        )
+        for name, value, least in (
+            ("every_n_validations", every_n_validations, 1),
+            ("latency_rounds", latency_rounds, 0),
+            ("grid_images", grid_images, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.base, self.decoding, self.rows, self.conditions = base, decoding, rows, conditions
+        self.methods, self.plans, self.metrics = methods or {}, plans, metrics or {}
+        if _TRAINED in self.methods:
+            raise ValueError(f"methods must not name {_TRAINED!r}, which is the network in training")
+        self.every_n_validations, self.latency_rounds = every_n_validations, latency_rounds
+        self.grid_images = grid_images
         self.validations = 0
         self.vanilla: tuple[dict[str, float], Tensor] | None = None  # the base is frozen: once suffices
+        self.copy: ShortcutNetwork | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of validations so far."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.validations = state_dict["validations"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse before anything is trained a base the trajectories do not come from, and plans that cannot be run."""
+        """Refuse before anything is trained a base the trajectories do not come from, and rows that cannot be run."""
         assert isinstance(pl_module, ShortcutTask)
-        rows = [Row(self.decoding.num_steps), *self._rows(pl_module.network)]
-        require_feasible(self.base, self.decoding, rows, self.conditions)
+        require_feasible(self.base, self._rows(pl_module.network), self.conditions)
         recorded = trainer.datamodule.card.base_fingerprint  # type: ignore[attr-defined]
         if recorded != self.base.fingerprint:
             raise ValueError(
@@ -89,60 +113,74 @@ class AcceleratedSampling(L.Callback):
         if (self.validations - 1) % self.every_n_validations:
             return
         assert isinstance(self.base, nn.Module)
-        self.base.to(pl_module.device)
-        for metric in self.metrics.values():
-            metric.to(pl_module.device)
-        self._sample(trainer, pl_module)
+        trainer.precision_plugin.convert_module(self.base).to(pl_module.device)
+        with trainer.precision_plugin.forward_context():
+            self._sample(trainer, pl_module)
 
-    def _rows(self, network: VelocityNet) -> list[Row]:
-        shortcut = Shortcut(network)
-        return [Row(num_steps, Accelerated(Even(budget), shortcut)) for num_steps, budget in self.plans]
+    def _rows(self, network: ShortcutNetwork) -> list[Row]:
+        """Return vanilla and all other rows."""
+        rows = build_rows(self.rows, self.decoding, self.methods | {_TRAINED: Shortcut(network)}, self.plans)
+        (vanilla,) = build_rows([[self.decoding.num_steps]], self.decoding)
+        return [vanilla, *(row for row in rows if row.name != vanilla.name)]
+
+    def _network(self, task: ShortcutTask) -> ShortcutNetwork:
+        """Return the network in the precision of this base, as it will run; training goes on in its own."""
+        dtype = self.base.interface.code_embedding.dtype
+        if dtype == next(task.network.parameters()).dtype:
+            return task.network
+        if self.copy is None:
+            self.copy = deepcopy(task.network).to(dtype).requires_grad_(False)
+            if task.network._compiled_call_impl is not None:  # which a copy lacks
+                self.copy.compile()
+        self.copy.load_state_dict(task.network.state_dict())
+        return self.copy.train(task.network.training)
 
     def _sample(self, trainer: L.Trainer, pl_module: ShortcutTask) -> None:
-        device, vanilla, network = pl_module.device, Row(self.decoding.num_steps), pl_module.network
-        dtype = self.base.interface.code_embedding.dtype
-        if dtype != torch.float32:  # as it will run beside this base; training goes on in float32
-            network = deepcopy(network).to(dtype)
+        rows = self._rows(self._network(pl_module))
         mine = [
-            move_data_to_device(batch, device)
+            move_data_to_device(batch, pl_module.device)
             for k, batch in enumerate(self.conditions.loader())
             if k % trainer.world_size == trainer.global_rank
         ]
         if not mine:
             raise ValueError(f"conditions hold fewer batches than there are ranks ({trainer.world_size})")
+        vanilla, *others = rows
         if self.vanilla is None:
             self.vanilla = self._measure(vanilla, mine)
-        measured = {f"vanilla_n{vanilla.num_steps}": self.vanilla}
-        runs: dict[str, Callable[[], object]] = {}
-        for row in [vanilla, *self._rows(network)]:
-            facts = row.facts()
-            name = row.name if facts["method"] == "vanilla" else f"n{row.num_steps}_b{facts['budget']}"
-            if name not in measured:
-                measured[name] = self._measure(row, mine)
-            runs[name] = partial(generate, self.base, mine[0], row.decoding(self.decoding), row.method)
-        latencies = measure_latency(runs, device, len(mine[0].ids), self.latency_rounds)
-        ratios = speedups(latencies, f"vanilla_n{vanilla.num_steps}")
-        timed = latencies[f"vanilla_n{vanilla.num_steps}"]
-        facts_of_timing = {"latency_batch_size": timed.batch_size, "latency_device": timed.device}
-        for logger in trainer.loggers:
-            logger.log_hyperparams({f"sampling/{name}": value for name, value in facts_of_timing.items()})
+        measured = {vanilla.name: self.vanilla} | {row.name: self._measure(row, mine) for row in others}
+        latencies = self._latencies(trainer, rows, mine[0])
         for name, (values, _) in measured.items():
-            logged = values | {"latency_ms": latencies[name].median_ms, "speedup": ratios[name]}
+            logged = values | latencies.get(name, {})
             pl_module.log_dict({f"sampling/{name}/{metric}": v for metric, v in logged.items()}, sync_dist=True)
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in logged.items())
-            rank_zero_info(
-                f"step {trainer.global_step}, {name}: {shown} (timed at batch {timed.batch_size}, {timed.device})"
-            )
-        if trainer.is_global_zero:
-            strips = {name: strip_of(images) for name, (_, images) in measured.items()}
-            captions = mine[0].prompts[: self.grid_images]
-            log_picture(trainer, "sampling/grid", pixels(grids(strips, captions)))
+            rank_zero_info(f"step {trainer.global_step}, {name}: {shown}")
+        if trainer.is_global_zero and self.grid_images:
+            with carry_on("drawing the grid"):
+                strips = {name: strip_of(images) for name, (_, images) in measured.items()}
+                log_picture(trainer, "sampling/grid", pixels(grids(strips, mine[0].prompts[: self.grid_images])))
+
+    def _latencies(self, trainer: L.Trainer, rows: list[Row], conditions: Conditions) -> dict[str, dict[str, float]]:
+        """Return latency and speed-up by row name."""
+        if not self.latency_rounds:
+            return {}
+        timed = time_rows(self.base, rows, self.decoding, conditions, self.latency_rounds)
+        vanilla = timed[rows[0].name]
+        for logger in trainer.loggers:
+            about = {f"sampling/latency_{name}": vanilla[name] for name in ("batch_size", "device")}
+            logger.log_hyperparams(about)
+        rank_zero_info(f"timed at batch {vanilla['batch_size']}, {vanilla['device']}")
+        return {
+            name: {"latency_ms": own["median_ms"], "speedup": vanilla["median_ms"] / own["median_ms"]}
+            for name, own in timed.items()
+        }
 
     def _measure(self, row: Row, batches: list[Conditions]) -> tuple[dict[str, float], Tensor]:
-        """Values of the metrics over ``batches``, and the first images."""
+        """Return values of the metrics and base passes over ``batches``, and the first images."""
+        tally = Tally(self.metrics, row.decoding.num_steps, batches[0].seeds.device)
         first: list[Tensor] = []
         for conditions in batches:
-            images = images_of(self.base, conditions, self.decoding, row)
-            add_images(self.metrics.values(), images, conditions)
-            first = first or [images[: self.grid_images].cpu()]
-        return take_values(self.metrics), first[0]
+            drawn = draw(self.base, conditions, row)
+            tally.add(drawn, conditions)
+            first = first or [drawn.images[: self.grid_images].cpu()]
+        values, full_steps = tally.compute()
+        return values | {"full_steps": full_steps["mean"]}, first[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning as L
@@ -26,30 +27,32 @@ class ModuleEMA(WeightAveraging):
     """
 
     def __init__(self, decay: float = 0.9999, module: str = "network", warmup: bool = True) -> None:
-        def average(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
-            updates = int(num_averaged)
-            now = min(decay, (1 + updates) / (10 + updates)) if warmup else decay
-            get_ema_multi_avg_fn(now)(averaged, current, num_averaged)
-
-        super().__init__(use_buffers=False, multi_avg_fn=average)
-        self.module = module
-        self._swapped = False
+        super().__init__(use_buffers=False)
+        self.decay, self.module, self.warmup = decay, module, warmup
+        self._updates = 0  # counted here, as torch's counter lies on the device
+        self._raw: list[Tensor] = []  # weights put aside during validation
         self._raw_at_end: dict[str, Tensor] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy the submodule; the module itself is still on the CPU here, so the device comes from the strategy."""
         if stage == "fit":
-            self._raw_at_end = None
+            self._raw_at_end, self._updates = None, 0
             self._average_model = AveragedModel(
                 self._submodule(pl_module), device=trainer.strategy.root_device, use_buffers=False, **self._kwargs
             )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the average in float32 at least: bfloat16 rounds small steps away."""
+        assert self._average_model is not None
+        for average, now in self._pairs(pl_module):
+            average.data = average.data.to(torch.promote_types(now.dtype, torch.float32))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update after each optimiser step, not after each accumulated batch."""
         if self._average_model is not None and trainer.global_step > self._latest_update_step:
-            self._average_model.update_parameters(self._submodule(pl_module))
+            self._update(pl_module)
             self._latest_update_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,14 +72,14 @@ class ModuleEMA(WeightAveraging):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average in, unless nothing was averaged yet (Lightning issue 21724)."""
         if self._has_average():
-            self._swap_models(self._submodule(pl_module))
-            self._swapped = True
+            self._raw = [parameter.detach().clone() for parameter in self._submodule(pl_module).parameters()]
+            self._copy_average_to_current(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the raw weights back."""
-        if self._swapped:
-            self._swap_models(self._submodule(pl_module))
-            self._swapped = False
+        if self._raw:
+            _copy(self._submodule(pl_module).parameters(), self._raw)
+            self._raw = []
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Put the raw weights back before anything saves them."""
@@ -86,6 +89,7 @@ class ModuleEMA(WeightAveraging):
         """Store the average as ``state_dict`` and the raw weights as ``current_model_state``."""
         if self._average_model is None:
             return
+        self._average_model.n_averaged.fill_(self._updates)
         prefix, averaged = f"{self.module}.", self._average_model.state_dict()
         state = checkpoint["state_dict"]
         checkpoint["current_model_state"] = {k: v for k, v in state.items() if k.startswith(prefix)} | {
@@ -107,6 +111,7 @@ class ModuleEMA(WeightAveraging):
         }
         counts = checkpoint.get("averaging_state", {"n_averaged": torch.tensor(0)})
         self._average_model.load_state_dict(averaged | counts)
+        self._updates = int(counts["n_averaged"])
         if "current_model_state" in checkpoint:
             pl_module.load_state_dict(checkpoint["current_model_state"], strict=False)
 
@@ -115,8 +120,33 @@ class ModuleEMA(WeightAveraging):
             super()._copy_average_to_current(self._submodule(pl_module))
 
     def _has_average(self) -> bool:
-        return self._average_model is not None and int(self._average_model.n_averaged) > 0
+        return self._average_model is not None and self._updates > 0
+
+    def _update(self, pl_module: L.LightningModule) -> None:
+        """Move the average towards the weights; nothing is read back from the device."""
+        average, weights = zip(*self._pairs(pl_module), strict=True)
+        now = [one.detach().to(other.dtype) for one, other in zip(weights, average, strict=True)]
+        if self._updates == 0:
+            _copy(average, now)
+        else:
+            share = (1 + self._updates) / (10 + self._updates)
+            decay = min(self.decay, share) if self.warmup else self.decay
+            get_ema_multi_avg_fn(decay)([one.detach() for one in average], now, self._updates)
+        assert self._average_model is not None
+        _copy(self._average_model.module.buffers(), self._submodule(pl_module).buffers())
+        self._updates += 1
+
+    def _pairs(self, pl_module: L.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters of the average and of the submodule."""
+        assert self._average_model is not None
+        return zip(self._average_model.module.parameters(), self._submodule(pl_module).parameters(), strict=True)
 
     def _submodule(self, pl_module: L.LightningModule) -> Any:
         module: nn.Module = pl_module.get_submodule(self.module)
         return module
+
+
+@torch.no_grad()
+def _copy(into: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for tensor, value in zip(into, values, strict=True):
+        tensor.copy_(value)

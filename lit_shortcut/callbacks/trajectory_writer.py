@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -15,18 +15,16 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_shortcut.background import Background
 from lit_shortcut.contracts import MaskedImageModel, Trajectories
+from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import Asked, card_of
 from lit_shortcut.trajectory import (
+    ENCODINGS,
     Card,
-    Dtype,
     TrajectoryError,
     finished_shards,
-    is_complete,
-    recorded_bytes,
-    remove_leftovers,
-    remove_shards,
     save_interface,
     write_shard,
 )
@@ -48,54 +46,40 @@ class Recorded(Asked, Protocol):
     finished: set[int]
 
 
-class Background:
-    """Runs jobs one after the other in a thread of its own, of which at most ``limit`` wait or run at a time."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._jobs, self._thread = limit, deque[Future[None]](), ThreadPoolExecutor(1)
-
-    def submit(self, job: Callable[..., None], *arguments: Any) -> None:
-        """Have ``job`` run; wait where as many as allowed are before it. Raises what an earlier job raised."""
-        while self._jobs and (self._jobs[0].done() or len(self._jobs) >= self._limit):
-            self._jobs.popleft().result()
-        self._jobs.append(self._thread.submit(job, *arguments))
-
-    def finish(self) -> None:
-        """Wait for all jobs. Raises what the first that failed raised."""
-        self._thread.shutdown()
-        while self._jobs:
-            self._jobs.popleft().result()
-
-
 class TrajectoryWriter(BasePredictionWriter):
     """Write each predicted batch as one shard of a set of trajectories.
 
-    Shards are encoded and written while the next batch is generated. An error in it ends the run at the next batch, or
-    at the end; what was generated before is written all the same.
+    Shards are encoded and written while the next batches are generated. An error in it ends the run at most ``waiting``
+    batches later, or at the end; what was generated before is written all the same.
 
-    Interrupted and started again, predict generates the missing shards alone; their bytes are the same as without the
-    interruption.
+    Interrupted and started again, predict generates only the missing shards; their bytes are the same as without the
+    interruption. While it records, a second predict into the same folder is refused.
 
     Args:
         folder: of the set.
-        dtype: of the recorded features: ``bfloat16``, ``float16``, ``float32``, or ``int8`` with a scale for each row.
-        overwrite: record anew where ``folder`` holds a complete set, or another one; its shards are deleted first.
+        encoding: of the recorded features: ``bfloat16``, ``float16``, ``float32``, or ``int8`` with a scale for each
+            row; or one registered with :func:`lit_shortcut.trajectory.register`.
+        overwrite: record again where ``folder`` holds a complete set, or another one; its shards are deleted first.
         waiting: batches that are kept until they are written; more make generation wait. Their features lie where they
             were recorded: in memory, or in scratch files, which then take as much of the disk and none of memory.
     """
 
-    def __init__(self, folder: Path, dtype: Dtype = "bfloat16", overwrite: bool = False, waiting: int = 2) -> None:
+    def __init__(self, folder: Path, encoding: str = "bfloat16", overwrite: bool = False, waiting: int = 2) -> None:
         super().__init__("batch")
         if waiting < 1:
             raise ValueError(f"waiting must be at least 1, got {waiting}")
-        self.folder, self.dtype, self.overwrite, self.waiting = Path(folder), dtype, overwrite, waiting
-        self.is_recording = False
+        if encoding not in ENCODINGS:
+            raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}")
+        self.folder, self.encoding, self.overwrite, self.waiting = Path(folder), encoding, overwrite, waiting
+        self.jobs: Background[None] | None = None
+        self._held = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write card and interface, and tell the data module which shards are there.
+        """Write card and interface, and name the finished shards to the data module.
 
         Raises:
-            TrajectoryError: if the folder holds another set, or the disk too little space.
+            TrajectoryError: if the folder holds another set, another predict records into it, or the disk has too
+                little space.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
@@ -107,17 +91,25 @@ class TrajectoryWriter(BasePredictionWriter):
             )
         trainer.predict_loop.return_predictions = False  # the whole set would be kept in memory
         module, data = cast(Recording, pl_module), cast(Recorded, datamodule)
-        self.card = card_of(module.base, module.decoding, data, self.dtype)
-        anew = self._is_anew()
+        self.card = card_of(
+            module.base,
+            module.decoding,
+            data,
+            encoding=self.encoding,
+            precision=str(trainer.precision),
+            base_identity=module.base.identity(),
+        )
+        if trainer.is_global_zero:
+            self._hold()
+        replace = self._is_replaced()
         trainer.strategy.barrier("looked at the set")  # before the first rank may delete what others look at
         if trainer.is_global_zero:
-            self._prepare(module.base, anew)
-        data.finished = trainer.strategy.broadcast(finished_shards(self.folder, self.card))
-        self.is_recording = len(data.finished) < self.card.num_shards
-        if not self.is_recording:  # Lightning warns of an empty loader, but not of none
+            self._prepare(module.base, replace)
+        data.finished = trainer.strategy.broadcast(set(finished_shards(self.folder, self.card)))
+        if len(data.finished) < self.card.num_shards:
+            self.jobs = Background()
+        else:  # Lightning warns of an empty loader, but not of none
             self.limit, trainer.limit_predict_batches = trainer.limit_predict_batches, 0
-            return
-        self.background = Background(self.waiting)
 
     def write_on_batch_end(
         self,
@@ -129,49 +121,77 @@ class TrajectoryWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Have the batch written as the shard that its first id belongs to."""
+        """Queue the batch as the shard that its first id belongs to; wait where ``waiting`` batches are before it."""
+        assert self.jobs is not None
         index = int(prediction.conditions.ids[0]) // self.card.samples_per_shard
-        self.background.submit(write_shard, self.folder, index, prediction, self.card)
+        deque(self.jobs.results(leave=self.waiting - 1), maxlen=0)
+        self.jobs.submit(write_shard, self.folder, index, prediction, self.card)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write what was generated before the run failed."""
-        if self.is_recording:
-            try:
-                self.background.finish()
-            except TrajectoryError as error:
-                if error is not exception:
-                    _log.warning("%s", error)
+        try:
+            if self.jobs is not None:
+                _log.warning("%s: finished shards remain valid; the same command goes on with the others", self.folder)
+            self._finish()
+        except (TrajectoryError, OSError) as error:
+            if error is not exception:
+                _log.warning("%s", error)
+        finally:
+            self._held.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Say what is recorded. Not at ``on_predict_end``, which a rank without batches never reaches."""
+        """Log what is recorded. Not at ``on_predict_end``, which a rank without batches never reaches."""
         if stage != "predict":
             return
-        if not self.is_recording:
-            trainer.limit_predict_batches = self.limit
-            return
-        self.background.finish()
-        trainer.strategy.barrier("shards written")
-        if trainer.is_global_zero:
-            finished = finished_shards(self.folder, self.card)
-            samples = sum(len(self.card.ids(index)) for index in finished)
-            size = recorded_bytes(self.folder, self.card) / _GB
-            rank_zero_info(f"{self.folder}: {samples} of {self.card.num_samples} trajectories, {size:.3g} GB")
+        with self._held:
+            if self.jobs is None:
+                trainer.limit_predict_batches = self.limit
+                return
+            self._finish()
+            trainer.strategy.barrier("shards written")
+            if trainer.is_global_zero:
+                finished = finished_shards(self.folder, self.card)
+                samples, size = sum(len(self.card.ids(index)) for index in finished), sum(finished.values()) / _GB
+                rank_zero_info(f"{self.folder}: {samples} of {self.card.num_samples} trajectories, {size:.3g} GB")
 
-    def _is_anew(self) -> bool:
-        """Whether what lies in the folder is to be replaced."""
+    def _finish(self) -> None:
+        """Write all shards that wait."""
+        jobs, self.jobs = self.jobs, None
+        if jobs is not None:
+            try:
+                deque(jobs.results(), maxlen=0)
+            finally:
+                jobs.close()
+
+    def _hold(self) -> None:
+        try:
+            self._held.enter_context(exclusive(self.folder, wait=False))
+        except BlockingIOError as error:
+            raise TrajectoryError(
+                f"{self.folder}: another predict is recording into it; wait for its end or take another folder"
+            ) from error
+        except OSError as error:
+            _log.warning("%s: cannot be locked (%s); start no second predict into it", self.folder, error)
+
+    def _is_replaced(self) -> bool:
+        """Whether what lies in the folder is to be deleted first."""
         if not (self.folder / "card.json").exists():
             if any(self.folder.glob("shard-*")) and not self.overwrite:
                 raise TrajectoryError(f"{self.folder}: holds shards without a card; overwrite: true deletes them")
             return self.overwrite
-        if self.overwrite:
-            try:
-                is_same = Card.read(self.folder) == self.card
-            except TrajectoryError:
+        try:
+            found = Card.read(self.folder)
+        except TrajectoryError:
+            if self.overwrite:
                 return True
-            return not is_same or is_complete(self.folder, self.card)
-        found, expected = asdict(Card.read(self.folder)), asdict(self.card)
+            raise
+        if self.overwrite:
+            return found != self.card or len(finished_shards(self.folder, self.card)) == self.card.num_shards
+        before, after = _flat(asdict(found)), _flat(asdict(self.card))
         changes = [
-            f"{name} is {found[name]}, not {expected[name]}" for name in expected if found[name] != expected[name]
+            f"{name} is {before.get(name)}, not {after.get(name)}"
+            for name in dict.fromkeys([*after, *before])
+            if before.get(name) != after.get(name)
         ]
         if changes and any(self.folder.glob("shard-*")):  # a card alone is left by a run that failed before its first
             raise TrajectoryError(
@@ -180,23 +200,31 @@ class TrajectoryWriter(BasePredictionWriter):
             )
         return False
 
-    def _prepare(self, base: MaskedImageModel, anew: bool) -> None:
-        remove_leftovers(self.folder)
-        if anew:
-            remove_shards(self.folder)
+    def _prepare(self, base: MaskedImageModel, replace: bool) -> None:
+        """Delete leftovers, and the set if it is to be replaced; check the disk; write card and interface."""
+        leftovers = [*self.folder.glob(".*.*"), *(self.folder.glob("shard-*") if replace else ())]
+        for path in leftovers:
+            path.unlink()
         finished = finished_shards(self.folder, self.card)
         if len(finished) == self.card.num_shards:
             rank_zero_info(
                 f"{self.folder} is complete ({self.card.num_samples} trajectories); nothing to record; "
-                "overwrite: true records it anew"
+                "overwrite: true records it again"
             )
             return
-        missing = sum(len(self.card.ids(index)) for index in set(range(self.card.num_shards)) - finished)
-        disk = next(path for path in (self.folder.absolute(), *self.folder.absolute().parents) if path.exists())
-        needed, free = missing * self.card.sample_bytes / _GB, shutil.disk_usage(disk).free / _GB
+        missing = self.card.num_samples - sum(len(self.card.ids(index)) for index in finished)
+        needed, free = missing * self.card.sample_bytes / _GB, shutil.disk_usage(self.folder).free / _GB
         size = f"{missing} trajectories of {self.card.num_samples}, about {needed:.3g} GB"
         if needed > free:
             raise TrajectoryError(f"{self.folder}: {size} to record, but {free:.3g} GB free on the disk")
         rank_zero_info(f"{self.folder}: recording {size}; {free:.3g} GB free")
         self.card.write(self.folder)
         save_interface(self.folder, base.interface)
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``facts`` without nesting: ``base.fingerprint`` for what ``base`` holds under ``fingerprint``."""
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

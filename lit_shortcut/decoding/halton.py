@@ -33,10 +33,15 @@ def halton_order(height: int, width: int) -> Tensor:
         num_points *= 2
 
 
-def roll_order(order: Tensor, seeds: Tensor) -> Tensor:
-    """``order`` (L,) for each of ``seeds`` (B,): (B, L), begun at a place drawn from the sample's own seed."""
-    start = uniform(seeds, _ROLL_STREAM, torch.zeros_like(seeds)[:, None]) * len(order)
-    return order[(start.long() + torch.arange(len(order), device=seeds.device)) % len(order)]
+def rolled_starts(seeds: Tensor, num_places: int) -> Tensor:
+    """Where each sample of ``seeds`` (B,) begins in an order of ``num_places``, drawn from its own seed: (B,)."""
+    start = uniform(seeds, _ROLL_STREAM, torch.zeros_like(seeds)[:, None]) * num_places
+    return start.squeeze(1).long()
+
+
+def roll_order(order: Tensor, starts: Tensor) -> Tensor:
+    """``order`` (L,) begun at each of ``starts`` (B,) and taken round: (B, L)."""
+    return order[(starts[:, None] + torch.arange(len(order), device=starts.device)) % len(order)]
 
 
 def _cell(index: Tensor, radix: int, cells: int) -> Tensor:

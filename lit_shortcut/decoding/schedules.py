@@ -72,8 +72,7 @@ def _tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> tup
     if schedule == "cosine_left":
         return _spent(num_tokens, [max(1, left) for left in _cosine_left(num_steps, num_tokens)])
     if schedule == "arccos_left":
-        shares = (math.acos(step / num_steps) / (math.pi / 2) for step in range(1, num_steps))
-        return _spent(num_tokens, [min(num_tokens - k, math.ceil(num_tokens * s)) for k, s in enumerate(shares, 1)])
+        return _spent(num_tokens, _arccos_left(num_steps, num_tokens))
     if num_steps == 1:  # the schedule starts at 0, so there are no shares to divide by
         return (num_tokens,)
     weights = share_masked(schedule, torch.linspace(1, 0, num_steps, dtype=torch.float32))
@@ -89,10 +88,18 @@ def _tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> tup
 
 def _cosine_left(num_steps: int, num_tokens: int) -> list[int]:
     """Tokens left after each step but the last, rounded down."""
-    # float32, in which published counts were computed: it differs from float64 where the cosine is exact
-    progress = torch.arange(1, num_steps, dtype=torch.float32) / num_steps
-    left: list[int] = (num_tokens * share_masked("cosine_left", progress)).floor().long().tolist()
+    left: list[int] = (num_tokens * share_masked("cosine_left", _progress(num_steps))).floor().long().tolist()
     return left
+
+
+def _arccos_left(num_steps: int, num_tokens: int) -> list[int]:
+    known = ((1 - share_masked("arccos_left", _progress(num_steps))) * num_tokens).floor().long().tolist()
+    return [num_tokens - max(step, wanted) for step, wanted in enumerate(known, start=1)]
+
+
+def _progress(num_steps: int) -> Tensor:
+    """Progress after each step but the last, in float32, in which published counts were computed."""
+    return torch.arange(1, num_steps, dtype=torch.float32) / num_steps
 
 
 def _spent(num_tokens: int, left: list[int]) -> tuple[int, ...]:

@@ -33,6 +33,8 @@ class PromptClassAgreement(ClassAgreement):
 class AttributeAgreement(ImageMean):
     """Share of the attributes asked for in prompts that their images have, by :mod:`lit_shortcut.fashion.garments`."""
 
+    higher_is_better = True
+
     def update(self, images: Tensor, conditions: Conditions) -> None:
         """Take in uint8 ``images`` (B, 3, H, W); a prompt that names no class, or no attribute, counts for nothing.
 
@@ -46,4 +48,4 @@ class AttributeAgreement(ImageMean):
             if label is not None and attributes:
                 measured = {name: column[row] for name, column in values.items()}
                 if kept := follows(measured, label, attributes):
-                    self.gathered.update(torch.tensor(kept, dtype=torch.float32, device=self.gathered.device))
+                    self.add(torch.tensor(kept))

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from hashlib import sha256
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torchmetrics.multimodal.clip_score import CLIPScore as _CLIPScore
+from torch import Tensor
+from torch.nn import functional as F
 
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.hub import local_folder
-from lit_shortcut.metrics.images import ImageMean, prompts_of
+from lit_shortcut.metrics.images import FrozenNetwork, ImageMean, prompts_of
 from lit_shortcut.weights import WeightsError
 
-_FILES = ("*.json", "merges.txt", "model.safetensors", "pytorch_model.bin")  # torch's pickles are read as tensors alone
+_FILES = ("*.json", "merges.txt", "model.safetensors", "pytorch_model.bin")  # torch's pickles are read as tensors only
 
 
 class CLIPScore(ImageMean):
     """Mean of 100 · cos(image, prompt) in the embedding of a CLIP, at least 0 (Hessel et al., arXiv 2104.08718).
 
-    torchmetrics' measure, which leaves out the paper's factor 2.5. It depends on the CLIP: say which with the figure.
-    Prompts longer than the CLIP's context (77 tokens in the published ones) are cut, and a warning says so; the token
-    that ends a text stays, as in the original code, where torchmetrics would cut it off with the rest.
+    As torchmetrics defines it, without the paper's factor 2.5. It depends on the CLIP: name it with the figure. Prompts
+    longer than the CLIP's context (77 tokens in the published ones) are cut, with a warning; the token that ends a text
+    stays, as in the original code.
 
     Args:
         model: ``hf://openai/clip-vit-base-patch16`` or the like, or a folder that transformers' ``save_pretrained``
@@ -37,16 +37,44 @@ class CLIPScore(ImageMean):
         WeightsError: if there is no such model, or it is none.
     """
 
-    def __init__(self, model: str) -> None:
-        self.score = _CLIPScore(partial(_load, model))
-        super().__init__(self.score)
+    higher_is_better = True
 
-    @torch.inference_mode()
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        clip, self.processor, folder = _load(model)
+        self.clip, self.context = FrozenNetwork(clip), clip.config.text_config.max_position_embeddings
+        self.files = _digest(folder)
+
     def update(self, images: Tensor, conditions: Conditions) -> None:
         """Take in uint8 ``images`` (B, 3, H, W), made for ``conditions.prompts``; raises ValueError without."""
-        prompts = prompts_of(conditions)
-        with torch.autocast(images.device.type, enabled=False):
-            self.score.update(images, list(prompts))
+        prompts, device = list(prompts_of(conditions)), images.device
+        pixels = self.processor.image_processor(images=list(images.cpu()), return_tensors="pt").to(device)
+        lengths = map(len, self.processor.tokenizer(prompts, verbose=False)["input_ids"])
+        if max(lengths) > self.context:
+            rank_zero_warn(f"prompts longer than this CLIP's context of {self.context} tokens are cut")
+        options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": self.context}
+        texts = self.processor.tokenizer(prompts, return_tensors="pt", **options).to(device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            clip: Any = self.clip.module
+            of_images = clip.get_image_features(pixels["pixel_values"]).pooler_output
+            of_texts = clip.get_text_features(texts["input_ids"], texts["attention_mask"]).pooler_output
+        self.add(100 * F.cosine_similarity(of_images, of_texts))
+
+    def compute(self) -> Tensor:
+        """Return the mean, or 0 where it is below."""
+        return super().compute().clamp(min=0)
+
+    def identity(self) -> dict[str, Any]:
+        """As :class:`~lit_shortcut.metrics.images.ImageMetric`, with a digest of tokenizer and image processor."""
+        return super().identity() | {"files": self.files}
+
+
+def _digest(folder: Path) -> str:
+    """First 16 hex digits of a sha256 over the texts in ``folder``: sizes, tokenizer, image processor."""
+    digest = sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("merges.txt")]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _transformers() -> ModuleType:
@@ -58,40 +86,7 @@ def _transformers() -> ModuleType:
         ) from error
 
 
-class _Features(nn.Module):
-    """A CLIPModel whose features are tensors again, as torchmetrics 1.9 takes them; transformers 5 returns records."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def get_image_features(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self.model.get_image_features(pixels).pooler_output
-        return features
-
-    def get_text_features(self, ids: Tensor, is_text: Tensor) -> Tensor:
-        features: Tensor = self.model.get_text_features(ids, is_text).pooler_output
-        return features
-
-
-class _Inputs:
-    """A CLIPProcessor that cuts texts at ``context`` tokens."""
-
-    def __init__(self, processor: Any, context: int) -> None:
-        self.processor, self.context = processor, context
-
-    def __call__(
-        self, images: Sequence[Tensor] | None = None, text: Sequence[str] | None = None, **settings: Any
-    ) -> Any:
-        if text is None:
-            return self.processor.image_processor(images=images, return_tensors="pt")
-        tokens = self.processor.tokenizer(text, verbose=False)["input_ids"]
-        if max(map(len, tokens)) > self.context:
-            rank_zero_warn(f"prompts longer than this CLIP's context of {self.context} tokens are cut")
-        return self.processor.tokenizer(text, truncation=True, max_length=self.context, **settings)
-
-
-def _load(address: str) -> tuple[_Features, _Inputs]:
+def _load(address: str) -> tuple[Any, Any, Path]:
     transformers = _transformers()
     folder = local_folder(address, _FILES)
     if not folder.is_dir():
@@ -109,6 +104,4 @@ def _load(address: str) -> tuple[_Features, _Inputs]:
         raise WeightsError(f"{folder}: no CLIPModel with tokenizer and image processor ({error})") from error
     if found["missing_keys"]:
         raise WeightsError(f"{folder}: no CLIPModel; its weights lack {min(found['missing_keys'])}")
-    return _Features(model).eval().requires_grad_(False), _Inputs(
-        processor, model.config.text_config.max_position_embeddings
-    )
+    return model, processor, folder

@@ -11,11 +11,9 @@ import statistics
 from collections.abc import Iterable
 
 import torch
+from scipy.special import stdtrit  # quantiles of Student's t
 from torch import Tensor
 from torch.nn import functional as F
-
-# 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; a series serves beyond.
-_STUDENT_T = (12.70620, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216)
 
 
 def masked_mean(values: Tensor, is_masked: Tensor) -> Tensor:
@@ -131,20 +129,7 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     mean = statistics.fmean(values)
     if len(values) == 1:
         return mean, math.nan
-    return mean, _student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _student_t(freedom: int) -> float:
-    """97.5 % quantile; beyond the table by the series around the normal one (Abramowitz and Stegun, 26.7.5)."""
-    if freedom <= len(_STUDENT_T):
-        return _STUDENT_T[freedom - 1]
-    inverse, z = 1 / freedom, statistics.NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term * inverse**power for power, term in enumerate(terms, start=1))
+    return mean, float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _image_rows(features: Tensor, is_masked: Tensor) -> Tensor:

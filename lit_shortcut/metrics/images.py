@@ -1,37 +1,100 @@
-"""Measures of generated images. None is a module, so none enters a checkpoint or an average of weights."""
+"""Measures of generated images: what they share, and those that look at one image at a time."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Protocol
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics import Metric, MetricCollection
 
 from lit_shortcut.contracts import Conditions
-from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
+from lit_shortcut.weights import fingerprint
 
 
-class ImageMetric(Protocol):
-    """Gathers images batch by batch; ``compute`` is called on all ranks and counts the images of all of them."""
+class FrozenNetwork:
+    """A network that a metric asks, outside its module tree: no checkpoint or average of weights takes it in.
+
+    Copies of the metric share it.
+
+    Args:
+        network: put into eval mode and frozen; ``hparams``, if it has them, belong to its identity.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.module = network.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenNetwork:
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return what the network makes of ``images``, in its own precision whatever that of the trainer."""
+        with torch.autocast(images.device.type, enabled=False):
+            output: Tensor = self.module(images)
+        return output
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Class, ``hparams`` and a fingerprint of the weights."""
+        facts = {"class": type(self.module).__name__, "weights": fingerprint(self.module.state_dict())}
+        hparams = getattr(self.module, "hparams", None)
+        return facts if hparams is None else facts | {"hparams": hparams}
+
+
+class ImageMetric(Metric):
+    """Gathers images batch by batch; ``compute`` is called on all ranks and counts the images of all of them.
+
+    Subclasses set ``higher_is_better``, implement ``update(images, conditions)`` and ``compute()``, a scalar, and keep
+    networks as :class:`FrozenNetwork`. What is no state, such as reference statistics, is never reduced over ranks.
+    """
+
+    is_differentiable = False
+    full_state_update = False
 
     def update(self, images: Tensor, conditions: Conditions) -> None:
         """Take in uint8 ``images`` (B, 3, H, W), made for ``conditions``."""
+        raise NotImplementedError
 
     def compute(self) -> Tensor:
-        """The measure, a scalar, of all images since the last reset."""
+        """Return the measure, a scalar, of all images since the last reset."""
+        raise NotImplementedError
 
-    def reset(self) -> None:
-        """Forget the images."""
+    def identity(self) -> dict[str, Any]:
+        """Everything the value depends on besides the images: class, networks, and arguments that subclasses add."""
+        networks = {name: part.identity for name, part in vars(self).items() if isinstance(part, FrozenNetwork)}
+        return {"class": type(self).__name__} | networks
 
-    def to(self, device: torch.device) -> None:
-        """Move networks and statistics to ``device``."""
+    def gathers(self) -> object:
+        """Key of the states: metrics of equal keys gather the same, so that one ``update`` serves all of them."""
+        return id(self)
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Move the networks along with the states; their precision stays."""
+        moved = super()._apply(fn, exclude_state)
+        for part in vars(self).values():
+            if isinstance(part, FrozenNetwork):
+                part.module.to(self.device)
+        return moved
+
+
+def collection(metrics: dict[str, ImageMetric]) -> MetricCollection:
+    """Put ``metrics`` into one collection, in which those that gather the same run their network once.
+
+    torchmetrics would find such groups by comparing states after the first batch, and take two metrics for one whose
+    first values happen to be equal.
+    """
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, metric in metrics.items():
+        groups[metric.gathers()].append(name)
+    return MetricCollection(dict(metrics), compute_groups=list(groups.values()))
 
 
 def prompts_of(conditions: Conditions) -> tuple[str, ...]:
-    """The prompts of ``conditions``, for a metric that compares images with them.
+    """Return the prompts of ``conditions``, for a metric that compares images with them.
 
     Raises:
         ValueError: if there is not one for each image.
@@ -44,175 +107,40 @@ def prompts_of(conditions: Conditions) -> tuple[str, ...]:
     return conditions.prompts
 
 
-class FrechetDistance:
-    """Fréchet distance between features of generated images and reference statistics (Heusel et al., arXiv 1706.08500).
+class ImageMean(ImageMetric):
+    """A measure whose value is a mean over images, or over what is asked of them."""
 
-    With :class:`~lit_shortcut.metrics.inception.InceptionFeatures` this is FID; with others it takes their name and is
-    not comparable. It depends on the number of images, too: compare at equal numbers alone.
+    total: Tensor
+    count: Tensor
 
-    Args:
-        extractor: frozen network with ``num_features`` (F), from uint8 images (B, 3, H, W) to features (B, F).
-        reference: file that :class:`FeatureStatistics` made with the same ``extractor``.
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    Raises:
-        WeightsError: if the file is missing or damaged, or was made with another extractor.
-    """
-
-    def __init__(self, extractor: nn.Module, reference: Path) -> None:
-        self.extractor = _frozen(extractor)
-        if not reference.is_file():
-            raise WeightsError(
-                f"{reference}: no such file of reference statistics; `lightning predict` with "
-                "lit_shortcut.tasks.reference.ReferenceTask makes it, for ImageNet by configs/maskgit/reference.yaml"
-            )
-        tensors, metadata = load_tensors(reference)
-        own = fingerprint(self.extractor.state_dict())
-        if metadata.get("extractor") != own or len(tensors["mean"]) != extractor.num_features:
-            raise WeightsError(
-                f"{reference}: expected statistics of extractor {own} with {extractor.num_features} features, "
-                f"found {metadata.get('extractor')}; FeatureStatistics makes them"
-            )
-        self.distance = _DistanceToReference(tensors["mean"], tensors["covariance"], metadata["num_images"])
-
-    @torch.inference_mode()
-    def update(self, images: Tensor, conditions: Conditions) -> None:
-        """Take in uint8 ``images`` (B, 3, H, W)."""
-        features = _run(self.extractor, images)
-        self.distance.update(features.to(self.distance.device).double(), real=False)
+    def add(self, values: Tensor) -> None:
+        """Take in ``values`` of any shape."""
+        self.total = self.total + values.detach().float().sum().to(self.device)
+        self.count = self.count + values.numel()
 
     def compute(self) -> Tensor:
-        """The distance; raises ValueError if there are fewer than 2 images on all ranks together."""
-        distance: Tensor = self.distance.compute()
-        return distance.float()
-
-    def reset(self) -> None:
-        """Forget the images, not the reference."""
-        self.distance.reset()
-
-    def to(self, device: torch.device) -> None:
-        """Move the extractor to ``device``, and the statistics unless it lacks double precision."""
-        self.extractor.to(device)
-        self.distance.to("cpu" if device.type == "mps" else device)
-
-
-class ImageMean:
-    """What measures of images share whose value is a mean over them.
-
-    Args:
-        gathered: gathers it; a plain mean by default.
-    """
-
-    def __init__(self, gathered: Metric | None = None) -> None:
-        self.gathered = MeanMetric() if gathered is None else gathered
-
-    def compute(self) -> Tensor:
-        """The mean."""
-        mean: Tensor = self.gathered.compute()
-        return mean
-
-    def reset(self) -> None:
-        """Forget the images."""
-        self.gathered.reset()
-
-    def to(self, device: torch.device) -> None:
-        """Move what is gathered to ``device``."""
-        self.gathered.to(device)
+        """Return the mean; NaN where nothing was taken in."""
+        return self.total / self.count
 
 
 class ClassAgreement(ImageMean):
     """Share of images that a classifier takes for the class they were made for.
 
     Args:
-        classifier: frozen network from uint8 images (B, 3, H, W) to logits (B, classes).
+        classifier: network from uint8 images (B, 3, H, W) to logits (B, classes).
     """
+
+    higher_is_better = True
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
-        self.classifier = _frozen(classifier)
+        self.classifier = FrozenNetwork(classifier)
 
-    @torch.inference_mode()
     def update(self, images: Tensor, conditions: Conditions) -> None:
         """Take in uint8 ``images`` (B, 3, H, W), made for the classes ``conditions.labels``."""
-        self.gathered.update((_run(self.classifier, images).argmax(-1) == conditions.labels).float())
-
-    def to(self, device: torch.device) -> None:
-        """Move the classifier and its counts to ``device``."""
-        super().to(device)
-        self.classifier.to(device)
-
-
-class FeatureStatistics:
-    """Mean and covariance of the features of images, gathered batch by batch in double precision.
-
-    Args:
-        extractor: from uint8 images (B, 1 or 3, H, W) to features (B, F); put into eval mode and frozen.
-    """
-
-    def __init__(self, extractor: nn.Module) -> None:
-        self.extractor, self.count = _frozen(extractor), 0
-        self.total = self.products = torch.zeros((), dtype=torch.float64)
-
-    def update(self, images: Tensor) -> None:
-        """Take in uint8 ``images`` (B, 1 or 3, H, W) on the extractor's device."""
-        features = _run(self.extractor, images).cpu().double()
-        self.count += len(features)
-        self.total, self.products = self.total + features.sum(0), self.products + features.T @ features
-
-    def save(self, path: Path, images: str) -> None:
-        """Write the reference file of :class:`FrechetDistance`; ``images`` says which images they are.
-
-        Raises:
-            ValueError: if there are fewer than 2 images.
-        """
-        if self.count < 2:
-            raise ValueError(f"a covariance needs 2 images or more, got {self.count}")
-        mean = self.total / self.count
-        covariance = (self.products - self.count * mean.outer(mean)) / (self.count - 1)
-        metadata = {"extractor": fingerprint(self.extractor.state_dict()), "num_images": self.count, "images": images}
-        save_tensors(path, {"mean": mean, "covariance": covariance}, metadata)
-
-
-class _DistanceToReference(FrechetInceptionDistance):
-    """torchmetrics' distance of features (B, F), float64, from a reference that is no state of its own.
-
-    As a state the reference would be summed over ranks.
-    """
-
-    def __init__(self, mean: Tensor, covariance: Tensor, num_images: int) -> None:
-        super().__init__(feature=_Features(len(mean)))
-        self.orig_dtype = torch.float64  # set by update otherwise, which a rank without images never calls
-        self.reference_sum = num_images * mean
-        self.reference_products = (num_images - 1) * covariance + num_images * mean.outer(mean)
-        self.reference_count = torch.tensor(num_images)
-
-    def compute(self) -> Tensor:
-        """The distance; torchmetrics has summed the states over ranks before."""
-        if self.fake_features_num_samples < 2:
-            raise ValueError(f"a Fréchet distance needs 2 images or more, got {int(self.fake_features_num_samples)}")
-        self.real_features_sum = self.reference_sum.to(self.device)
-        self.real_features_cov_sum = self.reference_products.to(self.device)
-        self.real_features_num_samples = self.reference_count.to(self.device)
-        return super().compute()
-
-
-class _Features(nn.Module):
-    """Features in, features out."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-def _frozen(network: nn.Module) -> nn.Module:
-    return network.eval().requires_grad_(False)
-
-
-@torch.inference_mode()
-def _run(network: nn.Module, images: Tensor) -> Tensor:
-    """What ``network`` makes of ``images``, in its own precision whatever that of the trainer."""
-    with torch.autocast(images.device.type, enabled=False):
-        output: Tensor = network(images)
-    return output
+        self.add(self.classifier(images).argmax(-1) == conditions.labels)

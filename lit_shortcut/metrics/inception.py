@@ -13,6 +13,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from lit_shortcut.weights import WeightsError
 
+Feature = Literal["64", "192", "768", "2048", "logits_unbiased"]
+
 
 class InceptionFeatures(nn.Module):
     """torch-fidelity's ``inception-v3-compat``, equal to the network of the original FID, frozen.
@@ -21,15 +23,19 @@ class InceptionFeatures(nn.Module):
 
     Args:
         weights: torch-fidelity's weight file. None downloads it into torch's hub cache, unless it is there.
-        feature: layer whose pooled output is taken, named by its width; FID is defined on 2048.
+        feature: layer whose pooled output is taken, named by its width; FID, KID, precision and recall are defined on
+            2048, the Inception Score on ``logits_unbiased``.
 
     Raises:
         WeightsError: if the weights cannot be had or do not fit; the message says how to get them.
     """
 
-    def __init__(self, weights: Path | None = None, feature: Literal["64", "192", "768", "2048"] = "2048") -> None:
+    def __init__(
+        self, weights: Path | None = None, feature: Literal["64", "192", "768", "2048", "logits_unbiased"] = "2048"
+    ) -> None:
         super().__init__()
-        self.num_features = int(feature)
+        self.hparams = {"feature": feature}
+        self.num_features = 1008 if feature == "logits_unbiased" else int(feature)
         # torch-fidelity unpickles whatever it is given: hand it a copy of tensors that were read safely.
         copy = io.BytesIO()
         torch.save(_download() if weights is None else _read(weights), copy)

@@ -31,6 +31,7 @@ def measure_latency(
     rounds: int,
     warmup: int = 1,
     *,
+    after_round: Callable[[int], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
     """Latency of each of ``runs``, which make ``batch_size`` images on ``device`` when called.
@@ -44,6 +45,7 @@ def measure_latency(
         batch_size: images per call.
         rounds: timed calls of each run.
         warmup: calls of each run before the first timed one.
+        after_round: called with the number of finished rounds.
         clock: seconds that pass.
 
     Raises:
@@ -60,6 +62,8 @@ def measure_latency(
         first = index % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(_seconds(runs[name], device, clock) * 1000 / batch_size)
+        if after_round is not None:
+            after_round(index + 1)
     return {name: _summary(times[name], batch_size, device_name(device)) for name in names}
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lit_shortcut.contracts import Context, Control, Prefix, PrefixSize
 from lit_shortcut.interface import Places, TokenInterface
-from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.networks.rows import ALL_ROWS, Rows, RowsAt, RowsWhere
+from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.weights import WeightsError
 
 
@@ -25,7 +26,7 @@ class Layout(NamedTuple):
     """What a prefix means for a batch at every step: where rows of the features stand, and the control it adds.
 
     ``rows`` (B, S) are places in the base's sequence, ``is_real`` (B, S) is false at rows that are padding. ``control``
-    holds the prefix's tokens alone, P of them.
+    holds only the prefix's tokens, P of them.
     """
 
     rows: Tensor
@@ -33,12 +34,56 @@ class Layout(NamedTuple):
     control: EmbeddedControl
 
 
-def lay_out(interface: TokenInterface, prefix: Prefix, num_rows: int, size: PrefixSize | None = None) -> Layout:
+def advance(
+    network: ShortcutNetwork,
+    interface: TokenInterface,
+    features: Tensor,
+    control: Control,
+    masked_share: Tensor,
+    layout: Layout | None = None,
+    *,
+    masked: Tensor | None = None,
+    gap: Tensor | None = None,
+) -> Tensor:
+    """Predict features (B, S, C) by ``network`` from those before; training and sampling both go through here.
+
+    Args:
+        network: the shortcut.
+        interface: of the base.
+        features: (B, S, C), in the network's dtype.
+        control: (B, K), tokens committed since.
+        masked_share: (B,) r, before the step that is predicted.
+        layout: of the samples' prefixes, if they have any.
+        masked: places still masked, for a network that predicts those: (B, M), or a mask (B, L) where samples differ in
+            number.
+        gap: (B,) steps between ``features`` and the prediction, for an anchored network.
+    """
+    options = network.options
+    embedded = embed_control(interface, control, layout)
+    rows = ALL_ROWS
+    if options.rows == "masked":
+        assert masked is not None
+        rows = _rows(interface, masked)
+    tokens = embedded.tokens.to(features)
+    predicted: Tensor = network(features, tokens, masked_share, embedded.is_real, embedded.places, rows, gap)
+    return predicted
+
+
+def lay_out(
+    network: ShortcutNetwork,
+    interface: TokenInterface,
+    prefix: Prefix,
+    num_rows: int,
+    size: PrefixSize | None = None,
+) -> Layout:
     """Lay out ``prefix`` (B, …) for features of ``num_rows`` (S), on the interface's device.
 
-    Where nothing is padded no masks are made, since attention is faster without. ``size`` says whether that is so; when
-    it is not given, a batch of one has no padding, and of others it is known where lengths lie on the CPU.
+    For a ``network`` that doesn't use it, a prefix only says where rows stand. Where nothing is padded no masks are
+    made, since attention is faster without. ``size`` says whether that is so; when it is not given, a batch of one has
+    no padding, and of others it is known where lengths lie on the CPU.
     """
+    if not network.options.uses_prefix:
+        prefix = prefix._replace(control=prefix.control[:, :0], num_control=torch.zeros_like(prefix.num_control))
     rows, row_is_real = interface.row_places(prefix.lengths, num_rows)
     assert interface.row_offsets is not None  # else it has no places
     num_control = prefix.control.shape[1]
@@ -53,15 +98,17 @@ def lay_out(interface: TokenInterface, prefix: Prefix, num_rows: int, size: Pref
     return Layout(rows, row_is_real if rows_are_padded else None, control)
 
 
-def lay_out_branches(interface: TokenInterface, context: Context) -> list[Layout]:
-    """Layouts of the guidance branches of a ``context`` with a prefix, each cut to the longest in its branch."""
-    assert context.prefix is not None
+def lay_out_branches(network: ShortcutNetwork, interface: TokenInterface, context: Context) -> list[Layout]:
+    """Lay out the guidance branches of ``context``, each cut to the longest in its branch; [] without a prefix."""
+    if (prefix := context.prefix) is None:
+        return []
     assert interface.row_offsets is not None
+    sizes = context.prefix_sizes or map(PrefixSize.of, prefix.lengths.tolist(), prefix.num_control.tolist())
     layouts = []
-    for branch, size in enumerate(context.prefix_sizes):
-        lengths, control, num_control = (part[branch] for part in context.prefix)
+    for branch, size in enumerate(sizes):
+        lengths, control, num_control = (part[branch] for part in prefix)
         own = Prefix(lengths, control[:, : size.longest_control], num_control)
-        layouts.append(lay_out(interface, own, len(interface.row_offsets) + size.longest, size))
+        layouts.append(lay_out(network, interface, own, len(interface.row_offsets) + size.longest, size))
     return layouts
 
 
@@ -82,7 +129,17 @@ def embed_control(interface: TokenInterface, control: Control, layout: Layout | 
     )
 
 
-def require_kind(network: VelocityNet, interface: TokenInterface, whose: str) -> None:
+def _rows(interface: TokenInterface, masked: Tensor) -> Rows:
+    """Rows that belong to ``masked`` tokens, (B, M) or a mask (B, L)."""
+    if masked.dtype != torch.bool:
+        if interface.num_rows == interface.num_tokens:
+            return RowsAt(masked)
+        is_masked = torch.zeros(len(masked), interface.num_tokens, dtype=torch.bool, device=masked.device)
+        masked = is_masked.scatter(1, masked, True)
+    return RowsWhere(interface.masked_rows(masked))
+
+
+def require_kind(network: ShortcutNetwork, interface: TokenInterface, whose: str) -> None:
     """Refuse a ``network`` made for another kind of base than the one whose ``interface`` this is.
 
     Raises:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lit_shortcut.hub import local_file
 from lit_shortcut.interface import Places
 from lit_shortcut.networks.llada import LLaDABlock, RMSNorm, Rotation, rotation
-from lit_shortcut.networks.shortcut import VelocityNet, published_sizes
+from lit_shortcut.networks.rows import ALL_ROWS, Options, RowChoice, Rows
+from lit_shortcut.networks.shortcut import ShortcutNetwork, published_sizes
 from lit_shortcut.published import Names, fill, load_state
 from lit_shortcut.weights import WeightsError, load_module
 
@@ -28,28 +29,37 @@ NAMES = Names(
 
 
 class CrossAndSelf(nn.Module):
-    """Attention to the control tokens, then among the rows: two LLaDA blocks."""
+    """Attention to the control tokens, if they are used, then among the rows: two LLaDA blocks."""
 
-    def __init__(self, width: int, num_heads: int, mlp_width: int, norm_eps: float) -> None:
+    def __init__(self, width: int, num_heads: int, mlp_width: int, norm_eps: float, uses_control: bool = True) -> None:
         super().__init__()
-        self.cross_attn = LLaDABlock(width, num_heads, mlp_width, norm_eps)
+        self.cross_attn = LLaDABlock(width, num_heads, mlp_width, norm_eps) if uses_control else None
         self.self_attn = LLaDABlock(width, num_heads, mlp_width, norm_eps)
 
     def forward(
         self,
         x: Tensor,
         by: Rotation,
-        control: tuple[Tensor, Rotation],
+        control: tuple[Tensor, Rotation] | None,
         control_is_real: Tensor | None,
         is_real: Tensor | None,
+        rows: Rows = ALL_ROWS,
     ) -> Tensor:
-        """(B, S, c) to (B, S, c) under ``control`` (B, K, c), each with its rotation and its padding."""
-        x = self.cross_attn(x, by, control_is_real, memory=control)
-        refined: Tensor = self.self_attn(x, by, is_real)
-        return refined
+        """(B, S, c) to (B, S, c) under ``control`` (B, K, c), each with its rotation and its padding.
+
+        Only ``rows`` change; all of them are attended to.
+        """
+        own, own_by = rows.take(x), Rotation(*(rows.take(part[:, 0])[:, None] for part in by))
+        if self.cross_attn is not None:
+            own = self.cross_attn(own, own_by, control_is_real, memory=control)
+        if rows is ALL_ROWS:
+            own = self.self_attn(own, by, is_real)
+        else:
+            own = self.self_attn(own, own_by, is_real, memory=(rows.put(x, own), by))
+        return rows.put(x, own)
 
 
-class LLaDAShortcutNet(VelocityNet):
+class LLaDAShortcutNet(ShortcutNetwork):
     """Average velocity of a LLaDA's features; each control token is rotated by its own place in the sequence.
 
     Args:
@@ -61,9 +71,13 @@ class LLaDAShortcutNet(VelocityNet):
         bottleneck_ratio: C over the network's own width c, at least 1; at 1 there are no projections.
         num_blocks: blocks in a row.
         uses_time: condition on the masked share r.
+        uses_control: attend to the tokens just committed.
+        uses_prefix: attend to the tokens of the prompt.
+        rows: see :class:`~lit_shortcut.networks.rows.Options`.
+        anchored: see :class:`~lit_shortcut.networks.rows.Options`.
 
     Raises:
-        ValueError: if the ratio is below 1 or c is not a multiple of twice ``num_heads``.
+        ValueError: if the ratio is below 1, c is not a multiple of twice ``num_heads``, or options do not go together.
     """
 
     uses_places = True
@@ -78,25 +92,24 @@ class LLaDAShortcutNet(VelocityNet):
         bottleneck_ratio: float = 2.0,
         num_blocks: int = 1,
         uses_time: bool = True,
+        uses_control: bool = True,
+        uses_prefix: bool = True,
+        rows: RowChoice = "all",
+        anchored: bool = False,
     ) -> None:
-        super().__init__(
-            width,
-            bottleneck_ratio,
-            uses_time,
-            make_blocks=lambda inner: nn.ModuleList(
-                CrossAndSelf(inner, num_heads, mlp_width, norm_eps) for _ in range(num_blocks)
-            ),
-            make_last=lambda inner: RMSNorm(inner, norm_eps),
+        options = Options(
+            width, bottleneck_ratio, num_blocks, uses_time, uses_control, uses_prefix, rows=rows, anchored=anchored
         )
-        self.hparams = {
-            "width": width,
+        inner = options.inner
+        blocks = nn.ModuleList(
+            CrossAndSelf(inner, num_heads, mlp_width, norm_eps, uses_control) for _ in range(num_blocks)
+        )
+        super().__init__(options, blocks, RMSNorm(inner, norm_eps))
+        self.hparams = options.hparams() | {
             "num_heads": num_heads,
             "mlp_width": mlp_width,
             "rope_theta": rope_theta,
             "norm_eps": norm_eps,
-            "bottleneck_ratio": bottleneck_ratio,
-            "num_blocks": num_blocks,
-            "uses_time": uses_time,
         }
         self.num_heads, self.rope_theta = num_heads, rope_theta
 
@@ -133,16 +146,17 @@ class LLaDAShortcutNet(VelocityNet):
         fill(network, state, NAMES, file)
         return network
 
-    def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None) -> Tensor:
+    def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
         """Blocks over ``x`` (B, S, c) under ``control`` (B, K, c).
 
         Raises:
             ValueError: if there are no ``places``.
         """
         if places is None or places.rows is None:
-            raise ValueError("LLaDAShortcutNet rotates rows by their places, but the base's interface tells none")
+            raise ValueError("LLaDAShortcutNet rotates rows by their places, but the base's interface has none")
         head_width = x.shape[-1] // self.num_heads
-        by, control_by = (rotation(part, head_width, self.rope_theta) for part in (places.rows, places.control))
+        by = rotation(places.rows, head_width, self.rope_theta)
+        memory = (control, rotation(places.control, head_width, self.rope_theta))
         for block in self.blocks:
-            x = block(x, by, (control, control_by), is_real, places.is_real)
+            x = block(x, by, memory, is_real, places.is_real, rows)
         return x

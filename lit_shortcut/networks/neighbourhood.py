@@ -16,23 +16,29 @@ class Neighbourhood(nn.Module):
     Args:
         width: c, channels.
         grid: side of the square token grid.
-        reach: places that a token reaches in each direction; the kernel's side is 2·reach + 1.
+        reach: places that a token reaches in each direction; the kernel's side is 2·reach + stride.
+        stride: tokens a side of the square that a row of the features stands for.
 
     Raises:
-        ValueError: if ``grid`` is below 1.
+        ValueError: if ``grid`` is below 1, or no multiple of ``stride``.
     """
 
-    def __init__(self, width: int, grid: int, reach: int) -> None:
+    def __init__(self, width: int, grid: int, reach: int, stride: int = 1) -> None:
         super().__init__()
         if grid < 1:
             raise ValueError(f"grid must be the side of the token grid where there is a reach, got {grid}")
+        if stride < 1 or grid % stride:
+            raise ValueError(f"stride must divide grid {grid}, got {stride}")
         self.grid = grid
         self.norm = nn.LayerNorm(width)  # embeddings of a base may be of any scale
-        self.spread = nn.Conv2d(width, width, 2 * reach + 1, padding=reach, groups=width)
+        self.spread = nn.Conv2d(width, width, 2 * reach + stride, stride, padding=reach, groups=width)
         self.mix = nn.Linear(width, width)
 
     def forward(self, control: Tensor, positions: Tensor, is_real: Tensor | None) -> Tensor:
-        """(B, L, c) from ``control`` (B, K, c) at ``positions`` (B, K), padding where ``is_real`` (B, K) is false."""
+        """(B, L / stride², c) from ``control`` (B, K, c) at ``positions`` (B, K).
+
+        ``is_real`` (B, K) is false where ``control`` is padding, None where there is none.
+        """
         tokens: Tensor = self.norm(control)
         if is_real is not None:
             tokens = tokens * is_real[..., None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from lit_shortcut.interface import Places
 from lit_shortcut.networks.attention import Attention, feed_forward
 from lit_shortcut.networks.neighbourhood import Neighbourhood
+from lit_shortcut.networks.rows import ALL_ROWS, Options, RowChoice, Rows
 from lit_shortcut.published import SHORTCUT, fill, load_state
 from lit_shortcut.weights import WeightsError, load_module
 
@@ -28,40 +28,42 @@ class Block(nn.Module):
     """Cross-attention to the control tokens, MLP, self-attention, MLP, each with a residual.
 
     Only queries are normed: the control tokens enter as they are, and so do keys and values of the self-attention.
+    Without control there are only self-attention and its MLP.
     """
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, uses_control: bool = True) -> None:
         super().__init__()
-        self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, num_heads)
-        self.cross_mlp_norm, self.cross_mlp = nn.LayerNorm(width), feed_forward(width, 4 * width)
+        self.uses_control = uses_control
+        if uses_control:
+            self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, num_heads)
+            self.cross_mlp_norm, self.cross_mlp = nn.LayerNorm(width), feed_forward(width, 4 * width)
         self.self_norm, self.self_attention = nn.LayerNorm(width), Attention(width, num_heads)
         self.self_mlp_norm, self.self_mlp = nn.LayerNorm(width), feed_forward(width, 4 * width)
 
-    def forward(self, x: Tensor, control: Tensor, is_real: Tensor | None) -> Tensor:
-        """(B, S, c) to (B, S, c) under ``control`` (B, K, c), padding where ``is_real`` (B, K) is false."""
-        x = x + self.cross_attention(self.cross_norm(x), control, is_real)
-        x = x + self.cross_mlp(self.cross_mlp_norm(x))
-        x = x + self.self_attention(self.self_norm(x), x)
-        refined: Tensor = x + self.self_mlp(self.self_mlp_norm(x))
-        return refined
+    def forward(self, x: Tensor, control: Tensor, is_real: Tensor | None, rows: Rows = ALL_ROWS) -> Tensor:
+        """(B, S, c) to (B, S, c) under ``control`` (B, K, c), padding where ``is_real`` (B, K) is false.
+
+        Only ``rows`` change; all of them are attended to.
+        """
+        own = rows.take(x)
+        if self.uses_control:
+            own = own + self.cross_attention(self.cross_norm(own), control, is_real)
+            own = own + self.cross_mlp(self.cross_mlp_norm(own))
+        own = own + self.self_attention(self.self_norm(own), rows.put(x, own))
+        return rows.put(x, own + self.self_mlp(self.self_mlp_norm(own)))
 
 
-class VelocityNet(nn.Module, ABC):
-    """What all shortcut networks share: average velocity of the features over one step, f + S(f, control, r).
+class ShortcutNetwork(nn.Module, ABC):
+    """What all shortcut networks share: average velocity of the features over some steps, f + S(f, control, r).
 
     Projections to a width of its own, blocks, a last layer, modulation by the masked share, projection back. Knows no
     base. With a bottleneck the last projection starts at zero, so that an untrained network repeats its input and
     training begins at "hold"; at ratio 1 there are no projections.
 
     Args:
-        width: C, width of the base's features.
-        bottleneck_ratio: C over the network's own width c, at least 1.
-        uses_time: condition on the masked share r.
-        make_blocks: from c to the blocks that :meth:`refine` goes through.
-        make_last: from c to the layer behind them.
-
-    Raises:
-        ValueError: if the ratio is below 1.
+        options: what every network of a kind can be asked for.
+        blocks: of width c, for :meth:`refine`.
+        last: layer of width c behind them.
     """
 
     uses_places: ClassVar[bool] = False
@@ -69,28 +71,18 @@ class VelocityNet(nn.Module, ABC):
 
     hparams: dict[str, Any]
 
-    def __init__(
-        self,
-        width: int,
-        bottleneck_ratio: float,
-        uses_time: bool,
-        make_blocks: Callable[[int], nn.ModuleList],
-        make_last: Callable[[int], nn.Module],
-    ) -> None:
+    def __init__(self, options: Options, blocks: nn.ModuleList, last: nn.Module) -> None:
         super().__init__()
-        if bottleneck_ratio < 1:
-            raise ValueError(f"bottleneck_ratio must be at least 1, got {bottleneck_ratio}")
-        inner = int(width / bottleneck_ratio)
-        narrows = bottleneck_ratio > 1
+        self.options = options
+        width, inner, narrows = options.width, options.inner, options.bottleneck_ratio > 1
         self.narrow_features = nn.Linear(width, inner) if narrows else nn.Identity()
-        self.narrow_control = nn.Linear(width, inner) if narrows else nn.Identity()
-        self.blocks = make_blocks(inner)
-        self.last = make_last(inner)
-        if uses_time:
-            hidden = round(math.sqrt(2 * _FREQUENCIES * inner))
-            self.time_mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, inner))
+        self.narrow_control = nn.Linear(width, inner) if narrows and options.uses_control else nn.Identity()
+        self.blocks, self.last = blocks, last
+        if options.uses_time:
+            self.time_mlp = _time_mlp(inner)
             self.modulation = nn.Linear(inner, 2 * inner)
-        self.uses_time = uses_time
+        if options.anchored:
+            self.gap_mlp = _time_mlp(inner)
         self.widen = nn.Linear(inner, width) if narrows else nn.Identity()
         for parameter in self.widen.parameters():
             nn.init.zeros_(parameter)
@@ -102,31 +94,43 @@ class VelocityNet(nn.Module, ABC):
         masked_share: Tensor,
         is_real: Tensor | None = None,
         places: Places | None = None,
+        rows: Rows = ALL_ROWS,
+        gap: Tensor | None = None,
     ) -> Tensor:
         """Next features (B, S, C).
 
         Args:
-            features: (B, S, C) of the present step.
-            control: (B, K, C) embeddings of the tokens just committed.
+            features: (B, S, C) of the present step, or of the last full step for an anchored network.
+            control: (B, K, C) embeddings of the tokens committed since.
             masked_share: (B,) r, share of image tokens still masked before the step that is predicted.
             is_real: (B, K), false where ``control`` is padding.
             places: where ``features`` and ``control`` stand in the base's sequence, if the network uses that.
+            rows: rows to predict; the others stay as they are.
+            gap: (B,) steps from ``features`` to the prediction, for an anchored network.
         """
-        x = self.refine(self.narrow_features(features), self.narrow_control(control), is_real, places)
-        x = self.last(x)
-        if self.uses_time:
-            time = self.time_mlp(sinusoids(masked_share).to(x.dtype))
+        x = self.narrow_features(features)
+        if self.options.uses_control:
+            control = self.narrow_control(control)
+        x = self.last(rows.take(self.refine(x, control, is_real, places, rows)))
+        if self.options.uses_time:
+            time = self.time_mlp(sinusoids(_TIME_SCALE * masked_share).to(x.dtype))
+            if self.options.anchored:
+                if gap is None:
+                    raise ValueError("an anchored network needs the gap between its features and its prediction")
+                time = time + self.gap_mlp(sinusoids(gap).to(x.dtype))
             scale, shift = self.modulation(time)[:, None].chunk(2, dim=-1)
             x = x * (1 + scale) + shift
-        velocity: Tensor = self.widen(x)
-        return features + velocity
+        return rows.put(features, rows.take(features) + self.widen(x))
 
     @abstractmethod
-    def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None) -> Tensor:
-        """Blocks over ``x`` (B, S, c) under ``control`` (B, K, c), padding where ``is_real`` (B, K) is false."""
+    def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
+        """Blocks over ``x`` (B, S, c) under ``control`` (B, K, c), padding where ``is_real`` (B, K) is false.
+
+        Only ``rows`` change.
+        """
 
 
-class ShortcutNet(VelocityNet):
+class ShortcutNet(ShortcutNetwork):
     """The shortcut network of MaskGIT: layer norms, attention without positions.
 
     Args:
@@ -138,9 +142,14 @@ class ShortcutNet(VelocityNet):
         grid: side of the square token grid, for the neighbourhood.
         reach: of the :class:`~lit_shortcut.networks.neighbourhood.Neighbourhood` that is added before the blocks; 0
             leaves it out, as published.
+        stride: tokens a side of the square that a row of the features stands for, for the neighbourhood.
+        uses_control: attend to the tokens just committed.
+        rows: see :class:`Options`.
+        anchored: see :class:`Options`.
 
     Raises:
-        ValueError: if the ratio or the number of blocks is below 1 or c is not a multiple of ``num_heads``.
+        ValueError: if the ratio or the number of blocks is below 1, c is not a multiple of ``num_heads``, or options do
+            not go together.
     """
 
     def __init__(
@@ -152,31 +161,34 @@ class ShortcutNet(VelocityNet):
         uses_time: bool = True,
         grid: int = 0,
         reach: int = 0,
+        stride: int = 1,
+        uses_control: bool = True,
+        rows: RowChoice = "all",
+        anchored: bool = False,
     ) -> None:
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
-        super().__init__(
+        options = Options(
             width,
             bottleneck_ratio,
-            uses_time,
-            make_blocks=lambda inner: nn.ModuleList(Block(inner, num_heads) for _ in range(num_blocks)),
-            make_last=lambda inner: nn.Sequential(
-                nn.LayerNorm(inner, eps=_LAST_EPS),
-                nn.Linear(inner, inner),
-                nn.GELU(),
-                nn.LayerNorm(inner, eps=_LAST_EPS),
-            ),
+            num_blocks,
+            uses_time=uses_time,
+            uses_control=uses_control,
+            rows=rows,
+            anchored=anchored,
         )
-        self.hparams = {
-            "width": width,
-            "num_heads": num_heads,
-            "bottleneck_ratio": bottleneck_ratio,
-            "num_blocks": num_blocks,
-            "uses_time": uses_time,
-            "grid": grid,
-            "reach": reach,
-        }
-        self.neighbourhood = Neighbourhood(int(width / bottleneck_ratio), grid, reach) if reach else None
+        if reach and not uses_control:
+            raise ValueError("reach lays control tokens on the grid, and uses_control is false; set reach to 0")
+        inner = options.inner
+        last = nn.Sequential(
+            nn.LayerNorm(inner, eps=_LAST_EPS),
+            nn.Linear(inner, inner),
+            nn.GELU(),
+            nn.LayerNorm(inner, eps=_LAST_EPS),
+        )
+        blocks = nn.ModuleList(Block(inner, num_heads, uses_control) for _ in range(num_blocks))
+        super().__init__(options, blocks, last)
+        self.hparams = options.hparams() | {"num_heads": num_heads, "grid": grid, "reach": reach, "stride": stride}
+        del self.hparams["uses_prefix"]
+        self.neighbourhood = Neighbourhood(inner, grid, reach, stride) if reach else None
 
     @classmethod
     def load(cls, path: Path) -> ShortcutNet:
@@ -208,8 +220,8 @@ class ShortcutNet(VelocityNet):
         fill(network, state, SHORTCUT, path)
         return network
 
-    def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None) -> Tensor:
-        """Blocks over ``x`` (B, S, c) under ``control`` (B, K, c), whose ``places`` the neighbourhood alone asks for.
+    def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
+        """Blocks over ``x`` (B, S, c) under ``control`` (B, K, c), whose ``places`` only the neighbourhood needs.
 
         Raises:
             ValueError: if there is a neighbourhood and no ``places``.
@@ -220,12 +232,12 @@ class ShortcutNet(VelocityNet):
             near = self.neighbourhood(control, places.control, is_real)
             x = x + F.pad(near, (0, 0, 0, x.shape[1] - near.shape[1]))
         for block in self.blocks:
-            x = block(x, control, is_real)
+            x = block(x, control, is_real, rows)
         return x
 
 
 def published_sizes(state: dict[str, Tensor], inner: int) -> dict[str, Any]:
-    """Arguments of any :class:`VelocityNet` of own width ``inner`` (c), read off its published ``state``."""
+    """Arguments of any :class:`ShortcutNetwork` of own width ``inner`` (c), read off its published ``state``."""
     width = state["proj_in.weight"].shape[1] if "proj_in.weight" in state else inner
     ratio = width / inner
     return {
@@ -237,8 +249,14 @@ def published_sizes(state: dict[str, Tensor], inner: int) -> dict[str, Any]:
     }
 
 
-def sinusoids(share: Tensor) -> Tensor:
-    """Cosines, then sines, of 1000·``share`` (B,) at geometric frequencies: (B, 256)."""
-    exponents = torch.arange(_FREQUENCIES, dtype=torch.float32, device=share.device) / _FREQUENCIES
-    angles = _TIME_SCALE * share.float()[:, None] * _MAX_PERIOD**-exponents
+def sinusoids(values: Tensor) -> Tensor:
+    """Cosines, then sines, of ``values`` (B,) at geometric frequencies from 1 down to 1/10,000: (B, 256)."""
+    exponents = torch.arange(_FREQUENCIES, dtype=torch.float32, device=values.device) / _FREQUENCIES
+    angles = values.float()[:, None] * _MAX_PERIOD**-exponents
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _time_mlp(inner: int) -> nn.Sequential:
+    """From :func:`sinusoids` (B, 256) to (B, c)."""
+    hidden = round(math.sqrt(2 * _FREQUENCIES * inner))
+    return nn.Sequential(nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, inner))

@@ -14,12 +14,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.contracts import Conditions, MaskedImageModel
-from lit_shortcut.evaluation import Row, require_feasible
+from lit_shortcut.evaluation.drawing import require_feasible
+from lit_shortcut.evaluation.identity import dtype_of
+from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, modules_of
+from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of
 from lit_shortcut.sampling import Decoding, sample
+from lit_shortcut.trials import is_trial
 from lit_shortcut.weights import require_writable
 
 
@@ -31,8 +36,10 @@ class BenchTask(L.LightningModule):
 
     Args:
         base: the frozen model.
-        rows: ways to decode.
+        rows: ways to decode, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them.
         decoding: how tokens are drawn.
+        methods: predictors by name.
+        plans: plans by name, besides ``even`` and ``even_tokens``.
         path: JSON file to write.
         rounds: timed runs of each row.
         random_weights: say of the weights that they are random; sizes alone matter here.
@@ -43,9 +50,11 @@ class BenchTask(L.LightningModule):
     def __init__(
         self,
         base: MaskedImageModel,
-        rows: list[Row],
         *,
+        rows: list[RowEntry],
         decoding: Decoding | None = None,
+        methods: dict[str, Predictor] | None = None,
+        plans: dict[str, NamedPlan] | None = None,
         path: Path = Path("runs/bench.json"),
         rounds: int = 3,
         random_weights: bool = False,
@@ -57,14 +66,14 @@ class BenchTask(L.LightningModule):
             raise ValueError(f"rounds must be at least 1, got {rounds}")
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
-        self.decoding, self.rows, self.path, self.rounds = decoding or Decoding(), rows, path, rounds
+        self.rows, self.path, self.rounds = build_rows(rows, decoding or Decoding(), methods, plans), path, rounds
         self.random_weights, self.compiled, self.compile_mode = random_weights, compiled, compile_mode
-        self.methods = nn.ModuleList(row.method for row in rows if isinstance(row.method, nn.Module))
+        self.methods = modules_of(self.rows)
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot be run or written, before anything is."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        require_feasible(self.base, self.decoding, self.rows, data)
+        require_feasible(self.base, self.rows, data)
         require_writable(self.path.parent)
 
     def on_test_start(self) -> None:
@@ -72,9 +81,9 @@ class BenchTask(L.LightningModule):
         if self.compiled:
             compile_networks(self.base, self.methods, self.compile_mode)
 
-    def test_step(self, batch: Conditions, batch_idx: int) -> None:
-        """Measure on the first batch; the others are left alone."""
-        if batch_idx > 0:
+    def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure on the first batch; the others are left out."""
+        if batch_idx > 0 or dataloader_idx > 0:
             return
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -84,13 +93,16 @@ class BenchTask(L.LightningModule):
         measured = {
             row.name: parts_of(list(laps)) for row, laps in zip(self.rows, zip(*rounds, strict=True), strict=True)
         }
-        facts = self.facts(batch)
-        if self.trainer.is_global_zero:
+        facts, where = self.facts(batch), f"written to {self.path}"
+        if is_trial(self.trainer, "test"):
+            where = "a trial run: nothing is written"
+        elif self.trainer.is_global_zero:
             rows = {name: [part._asdict() for part in parts] for name, parts in measured.items()}
-            self.path.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+            with replacing(self.path) as aside:
+                aside.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
         said = ", ".join(f"{name} {value}" for name, value in facts.items())
         tables = "\n\n".join(f"{name}\n{_table(parts)}" for name, parts in measured.items())
-        rank_zero_info(f"\n{tables}\n\n{said}\nwritten to {self.path}")
+        rank_zero_info(f"\n{tables}\n\n{said}\n{where}")
 
     def facts(self, batch: Conditions) -> dict[str, Any]:
         """What the figures depend on, and the peak of memory."""
@@ -98,7 +110,7 @@ class BenchTask(L.LightningModule):
         return {
             "device": device_name(self.device),
             "threads": torch.get_num_threads(),
-            "dtype": str(self.base.interface.code_embedding.dtype).removeprefix("torch."),
+            "dtype": dtype_of(self.base),
             "precision": str(self.trainer.precision),
             "batch": len(batch.ids),
             "rounds": self.rounds,
@@ -112,9 +124,9 @@ class BenchTask(L.LightningModule):
     def _run(self, row: Row, batch: Conditions) -> Laps:
         """The decoding loop once, by laps."""
         laps = Laps(self.device)
-        base, method = TimedBase(self.base, laps), TimedAcceleration(row.method, laps)
+        base, method = TimedBase(self.base, laps), TimedAcceleration(row.acceleration, laps)
         laps.begin()
-        for _ in sample(base, batch, row.decoding(self.decoding), method):
+        for _ in sample(base, batch, row.decoding, method):
             laps.end("token choice", calls=1)
         laps.end("rest")
         return laps

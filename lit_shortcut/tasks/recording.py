@@ -1,18 +1,27 @@
-"""Record trajectories of a frozen base, and tell what a set of them holds."""
+"""Record trajectories of a frozen base: ``predict`` runs the vanilla loop and keeps the features of every step."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import nn
+from torch.utils.data import DataLoader
 
 from lit_shortcut.acceleration.accelerated import Vanilla
+from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
+from lit_shortcut.decoding.schedules import tokens_per_step
+from lit_shortcut.evaluation.drawing import require_known
 from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.trajectory import FORMAT_VERSION, Card, Dtype, interface_fingerprint, room_like
+from lit_shortcut.tasks.room import room_like
+from lit_shortcut.trajectory import FORMAT_VERSION, Card, interface_fingerprint
 
 SCRATCH = Path("runs/scratch")
 
@@ -25,6 +34,64 @@ class Asked(Protocol):
     seed: int
     num_classes: int
     prompts_sha256: str
+
+    def loader(self) -> DataLoader[Conditions]:
+        """Batches of conditions."""
+
+
+class RecordingTask(L.LightningModule):
+    """Trajectories of a frozen base, batch by batch; nothing is trained.
+
+    Args:
+        base: the frozen model.
+        decoding: how tokens are drawn.
+        compiled: run the base through ``torch.compile``.
+        compile_mode: ``reduce-overhead`` replays CUDA graphs.
+        memory_limit_gb: features of a batch that are kept in the memory of the base's device, in GB (10⁹ bytes);
+            batches that wait to be written take as much each. Where a batch's take more, they go to a file step by
+            step, and no trajectory lies in memory whole.
+        scratch: folder of such files, on a disk and not in memory (tmpfs); they leave nothing behind.
+
+    Raises:
+        ValueError: if ``memory_limit_gb`` is negative.
+    """
+
+    def __init__(
+        self,
+        base: MaskedImageModel,
+        *,
+        decoding: Decoding | None = None,
+        compiled: bool = False,
+        compile_mode: Mode = "default",
+        memory_limit_gb: float = 8.0,
+        scratch: Path = SCRATCH,
+    ) -> None:
+        super().__init__()
+        if not memory_limit_gb >= 0:
+            raise ValueError(f"memory_limit_gb must be at least 0, got {memory_limit_gb}")
+        assert isinstance(base, nn.Module)
+        self.base: MaskedImageModel = base
+        self.decoding, self.compiled, self.compile_mode = decoding or Decoding(), compiled, compile_mode
+        self.memory_limit_gb, self.scratch = memory_limit_gb, Path(scratch)
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot be recorded before anything is.
+
+        Raises:
+            ValueError: if the base does not know a condition, or the schedule cannot spend the tokens in so many steps.
+        """
+        tokens_per_step(self.decoding.schedule, self.decoding.num_steps, self.base.spec.num_tokens)
+        if (datamodule := getattr(self.trainer, "datamodule", None)) is not None:
+            require_known(self.base, datamodule, guided=self.decoding.is_guided)
+
+    def on_predict_start(self) -> None:
+        """Compile where that is asked for."""
+        if self.compiled:
+            compile_networks(self.base, (), self.compile_mode)
+
+    def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
+        """Return trajectories of one batch, all features kept."""
+        return record(self.base, batch, self.decoding, memory_limit_gb=self.memory_limit_gb, scratch=self.scratch)
 
 
 def record(
@@ -63,24 +130,37 @@ def record(
     return Trajectories(conditions, features, tokens, committed_at, prefix)
 
 
-def card_of(base: MaskedImageModel, decoding: Decoding, asked: Asked, dtype: Dtype) -> Card:
+def card_of(
+    base: MaskedImageModel,
+    decoding: Decoding,
+    asked: Asked,
+    *,
+    encoding: str,
+    precision: str,
+    base_identity: dict[str, Any],
+) -> Card:
     """The card of the set that :func:`record` makes of all images ``asked`` for, a shard for each batch of them.
 
     Args:
         base: the frozen model.
         decoding: how tokens are drawn.
         asked: the images.
-        dtype: of the features as stored.
+        encoding: of the features as stored.
+        precision: that the trainer computes them in.
+        base_identity: all of the base that they depend on, as JSON has it; with its ``fingerprint``.
     """
+    first = move_data_to_device(asked.loader().dataset[0].first(1), base.interface.code_embedding.device)
     return Card(
         format_version=FORMAT_VERSION,
-        base_fingerprint=base.fingerprint,
+        base=json.loads(json.dumps(base_identity)),
         interface=interface_fingerprint(base.interface),
         spec=base.spec._asdict(),
         decoding=asdict(decoding),
         branches=decoding.branches,
         num_steps=decoding.num_steps,
-        dtype=dtype,
+        precision=precision,
+        encoding=encoding,
+        text_rows=base.context(first, guided=decoding.is_guided).prefix is not None,
         num_samples=asked.num_images,
         samples_per_shard=asked.batch_size,
         seed=asked.seed,

@@ -8,23 +8,33 @@ import lightning as L
 from torch import nn
 
 from lit_shortcut.contracts import LabelledImages
-from lit_shortcut.metrics.images import FeatureStatistics
+from lit_shortcut.metrics.reference import FeatureStatistics
 from lit_shortcut.weights import require_writable, update_manifest
 
 
 class ReferenceTask(L.LightningModule):
     """``predict`` over real images writes mean and covariance of their features; run on one device.
 
+    That is enough for the Fréchet distance; the kernel distance, precision and recall need features themselves.
+
     Args:
         extractor: from uint8 images to features, the one that will judge generated images.
         path: safetensors file to write; ``manifest.yaml`` beside it gets an entry.
         images: says which images they are.
         licence: SPDX identifier of the file.
+        num_reference_features: images whose features are stored, a random subset; all where there are fewer.
     """
 
-    def __init__(self, extractor: nn.Module, path: Path, images: str, licence: str = "Apache-2.0") -> None:
+    def __init__(
+        self,
+        extractor: nn.Module,
+        path: Path,
+        images: str,
+        licence: str = "Apache-2.0",
+        num_reference_features: int = 0,
+    ) -> None:
         super().__init__()
-        self.statistics, self.path = FeatureStatistics(extractor), path
+        self.statistics, self.path = FeatureStatistics(extractor, num_reference_features), path
         self.facts = {"images": images, "licence": licence}
         self.extractor = extractor
 

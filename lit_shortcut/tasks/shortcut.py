@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torchmetrics import MeanMetric
 
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.acceleration.replay import RecordedEnds, Replay
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Control, Prefix, TokenSpec, Trajectories, Transition
-from lit_shortcut.interface import TokenInterface
-from lit_shortcut.metrics.functional import (
-    centred_cosine,
-    gain_over_hold,
-    head_kl,
-    masked_cosine,
-    masked_mean,
-    masked_mse,
-    token_agreement,
-)
-from lit_shortcut.networks.control import embed_control, lay_out, require_kind
-from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.decoding.schedules import tokens_per_step
+from lit_shortcut.losses import Loss, MaskedMSE, Places, weighted_sum
+from lit_shortcut.metrics.functional import gain_over_hold, masked_cosine, masked_mse
+from lit_shortcut.metrics.places import Masked, Seen, place_means
+from lit_shortcut.networks.control import advance, lay_out, require_kind
+from lit_shortcut.networks.shortcut import ShortcutNetwork
+from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.optimized import OptimizedTask
+from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.trajectory import Card
 from lit_shortcut.weights import WeightsError
 
-_MEASURES = ("cosine", "cosine_centred", "head_kl", "token_agreement")  # of one step, beside the errors of several
+_OWN_NAMES = ("loss", "gain", "cosine", "cosine_gain")
 
 
 class ShortcutTask(OptimizedTask):
-    """Regress the average velocity: mean squared error of the next features at places still masked.
+    """Regress the average velocity of the features, by default as published: squared error at places still masked.
 
     Validation repeats the prediction 1 … ``rollout_depth`` steps in a row along each recorded trajectory and compares
     with "hold" (the last base features again): ``val/gain`` is 1 − MSE / MSE of hold, after one step, and
@@ -41,31 +43,25 @@ class ShortcutTask(OptimizedTask):
 
     Args:
         network: the shortcut to train.
-        kl_weight: weight of T²·KL(head(target)/T ‖ head(prediction)/T); 0 leaves it out, as published.
-        kl_temperature: T.
-        standardised: divide the error of each channel by the standard deviation of its velocity before squaring, so
-            that loud channels do not drown the others; false is the published raw error. ``train/mse`` is in the same
-            units, ``val/mse`` always raw.
-        rows: which rows of the features the loss counts: places still ``masked`` (MaskGIT), or ``all`` (DiMOO).
+        losses: by name, each with its weight; squared error at masked places by default.
         rollout_depth: K, consecutive shortcut steps in validation. In training the depth is drawn from 1 to the
-            datamodule's window, and the gradient runs through the last step alone.
+            datamodule's window, and the gradient runs through the last step only; an anchored network predicts that far
+            ahead at once.
         compiled: run the network through ``torch.compile``.
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule, by the step.
+
+    Raises:
+        ValueError: if the depth is below 1, there is no loss, or one has a name that is taken.
     """
 
-    network: VelocityNet
-    interface: TokenInterface
-    channel_scale: Tensor
+    network: ShortcutNetwork
 
     def __init__(
         self,
-        network: VelocityNet,
+        network: ShortcutNetwork,
         *,
-        kl_weight: float = 0.0,
-        kl_temperature: float = 1.0,
-        standardised: bool = False,
-        rows: Literal["masked", "all"] = "masked",
+        losses: dict[str, Loss] | None = None,
         rollout_depth: int = 4,
         compiled: bool = False,
         optimizer: OptimizerCallable = AdamW,
@@ -74,49 +70,118 @@ class ShortcutTask(OptimizedTask):
         super().__init__(optimizer, scheduler)
         if rollout_depth < 1:
             raise ValueError(f"rollout_depth must be at least 1, got {rollout_depth}")
-        self.network = network
-        self.kl_weight, self.kl_temperature = kl_weight, kl_temperature
-        self.standardised, self.rows, self.rollout_depth = standardised, rows, rollout_depth
+        self.losses: dict[str, Loss] = {"mse": MaskedMSE()} if losses is None else losses
+        if not self.losses:
+            raise ValueError("losses must name at least one loss")
+        if taken := sorted(set(self.losses) & set(_OWN_NAMES)):
+            raise ValueError(f"losses must not be named {', '.join(taken)}: train/{taken[0]} is logged already")
+        self.network, self.rollout_depth = network, rollout_depth
         if compiled:
-            network.compile()  # in place: weights keep their names, and what samples with the network is faster, too
+            network.compile(
+                fullgraph=True
+            )  # in place: weights keep their names, and what samples with the network is faster, too
         self.card: Card | None = None
-        self.sums = nn.ModuleDict()
+        self.measures: Any = nn.ModuleDict()  # of a list by depth
+        self._ends: tuple[RecordedEnds, ...] = ()
+        self._loss: Tensor | None = None
+        self._masked_before: list[int] = []
+
+    @property
+    def ends(self) -> RecordedEnds:
+        """What the recorded set tells of its base."""
+        (ends,) = self._ends
+        return ends
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens that the recorded set commits at each of its N steps."""
+        assert self.card is not None
+        return tokens_per_step(self.card.decoding["schedule"], self.card.num_steps, self.ends.spec.num_tokens)
+
+    @property
+    def guidance(self) -> list[float]:
+        """Scale of the recorded set's guidance at each of its N steps."""
+        assert self.card is not None
+        decoding = Decoding(**self.card.decoding)
+        return [decoding.guidance_at(step) for step in range(self.card.num_steps)]
+
+    def replay(self, batch: Trajectories) -> Replay:
+        """Return ``batch`` in the place of its base."""
+        return Replay(self.ends, batch)
+
+    def use(self, ends: RecordedEnds) -> None:
+        """Train for the base of ``ends``.
+
+        Its interface is frozen and no submodule, since DistributedDataParallel would broadcast its buffers in every
+        step; it follows the task in device and precision.
+        """
+        self._ends = (ends,)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ShortcutTask:
+        for ends in self._ends:
+            ends.interface._apply(fn)  # type: ignore[no-untyped-call]
+        moved: ShortcutTask = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def setup(self, stage: str) -> None:
-        """Take card, interface and channel scales from the datamodule.
+        """Take card and interface from the datamodule, and let the losses take what they need.
 
         Raises:
             WeightsError: if the network's width is not that of the recorded features, or it is of another kind of base.
+            ValueError: if a loss cannot have what it needs, or the precision is one that cannot train.
         """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.card, self.interface = data.card, data.interface
-        width = TokenSpec(**data.card.spec).width
-        if self.network.hparams["width"] != width:
-            raise WeightsError(
-                f"{data.source}: features are {width} wide, but the shortcut network was built for width "
-                f"{self.network.hparams['width']}; set model.init_args.network.init_args.width to {width}"
+        if stage == "fit" and self.trainer.precision == "16-true":
+            raise ValueError(
+                "trainer.precision: 16-true cannot train, small gradients vanish in float16; use 16-mixed or bf16-true"
             )
-        require_kind(self.network, self.interface, data.source)
-        scale = data.velocity_scale() if self.standardised else torch.ones(width)
-        self.register_buffer("channel_scale", scale, persistent=False)
-        depths = range(2, 1 + min(self.rollout_depth, self.card.num_steps - 1))
-        names = ["mse", *(f"rollout_mse_{k}" for k in depths), *_MEASURES]
-        self.sums = nn.ModuleDict(
-            {name + suffix: MeanMetric(nan_strategy="error") for name in names for suffix in ("", "_hold")}
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.card, spec = data.card, TokenSpec(**data.card.spec)
+        self.use(RecordedEnds(spec, data.interface, data.card.base_fingerprint))
+        if self.network.options.width != spec.width:
+            raise WeightsError(
+                f"{data.source}: features are {spec.width} wide, but the shortcut network was built for width "
+                f"{self.network.options.width}; set model.init_args.network.init_args.width to {spec.width}"
+            )
+        require_kind(self.network, data.interface, data.source)
+        for name, loss in self.losses.items():
+            try:
+                loss.prepare(data)
+            except ValueError as error:
+                raise ValueError(f"model.losses.{name}: {error}") from error
+        self._masked_before = [sum(self.counts[step:]) for step in range(1 + data.card.num_steps)]
+        depths = range(1, 1 + min(self.rollout_depth, data.card.num_steps - 1))
+        self.measures = nn.ModuleDict(
+            {
+                name: nn.ModuleList(place_means(depth, suffix) for depth in depths)
+                for name, suffix in (("shortcut", ""), ("hold", "_hold"))
+            }
         )
 
     def network_facts(self) -> dict[str, Any]:
         """The base the network belongs to, and how its trajectories were drawn."""
-        return asdict(self.card) if self.card else {}
+        return asdict(self.card) | {"base_fingerprint": self.card.base_fingerprint} if self.card else {}
 
-    def forward(self, features: Tensor, control: Control, masked_share: Tensor, text: Prefix | None = None) -> Tensor:
-        """Features after one step, (B, S, C), from those before, ``control`` (B, K) and ``masked_share`` (B,)."""
-        layout = None if text is None else lay_out(self.interface, text, features.shape[-2])
-        embedded = embed_control(self.interface, control, layout)
-        following: Tensor = self.network(
-            features, embedded.tokens.to(features), masked_share, embedded.is_real, embedded.places
-        )
-        return following
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what every trained task keeps, unless the last loss was not finite."""
+        if self._loss is not None:
+            self._require_finite(float(sum_over_ranks(self._loss)))
+        super().on_save_checkpoint(checkpoint)
+
+    def forward(
+        self,
+        features: Tensor,
+        control: Control,
+        masked_share: Tensor,
+        prefix: Prefix | None = None,
+        *,
+        masked: Tensor | None = None,
+        gap: Tensor | None = None,
+    ) -> Tensor:
+        """Predict features (B, S, C); see :func:`~lit_shortcut.networks.control.advance`."""
+        dtype, interface = next(self.network.parameters()).dtype, self.ends.interface
+        features = features.to(dtype)
+        layout = None if prefix is None else lay_out(self.network, interface, prefix, features.shape[-2])
+        return advance(self.network, interface, features, control, masked_share, layout, masked=masked, gap=gap)
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
         """Loss of one batch of windows, after a depth drawn from 1 to their length.
@@ -125,72 +190,89 @@ class ShortcutTask(OptimizedTask):
         """
         depth = random.Random(f"{self.current_epoch}:{batch_idx}")  # noqa: S311 - the same after a resume
         last = depth.randrange(batch.targets.shape[1])
-        terms, counts = self.terms(batch, last)
-        terms = terms * (counts / self._mean_over_ranks(counts).clamp(min=1))  # as gradients are means over ranks
-        self._require_finite(terms[0], batch)
-        mse, hold, kl, cosine, held_cosine = self._mean_over_ranks(terms)
-        self.log("train/mse", mse)
-        self.log("train/gain", gain_over_hold(mse, hold))
-        self.log_dict({"train/cosine": cosine, "train/cosine_gain": gain_over_hold(1 - cosine, 1 - held_cosine)})
-        if self.kl_weight:
-            self.log("train/head_kl", kl)
-        self.log("train/loss", mse + self.kl_weight * kl, prog_bar=True)
-        return terms[0] + self.kl_weight * terms[2]
+        prediction, where = self.predict(batch, last), self.where(batch, last)
+        terms = self.terms(prediction, batch.targets[:, last], where)
+        shares = self._shares(where, batch, last, batch_idx)
+        terms = {name: term * shares[self.losses[name].places] for name, term in terms.items()}
+        loss = weighted_sum(self.losses, terms)
+        self._loss = loss.detach()
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
+            self._log(terms, self._diagnostics(prediction, batch, last, where["masked"], shares["masked"]))
+        return loss
 
-    def terms(self, batch: Transition, last: int) -> tuple[Tensor, Tensor]:
-        """Measures after step ``last`` of the window, and how many places each counts, both (5,).
-
-        They are error, error of hold, the head's KL (0 where it has no weight), and cosine of prediction and of hold.
-        """
-        features = batch.features.float()
-        rolled = features
+    def predict(self, batch: Transition, last: int) -> Tensor:
+        """Features (B, S, C) after step ``last`` of the window, with a gradient through one pass of the network."""
+        if self.network.options.anchored:
+            return self._advance(batch.features, batch, 0, last)
+        features = batch.features
         with torch.no_grad():
             for offset in range(last):
-                rolled = self._advance(rolled, batch, offset)
-        prediction, target = self._advance(rolled, batch, last), batch.targets[:, last].float()
-        is_masked = batch.is_masked[:, last]
-        counted = is_masked if self.rows == "masked" else self._real_rows(batch)
-        error, hold = self._error(prediction, target, counted), self._error(features, target, counted)
-        kl = self._head_kl(prediction, target, is_masked) if self.kl_weight else torch.zeros_like(error)
-        cosines = [masked_cosine(guess.detach(), target, is_masked) for guess in (prediction, features)]
-        places, masked_places = counted.sum(), is_masked.sum()
-        counts = torch.stack([places, places, masked_places, masked_places, masked_places])
-        return torch.stack([error, hold, kl, *cosines]), counts.to(error)
+                features = self._advance(features, batch, offset, offset)
+        return self._advance(features, batch, last, last)
 
+    def where(self, batch: Transition, last: int) -> dict[Places, Tensor]:
+        """What counts after step ``last`` of the window, by name; see :class:`~lit_shortcut.losses.Loss`."""
+        tokens = batch.is_masked[:, last]
+        where: dict[Places, Tensor] = {"masked": self.ends.interface.masked_rows(tokens), "tokens": tokens}
+        if any(loss.places == "all" for loss in self.losses.values()):
+            where["all"] = self._real_rows(batch)
+        return where
+
+    def terms(self, prediction: Tensor, target: Tensor, where: dict[Places, Tensor]) -> dict[str, Tensor]:
+        """Each loss of ``prediction``, by name and without its weight."""
+        interface = self.ends.interface
+        return {name: loss(prediction, target, where[loss.places], interface) for name, loss in self.losses.items()}
+
+    @torch.no_grad()
     def validation_step(self, batch: Trajectories, batch_idx: int) -> None:
-        """Errors of 1 … K consecutive predictions at each place of each trajectory."""
-        features = batch.features.flatten(0, 1)  # (B·G, N, S, C), gigabytes in large models: float32 step by step
-        branches, num_steps = batch.features.shape[1], features.shape[1]
-        committed_at = batch.committed_at.repeat_interleave(branches, dim=0)
-        tokens = batch.tokens.repeat_interleave(branches, dim=0)
+        """Errors of 1 … K consecutive predictions at each place of each trajectory.
+
+        Trajectories are on the host; a step at a time lies on the device.
+        """
+        replay = self.replay(batch)
+        methods = {
+            name: Accelerated(Even(1), predictor)
+            for name, predictor in (("shortcut", Shortcut(self.network)), ("hold", Hold()))
+        }
+        interface = self.ends.interface
         # of a trajectory's own places, whatever the batch
-        centre = features[:, :, : tokens.shape[1]].mean(dim=(1, 2), dtype=torch.float32)[:, None]
-        text = None if batch.prefix is None else Prefix(*(part.flatten(0, 1) for part in batch.prefix))
-        rolled: list[Tensor] = []  # rolled[k]: present features after k consecutive predictions
-        for step in range(num_steps - 1):
-            rolled = [features[:, step].float(), *rolled][: self.rollout_depth]
-            control = _committed(tokens, committed_at, step)
-            is_masked = committed_at > step
-            share = is_masked.float().mean(dim=1)
-            depths = len(rolled)
-            repeated = Control(*(part.repeat(depths, 1) for part in control[:2]))
-            repeated_text = text and Prefix(
-                text.lengths.repeat(depths), text.control.repeat(depths, 1, 1), text.num_control.repeat(depths)
-            )
-            rolled = list(self(torch.cat(rolled), repeated, share.repeat(depths), repeated_text).chunk(depths))
-            held = [features[:, step - k].float() for k in range(depths)]
-            self._add(rolled, held, features[:, step + 1].float(), is_masked, centre)
+        centre = torch.stack([features[:, :, : interface.num_rows].mean(2) for _, features in replay.steps()]).mean(0)[
+            :, :, None
+        ]
+        rolled: list[dict[str, Any]] = []  # rolled[k]: runs whose last base features are k + 1 steps old
+        for state, features in replay.steps():
+            truth = Seen(features, interface.logits(features), centre)
+            tokens = (state.tokens == self.ends.spec.mask_id).expand(len(features), -1, -1)
+            masked = Masked(interface.masked_rows(tokens), tokens)
+            for depth, runs in enumerate(rolled):
+                for name, run in runs.items():
+                    guess, _ = run(state)
+                    logits = interface.logits(guess) if depth == 0 else truth.logits
+                    self.measures[name][depth].update(Seen(guess, logits, centre), truth, masked)
+            begun = {name: method.start(replay, replay.recorded, replay.counts) for name, method in methods.items()}
+            for run in begun.values():
+                run(state)
+            rolled = [begun, *rolled][: len(self.measures["hold"])]
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over the whole validation set, exact over ranks, and each as gain over hold."""
-        mean = {name: metric.compute() for name, metric in self.sums.items()}  # type: ignore[operator]
-        for metric in self.sums.values():
-            metric.reset()  # type: ignore[operator]
+        """Log the means over the whole validation set, exact over ranks, and each as gain over hold.
+
+        Raises:
+            ValueError: if one is not finite.
+        """
+        mean: dict[str, Tensor] = {}
+        for by_depth in self.measures.values():
+            for measured in by_depth:
+                mean |= measured.compute()
+                measured.reset()
+        for name, value in mean.items():
+            if not torch.isfinite(value):
+                raise ValueError(f"val/{name} is {float(value)} at optimiser step {self.global_step}")
         logged = {name: value for name, value in mean.items() if not name.startswith("rollout")}
-        for k in range(2, self.rollout_depth + 1):
-            if f"rollout_mse_{k}" in mean:
-                logged[f"rollout_mse_{k}"] = mean[f"rollout_mse_{k}"]
-                logged[f"rollout_gain_{k}"] = gain_over_hold(mean[f"rollout_mse_{k}"], mean[f"rollout_mse_{k}_hold"])
+        for k in range(2, 1 + len(self.measures["hold"])):
+            logged[f"rollout_mse_{k}"] = mean[f"rollout_mse_{k}"]
+            logged[f"rollout_gain_{k}"] = gain_over_hold(mean[f"rollout_mse_{k}"], mean[f"rollout_mse_{k}_hold"])
         logged["gain"] = gain_over_hold(mean["mse"], mean["mse_hold"])
         for cosine in ("cosine", "cosine_centred"):
             logged[f"{cosine}_gain"] = gain_over_hold(1 - mean[cosine], 1 - mean[f"{cosine}_hold"])
@@ -198,67 +280,83 @@ class ShortcutTask(OptimizedTask):
         for name, value in logged.items():
             self.log(f"val/{name}", value, prog_bar=name == "gain", sync_dist=True)  # equal already; Lightning warns
 
-    def _advance(self, features: Tensor, batch: Transition, offset: int) -> Tensor:
-        is_real = None if batch.control.is_real is None else batch.control.is_real[:, offset]
-        control = Control(batch.control.tokens[:, offset], batch.control.positions[:, offset], is_real)
-        following: Tensor = self(features, control, batch.masked_share[:, offset], batch.prefix)
-        return following
-
-    def _error(self, prediction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-        if self.standardised:
-            prediction, target = prediction / self.channel_scale, target / self.channel_scale
-        return masked_mse(prediction, target, counted)
-
-    def _head_kl(self, prediction: Tensor, target: Tensor, is_masked: Tensor) -> Tensor:
-        """Mean over masked places; the head runs on those alone."""
-        places = is_masked.nonzero()[:, 1]
-        wanted, guessed = (
-            self.interface.row_logits(features[:, : is_masked.shape[1]][is_masked], places)
-            for features in (target, prediction)
+    def _advance(self, features: Tensor, batch: Transition, first: int, last: int) -> Tensor:
+        """Predict step ``last`` of the window from ``features`` and the tokens of steps ``first`` … ``last``."""
+        steps = slice(first, last + 1)
+        tokens, positions, is_real = (part if part is None else part[:, steps].flatten(1) for part in batch.control)
+        assert tokens is not None
+        assert positions is not None
+        gap = torch.full_like(batch.step, last - first + 1) if self.network.options.anchored else None
+        share, masked = batch.masked_share[:, last], batch.is_masked[:, last]
+        following: Tensor = self(
+            features, Control(tokens, positions, is_real), share, batch.prefix, masked=masked, gap=gap
         )
-        kl = head_kl(wanted, guessed, self.kl_temperature)
-        return kl.sum() / max(1, len(kl))
+        return following
 
     def _real_rows(self, batch: Transition) -> Tensor:
         """Rows (B, S) that are no padding."""
         count, num_rows = batch.features.shape[:2]
         if batch.prefix is None:
             return torch.ones(count, num_rows, dtype=torch.bool, device=batch.features.device)
-        return self.interface.row_places(batch.prefix.lengths, num_rows)[1]
+        return self.ends.interface.row_places(batch.prefix.lengths, num_rows)[1]
 
-    def _add(self, rolled: list[Tensor], held: list[Tensor], target: Tensor, is_masked: Tensor, centre: Tensor) -> None:
-        """Add this step's errors to the running means, weighted by the number of places they are means of."""
-        weight = is_masked.sum()
-        values = {}
-        for k, (prediction, hold) in enumerate(zip(rolled, held, strict=True), start=1):
-            name = "mse" if k == 1 else f"rollout_mse_{k}"
-            values[name] = masked_mse(prediction, target, is_masked)
-            values[f"{name}_hold"] = masked_mse(hold, target, is_masked)
-        target_logits = self.interface.logits(target)
-        for suffix, guess in (("", rolled[0]), ("_hold", held[0])):
-            logits = self.interface.logits(guess)
-            values[f"cosine{suffix}"] = masked_cosine(guess, target, is_masked)
-            values[f"cosine_centred{suffix}"] = centred_cosine(guess, target, is_masked, centre)
-            values[f"head_kl{suffix}"] = masked_mean(head_kl(target_logits, logits), is_masked)
-            values[f"token_agreement{suffix}"] = token_agreement(logits, target_logits, is_masked)
-        for name, value in values.items():
-            self.sums[name].update(value, weight)  # type: ignore[operator]
+    def _shares(
+        self, where: dict[Places, Tensor], batch: Transition, last: int, batch_idx: int
+    ) -> dict[Places, float | Tensor]:
+        """Places of each kind in this rank's batch, relative to the mean over ranks: gradients are means over ranks.
 
-    def _mean_over_ranks(self, values: Tensor) -> Tensor:
-        reduced = self.trainer.strategy.reduce(values.detach().clone(), reduce_op="mean")  # works in place
-        assert isinstance(reduced, Tensor)
-        return reduced
+        The schedule fixes how many tokens are masked after each step, and the order of the batches which steps the
+        other ranks train on, so that nothing is sent. Where that is not so the numbers are summed over ranks in each
+        step: where windows may stand in for damaged ones, where a row of the features stands for several tokens, and
+        for all rows where prefixes differ in length.
+        """
+        ranks, interface = self.trainer.world_size, self.ends.interface
+        shares: dict[Places, float | Tensor] = dict.fromkeys(where, 1.0)
+        if ranks == 1:
+            return shares
+        steps_of: Any = getattr(self.trainer.datamodule, "steps_of_batch", None)  # type: ignore[attr-defined]
+        steps = steps_of(self.current_epoch, batch_idx) if steps_of else None
+        sent: list[Places] = ["all"] if "all" in where and batch.prefix is not None else []
+        if steps is None or interface.num_rows != interface.num_tokens:
+            sent += ["masked", "tokens"]
+        else:
+            left = [sum(self._masked_before[step + 1 + last] for step in own) for own in steps]
+            share = left[self.trainer.global_rank] * ranks / max(1, sum(left))
+            shares |= {"masked": share, "tokens": share}
+        if sent:
+            own = torch.stack([where[places].sum() for places in sent]).float()
+            shares |= dict(zip(sent, own * ranks / sum_over_ranks(own).clamp(min=1), strict=True))
+        return shares
 
-    def _require_finite(self, loss: Tensor, batch: Transition) -> None:
-        if not torch.isfinite(loss):
+    @torch.no_grad()
+    def _diagnostics(
+        self, prediction: Tensor, batch: Transition, last: int, where: Tensor, share: float | Tensor
+    ) -> dict[str, Tensor]:
+        """Errors and cosines at masked rows of the prediction and of hold."""
+        target = batch.targets[:, last]
+        guesses = {"": prediction, "_hold": batch.features}
+        return {f"mse{suffix}": masked_mse(guess, target, where) * share for suffix, guess in guesses.items()} | {
+            f"cosine{suffix}": masked_cosine(guess, target, where) * share for suffix, guess in guesses.items()
+        }
+
+    def _log(self, terms: dict[str, Tensor], diagnostics: dict[str, Tensor]) -> None:
+        """Log means over ranks by one reduction and one read of the device."""
+        stacked = torch.stack([*(term.detach() for term in terms.values()), *diagnostics.values()]).float()
+        means = torch.tensor((sum_over_ranks(stacked) / self.trainer.world_size).tolist())  # on the CPU: not read again
+        named = dict(zip(terms, means, strict=False))
+        loss = weighted_sum(self.losses, named)
+        self._require_finite(float(loss))
+        found = dict(zip(diagnostics, means[len(terms) :], strict=True))
+        self.log_dict({f"train/{name}": value for name, value in named.items()})
+        self.log("train/gain", gain_over_hold(found["mse"], found["mse_hold"]))
+        self.log("train/cosine", found["cosine"])
+        self.log("train/cosine_gain", gain_over_hold(1 - found["cosine"], 1 - found["cosine_hold"]))
+        self.log("train/loss", loss, prog_bar=True)
+
+    def _require_finite(self, loss: float) -> None:
+        """Refuse a loss over all ranks that is not finite: on every rank, as all have the same sum."""
+        if not math.isfinite(loss):
             raise ValueError(
-                f"training loss is {loss.item()} at optimiser step {self.global_step}, in a batch of steps "
-                f"{sorted(set(batch.step.tolist()))}: lower the learning rate or the precision's risk "
-                "(the stored features were checked and are finite)"
+                f"training loss is {loss} at optimiser step {self.global_step} or since the step that was logged last: "
+                "lower the learning rate or the precision's risk (the stored features were checked and are finite)"
             )
-
-
-def _committed(tokens: Tensor, committed_at: Tensor, step: int) -> Control:
-    """The tokens each trajectory committed at ``step``: equally many in all, the schedule fixes their number."""
-    places = (committed_at == step).nonzero()[:, 1].unflatten(0, (len(tokens), -1))
-    return Control(tokens.gather(1, places), places)

@@ -8,34 +8,49 @@ from functools import cached_property
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
-
-import torch
+from typing import Any
 
 from lit_shortcut.contracts import TokenSpec
-from lit_shortcut.trajectory.encoding import DTYPES, row_bytes
-from lit_shortcut.trajectory.files import TrajectoryError, locate, read_small, whole
+from lit_shortcut.files import AccessError, read_bytes, whole
+from lit_shortcut.trajectory.encoding import ENCODINGS, Encoding
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _CARD = "card.json"
-_LIMIT = 2**20  # bytes of a card; real ones have a thousand
-_MOST = 2**53  # of any count; below what len() of a range can tell
-_HEADERS = 4096  # bytes a sample takes beside its tensors: two tar headers, a JSON file, padding
+_MOST_SHARDS = 10**7  # 80 MB for their order
+_BLOCK, _HEADERS = 512, 640  # of a tar; bytes before an array: headers of the member and of numpy
+_OTHERS = 8192  # bytes of a sample's other members beyond their arrays
+
+
+class TrajectoryError(ValueError):
+    """A set of trajectories is missing, damaged, or not the one asked for."""
+
+
+def shard_name(index: int) -> str:
+    """File name of shard ``index``."""
+    return f"shard-{index:06d}.tar"
+
+
+def locate(source: str | Path, name: str) -> str:
+    """Path or URL of file ``name`` of the set at ``source``."""
+    return f"{str(source).rstrip('/')}/{name}"
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a set holds and how it was made; equal cards, equal sets.
+    """What a set holds and how it was made: equal cards, equal bytes.
 
     Args:
         format_version: of this schema.
-        base_fingerprint: of the base that computed the features.
+        base: identity of the base that computed the features, all that they depend on; ``fingerprint`` is of its
+            weights.
         interface: fingerprint of the interface kept beside the shards.
         spec: fields of the base's :class:`TokenSpec`.
         decoding: how tokens were drawn.
         branches: G.
         num_steps: N.
-        dtype: of the features as stored, a key of ``DTYPES``.
+        precision: that the features were computed in, in Lightning's terms (``32-true``, ``bf16-mixed``, …).
+        encoding: of the features as stored, a key of ``ENCODINGS``.
+        text_rows: whether the features have rows of a text; S is then that of each sample's own.
         num_samples: trajectories in the set.
         samples_per_shard: in every shard but the last, which holds what is left.
         seed: of the run; each sample's own comes from it.
@@ -44,13 +59,15 @@ class Card:
     """
 
     format_version: int
-    base_fingerprint: str
+    base: dict[str, Any]
     interface: str
     spec: dict[str, Any]
     decoding: dict[str, Any]
     branches: int
     num_steps: int
-    dtype: str
+    precision: str
+    encoding: str
+    text_rows: bool
     num_samples: int
     samples_per_shard: int
     seed: int
@@ -58,16 +75,27 @@ class Card:
     prompts: str = ""
 
     def __post_init__(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            raise TrajectoryError(_other_version(self.format_version))
-        if self.dtype not in DTYPES:
-            raise TrajectoryError(f"dtype: expected one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        if type(self.base.get("fingerprint")) is not str:
+            raise TrajectoryError(f"base: expected an identity with a fingerprint, found {self.base}")
+        if self.encoding not in ENCODINGS:
+            raise TrajectoryError(f"encoding: expected one of {', '.join(ENCODINGS)}, found {self.encoding!r}")
         if set(self.spec) != set(TokenSpec._fields) or not all(type(size) is int for size in self.spec.values()):
             raise TrajectoryError(f"spec: expected integers {', '.join(TokenSpec._fields)}, found {self.spec}")
         for name in ("branches", "num_steps", "num_samples", "samples_per_shard"):
-            if not 1 <= getattr(self, name) <= _MOST:
-                bound = f"at least 1, found {getattr(self, name)}" if getattr(self, name) < 1 else f"at most {_MOST}"
-                raise TrajectoryError(f"{name}: expected {bound}")
+            if getattr(self, name) < 1:
+                raise TrajectoryError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.num_shards > _MOST_SHARDS:
+            raise TrajectoryError(f"num_samples: expected at most {_MOST_SHARDS} shards, found {self.num_shards}")
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base's weights."""
+        return str(self.base["fingerprint"])
+
+    @property
+    def encoder(self) -> Encoding:
+        """The encoding of that name."""
+        return ENCODINGS[self.encoding]
 
     @property
     def num_shards(self) -> int:
@@ -75,20 +103,17 @@ class Card:
         return -(-self.num_samples // self.samples_per_shard)
 
     @property
-    def features_shape(self) -> tuple[int, int, int, int]:
-        """(G, N, S, C) of one trajectory; S at most so long where prompts differ."""
-        return self.branches, self.num_steps, self.spec["sequence_length"], self.spec["width"]
-
-    @property
     def sample_bytes(self) -> int:
         """Size of one trajectory on disk, rounded up by a few kB."""
-        grid = self.spec["num_tokens"] * (torch.int32.itemsize + torch.int16.itemsize)
-        return int(prod(self.features_shape[:3]) * row_bytes(self.spec["width"], self.dtype) + grid + _HEADERS)
+        stored = self.encoder.members(self.spec["sequence_length"], self.spec["width"])
+        sizes = (dtype.itemsize * prod(shape) for dtype, shape in stored.values())
+        step = sum(-(-(size + _HEADERS) // _BLOCK) * _BLOCK for size in sizes)
+        return self.branches * self.num_steps * step + 6 * self.spec["num_tokens"] + _OTHERS
 
     @cached_property
     def digest(self) -> str:
         """First 16 hex digits of a sha256 over all fields; shards name the card they belong to by it."""
-        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(asdict(self))
 
     def ids(self, index: int) -> range:
         """Ids of the samples in shard ``index``."""
@@ -105,39 +130,28 @@ class Card:
         """The card of the set at ``source``.
 
         Raises:
-            TrajectoryError: if it is missing, no JSON, of another version, changed since it was written, or a key is
-                missing or of a wrong type.
+            TrajectoryError: if it is missing, of another version, changed since it was written, or makes no sense.
+            AccessError: if it cannot be fetched.
         """
         where = locate(source, _CARD)
         try:
-            values = json.loads(read_small(where, _LIMIT))
-        except OSError as error:
+            values = json.loads(read_bytes(where))
+            version, digest = values.get("format_version"), values.pop("digest", None)
+        except AccessError:
+            raise
+        except (OSError, ValueError, AttributeError, KeyError, RecursionError) as error:
             raise TrajectoryError(f"{where}: expected the card of a set of trajectories ({error})") from error
-        except (ValueError, RecursionError) as error:
-            raise (
-                error if isinstance(error, TrajectoryError) else TrajectoryError(f"{where}: expected JSON ({error})")
-            ) from error
-        if not isinstance(values, dict):
-            raise TrajectoryError(f"{where}: expected a JSON object, found {type(values).__name__}")
-        if values.get("format_version") != FORMAT_VERSION:
-            raise TrajectoryError(f"{where}: {_other_version(values.get('format_version'))}")
-        digest = values.pop("digest", None)
-        kinds = {name: get_origin(hint) or hint for name, hint in get_type_hints(cls).items()}
-        for name in sorted(kinds.keys() ^ values.keys()):
-            raise TrajectoryError(f"{where}: {name}: " + ("missing" if name in kinds else "no key of a card"))
-        for name, kind in kinds.items():
-            if type(values[name]) is not kind:
-                raise TrajectoryError(f"{where}: {name}: expected {kind.__name__}, found {values[name]!r}")
-        try:
-            card = cls(**values)
-        except TrajectoryError as error:
-            raise TrajectoryError(f"{where}: {error}") from error
-        if digest != card.digest:
+        if version != FORMAT_VERSION:
             raise TrajectoryError(
-                f"{where}: changed since it was written: expected digest {card.digest}, found {digest}"
+                f"{where}: format_version: expected {FORMAT_VERSION}, found {version!r}; record the set again"
             )
-        return card
+        if digest != _digest(values):
+            raise TrajectoryError(f"{where}: changed since it was written; its digest is no longer {digest}")
+        try:
+            return cls(**values)
+        except (TypeError, TrajectoryError) as error:
+            raise TrajectoryError(f"{where}: {error}") from error
 
 
-def _other_version(found: object) -> str:
-    return f"format_version: expected {FORMAT_VERSION}, found {found!r}; record the set anew"
+def _digest(values: dict[str, Any]) -> str:
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

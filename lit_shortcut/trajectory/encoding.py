@@ -1,53 +1,110 @@
-"""How features lie on disk and travel to the device: as floating-point numbers, or as 8-bit integers with scales.
+"""Encodings: how features lie on disk and travel to the device.
 
-``int8``: each row (C values of one token at one step) is divided by its scale, its largest magnitude / 127, and
-rounded; the scale is kept in float32. No value is off by more than half a scale. A row takes C + 4 bytes, so that one
-guidance branch at 15 × 1025 × 768 takes 11.9 MB instead of 47.2 in float32.
+An encoding turns the features of a step, (S, C), into one or more tensors whose first dimension is S, each a member of
+the shard, and back. A new one is a subclass of :class:`Encoding` and a call of :func:`register`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from abc import ABC, abstractmethod
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-Dtype = Literal["int8", "bfloat16", "float16", "float32"]
-DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SCALES = torch.float32
-_LARGEST = 127
+Parts = dict[str, Tensor]
+"""Encoded features by the ending of their members' names, each (…, S, …)."""
+Kind = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of a tensor."""
 
 
-class Encoded(NamedTuple):
-    """Features as they are stored: ``values`` (…, S, C) and, of integers, ``scales`` (…, S)."""
+class Encoding(ABC):
+    """A way to store features; ``name`` is what YAML and card call it."""
 
-    values: Tensor
-    scales: Tensor | None = None
+    name: str
 
-    def decode(self) -> Tensor:
-        """Features (…, S, C): floating-point numbers as stored, integers as float32."""
-        return self.values if self.scales is None else self.values.to(SCALES).mul_(self.scales[..., None])
+    @abstractmethod
+    def members(self, num_rows: int, width: int) -> dict[str, Kind]:
+        """Kinds of the tensors that store one step of ``num_rows`` (S) rows and ``width`` (C), by their endings."""
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Encoded:
-        """``function`` of both tensors; it treats leading dimensions alone."""
-        return Encoded(function(self.values), None if self.scales is None else function(self.scales))
+    @abstractmethod
+    def encode(self, features: Tensor) -> Parts:
+        """``features`` (…, S, C) as stored."""
+
+    @abstractmethod
+    def decode(self, parts: Parts) -> Tensor:
+        """Features (…, S, C) of ``parts``."""
+
+    def check(self, parts: Parts) -> None:
+        """Raise a :class:`ValueError` if ``parts`` decode to NaN or infinity."""
+        for ending, part in parts.items():
+            if part.dtype.is_floating_point:
+                require_finite("features" if ending == "npy" else ending.removesuffix(".npy"), part)
 
 
-def encode(features: Tensor, dtype: Dtype) -> Encoded:
-    """``features`` (…, S, C) in the form ``dtype``.
+class Plain(Encoding):
+    """Floating-point numbers of one dtype."""
 
-    >>> values, scales = encode(torch.tensor([[2.54, -1.0, 0.0]]), "int8")
-    >>> values.tolist(), round(scales.item(), 6)
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.name, self.dtype = str(dtype).removeprefix("torch."), dtype
+
+    def members(self, num_rows: int, width: int) -> dict[str, Kind]:
+        """One tensor, (S, C)."""
+        return {"npy": (self.dtype, (num_rows, width))}
+
+    def encode(self, features: Tensor) -> Parts:
+        """Features cast to the dtype."""
+        return {"npy": features.to(self.dtype)}
+
+    def decode(self, parts: Parts) -> Tensor:
+        """Features in the dtype they are stored in."""
+        return parts["npy"]
+
+
+class Int8(Encoding):
+    """8-bit integers with a scale for each row.
+
+    Each row (C values of one token at one step) is divided by its scale, its largest magnitude / 127, and rounded; the
+    scale is kept in float32. No value is off by more than half a scale. A row takes C + 4 bytes, so that one guidance
+    branch at 15 × 1025 × 768 takes 11.9 MB instead of 47.2 in float32.
+
+    >>> parts = Int8().encode(torch.tensor([[2.54, -1.0, 0.0]]))
+    >>> parts["npy"].tolist(), round(parts["scales.npy"].item(), 6)
     ([[127, -50, 0]], 0.02)
     """
-    if dtype != "int8":
-        return Encoded(features.to(DTYPES[dtype]))
-    features = features.to(SCALES)
-    scales = features.abs().amax(-1).div_(_LARGEST).clamp_(min=torch.finfo(SCALES).tiny)  # a row of zeros has one, too
-    return Encoded((features / scales[..., None]).round_().to(torch.int8), scales)
+
+    name = "int8"
+    _largest = 127
+
+    def members(self, num_rows: int, width: int) -> dict[str, Kind]:
+        """Integers (S, C) and scales (S,)."""
+        return {"npy": (torch.int8, (num_rows, width)), "scales.npy": (torch.float32, (num_rows,))}
+
+    def encode(self, features: Tensor) -> Parts:
+        """Rounded quotients and their scales."""
+        features = features.float()
+        scales = features.abs().amax(-1).div_(self._largest)
+        scales.clamp_(min=torch.finfo(scales.dtype).tiny)  # a row of zeros has one, too
+        return {"npy": (features / scales[..., None]).round_().to(torch.int8), "scales.npy": scales}
+
+    def decode(self, parts: Parts) -> Tensor:
+        """Features in float32."""
+        return parts["npy"].float().mul_(parts["scales.npy"][..., None])
 
 
-def row_bytes(width: int, dtype: str) -> int:
-    """Size of one row of ``width`` values."""
-    return width * DTYPES[dtype].itemsize + (SCALES.itemsize if dtype == "int8" else 0)
+ENCODINGS: dict[str, Encoding] = {}
+
+
+def register(encoding: Encoding) -> None:
+    """Make ``encoding`` known by its name."""
+    ENCODINGS[encoding.name] = encoding
+
+
+for _known in (Int8(), Plain(torch.bfloat16), Plain(torch.float16), Plain(torch.float32)):
+    register(_known)
+
+
+def require_finite(name: str, values: Tensor) -> None:
+    """Raise a :class:`ValueError` if ``values``, called ``name``, hold NaN or infinity."""
+    if values.numel() and not all(isfinite(bound.item()) for bound in torch.aminmax(values)):  # quicker than of all
+        raise ValueError(f"{name}: expected finite {str(values.dtype).removeprefix('torch.')}, found NaN or infinity")

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from lit_shortcut.files import fetch, is_remote, whole
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.trajectory.card import Card
-from lit_shortcut.trajectory.files import TrajectoryError, is_remote, locate, read_small, whole
+from lit_shortcut.trajectory.card import Card, TrajectoryError, locate
 from lit_shortcut.weights import fingerprint, load_tensors
 
 _INTERFACE = "interface.safetensors"
 
 
 def interface_fingerprint(interface: TokenInterface) -> str:
-    """Equal for equal interfaces alone; the card of a set holds it."""
-    return fingerprint(_tensors(interface))
+    """A digest that only equal interfaces share; the card of a set holds it."""
+    return _fingerprint(interface.kind, interface.to_tensors())
 
 
 def save_interface(folder: Path, interface: TokenInterface) -> None:
     """Write ``interface`` beside the shards in ``folder``, whole or not at all."""
     with whole(folder / _INTERFACE) as file:
-        file.write(save(_tensors(interface)))
+        file.write(save(interface.to_tensors(), metadata={"kind": json.dumps(interface.kind)}))
 
 
 def load_interface(source: str | Path, card: Card) -> TokenInterface:
@@ -38,34 +38,18 @@ def load_interface(source: str | Path, card: Card) -> TokenInterface:
     where = locate(source, _INTERFACE)
     with TemporaryDirectory() as scratch:
         path = Path(where)
-        if is_remote(source):
+        if is_remote(where):
             path = Path(scratch) / _INTERFACE
-            path.write_bytes(read_small(where, _limit(card)))
-        tensors, _ = load_tensors(path)
-    found = fingerprint(tensors)
-    if found != card.interface:
+            fetch(where, path)
+        tensors, metadata = load_tensors(path)
+    kind = metadata.get("kind", "")
+    if (found := _fingerprint(kind, tensors)) != card.interface:
         raise TrajectoryError(f"{where}: expected the interface {card.interface} that the card names, found {found}")
     try:
-        num_tokens = tensors.pop("num_tokens")
-        interface = TokenInterface(int(num_tokens), **tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise TrajectoryError(f"{where}: expected num_tokens, embedding and head of image tokens ({error})") from error
-    table = (card.spec["codebook_size"], card.spec["width"])
-    for name, matrix in (("code_embedding", interface.code_embedding), ("head_weight", interface.head_weight)):
-        if tuple(matrix.shape) != table or not bool(matrix.isfinite().all()):
-            raise TrajectoryError(f"{where}: {name}: expected finite numbers {table}, found {tuple(matrix.shape)}")
-    return interface
+        return TokenInterface.from_tensors(kind, tensors)
+    except ValueError as error:
+        raise TrajectoryError(f"{where}: {error}") from error
 
 
-def _limit(card: Card) -> int:
-    """Bytes that no interface of such a set exceeds: two matrices and offsets, of 8 bytes a number."""
-    rows = card.spec["codebook_size"] + card.spec["sequence_length"] + 1
-    return 2**20 + 16 * rows * (card.spec["width"] + 1)
-
-
-def _tensors(interface: TokenInterface) -> dict[str, Tensor]:
-    tensors = {  # cloned, because a base may tie embedding and head, and safetensors refuses shared memory
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in interface.state_dict().items()
-    }
-    return tensors | {"num_tokens": torch.tensor(interface.num_tokens)}
+def _fingerprint(kind: str, tensors: dict[str, Tensor]) -> str:
+    return f"{kind}:{fingerprint(tensors)}"

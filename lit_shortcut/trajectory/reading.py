@@ -1,4 +1,4 @@
-"""Read a shard at any place: headers once, then the bytes asked for, each checked against its checksum.
+"""Read a shard at any place: the bytes asked for, each checked against its checksum.
 
 Read, not memory-mapped: a file that is cut while it is open then gives an error instead of ending the process.
 """
@@ -7,215 +7,150 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
-from collections.abc import Iterator
-from math import prod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import finalize
 
 import torch
 from torch import Tensor
 
-from lit_shortcut.trajectory.card import Card
-from lit_shortcut.trajectory.encoding import DTYPES, SCALES, Encoded
-from lit_shortcut.trajectory.files import TrajectoryError
-from lit_shortcut.trajectory.sample import (
-    Range,
-    Trajectory,
-    bytes_of,
-    header_limit,
-    parse_header,
-    require_finite_features,
-    require_members,
-    require_values,
-    rest_of,
-    step_blocks,
-)
-from lit_shortcut.trajectory.sidecar import Sidecar, checksum
-
-_BLOCK = tarfile.BLOCKSIZE
-_ENDINGS = ("safetensors", "json")
-_LIMITS = {"json": 2**20}  # bytes; a prompt is the longest part
+from lit_shortcut.contracts import Conditions, Prefix, Trajectories
+from lit_shortcut.trajectory.card import Card, TrajectoryError
+from lit_shortcut.trajectory.encoding import Parts
+from lit_shortcut.trajectory.index import Index, checksum, step_ending
+from lit_shortcut.trajectory.writing import require_values
 
 
 class Head(NamedTuple):
-    """A sample without its features: ``tensors`` by name, ``num_rows`` (S), and where each step's bytes lie."""
+    """A sample without its features: ``tokens``, ``committed_at`` (L,), ``rows`` (S) of each branch.
 
-    tensors: dict[str, Tensor]
-    num_rows: int
-    steps: list[list[Range]]
+    ``lengths`` (G,) and ``control`` (P, C) of its text are 0 and empty where there is none.
+    """
+
+    tokens: Tensor
+    committed_at: Tensor
+    rows: list[int]
+    lengths: Tensor
+    control: Tensor
 
 
 class Shard:
-    """An open shard of a set in a local folder; its file is closed with the last use of the object.
+    """Shard ``index`` of the set of ``card``, open at ``path``, its index beside it; messages call it ``where``.
 
-    Args:
-        path: of the tar; its sidecar lies beside it.
-        index: number of the shard.
-        card: of the set.
-        where: what messages call the shard; a fetched one is called by its URL.
-
-    Raises:
-        TrajectoryError: if file or sidecar is missing, they do not fit one another, or the tar holds other members
-            than the card tells.
+    A :class:`TrajectoryError` if file or index is missing, or they do not fit one another. The file is closed with the
+    last use of the object.
     """
 
-    def __init__(self, path: Path, index: int, card: Card, where: str | None = None) -> None:
-        self.where, self._card, self._index = where or str(path), card, index
+    def __init__(self, path: Path, index: int, card: Card, where: str) -> None:
+        self.where, self._card, self._ids = where, card, card.ids(index)
         self._heads: dict[int, Head] = {}
-        self._sidecar = Sidecar.read(str(path.with_suffix(".json")), index, card)
+        self.index = Index.read(path, index, card)
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise TrajectoryError(f"{self.where}: no readable shard ({error.strerror})") from error
+            raise TrajectoryError(f"{where}: no readable shard ({error.strerror})") from error
         finalize(self, os.close, self._file)
-        size = os.fstat(self._file).st_size
-        if size != self._sidecar.bytes:
-            raise TrajectoryError(
-                f"{self.where}: its size differs from {path.with_suffix('.json').name}: "
-                f"expected {self._sidecar.bytes} bytes, found {size}"
-            )
-        self._members = list(self._scan(size))
+        if (size := os.fstat(self._file).st_size) != self.index.bytes:
+            raise TrajectoryError(f"{where}: its index says {self.index.bytes} bytes, found {size}; it is cut short")
 
     def head(self, row: int) -> Head:
-        """The sample at ``row`` in the shard, without its features; kept once read.
-
-        Raises:
-            TrajectoryError: naming the sample, if it is damaged or does not fit the card.
-        """
+        """The sample at ``row`` in the shard, without its features; kept once read."""
         if row not in self._heads:
-            self._heads[row] = self._read_head(row)
+            with self._named(row):
+                self._heads[row] = self._head(row)
         return self._heads[row]
 
-    def read_steps(self, row: int, first: int, out: Encoded) -> None:
-        """Copy consecutive steps of the sample at ``row`` into ``out``, (R, ≥ S, C), from step ``first`` of G · N.
+    def read_steps(self, row: int, branch: int, first: int, out: Parts) -> None:
+        """Copy consecutive steps of the sample at ``row`` into ``out``, parts (R, ≥ S, …), from step ``first``.
 
         Raises:
-            TrajectoryError: naming the sample, if its bytes are not those that were written, or are NaN.
+            TrajectoryError: naming the sample, if its bytes are not those that were written, or do not fit the card.
         """
-        head, (start, _) = self.head(row), self._members[row][0]
-        stored = out.map(lambda part: part[:, : head.num_rows])
-        parts = [stored.values] if stored.scales is None else [stored.values, stored.scales]
-        sums, where = self._sidecar.checksums[row].steps, self._named(row)
-        for step in range(len(out.values)):
-            views = [bytes_of(part[step]) for part in parts]
-            for view, (begin, _) in zip(views, head.steps[first + step], strict=True):
-                self._read_into(view, start + begin)
-            if checksum(*views) != sums[first + step]:
-                raise TrajectoryError(
-                    f"{where}: features at step {first + step}: checksum differs; the file is damaged"
-                )
-        require_finite_features(stored, where)
+        num_rows = self.head(row).rows[branch]
+        with self._named(row):
+            for part, room in out.items():
+                for step, values in enumerate(room[:, :num_rows]):
+                    self._fill(row, step_ending(branch, first + step, part), values)
 
-    def trajectory(self, row: int) -> Trajectory:
-        """The whole sample at ``row``, decoded.
+    def trajectory(self, row: int) -> Trajectories:
+        """The whole sample at ``row``, decoded: a batch of one. Errors as in :meth:`read_steps`."""
+        head, card = self.head(row), self._card
+        parts = room_for(card, (card.branches, card.num_steps), max(head.rows))
+        for branch in range(card.branches):
+            self.read_steps(row, branch, 0, {part: room[branch] for part, room in parts.items()})
+        with self._named(row):
+            card.encoder.check(parts)
+            facts = json.loads(self._load(row, "json").numpy().tobytes())
+            kinds = {"id": int, "seed": int, "label": int} | ({"prompt": str} if card.prompts else {})
+            if {name: type(value) for name, value in facts.items()} != kinds or facts["id"] != self._ids[row]:
+                raise ValueError(f"json: expected {', '.join(kinds)} of this sample, found {facts}")
+        ids, seeds, labels = (torch.tensor([facts[name]]) for name in ("id", "seed", "label"))
+        prefix = None
+        if card.text_rows:
+            num_control = torch.tensor([len(head.control)] + [0] * (card.branches - 1))
+            of_all = head.control.new_zeros(card.branches, int(head.lengths.max()), head.control.shape[1])
+            of_all[0, : len(head.control)] = head.control
+            prefix = Prefix(head.lengths[None], of_all[None], num_control[None])
+        conditions = Conditions(ids, seeds, labels, (facts["prompt"],) if card.prompts else ())
+        tokens, committed_at = head.tokens.long()[None], head.committed_at.long()[None]
+        return Trajectories(conditions, card.encoder.decode(parts)[None], tokens, committed_at, prefix)
 
-        Raises:
-            TrajectoryError: naming the sample, if it is damaged or does not fit the card.
-        """
-        head, facts = self.head(row), self._facts(row)
-        branches, num_steps, _, width = self._card.features_shape
-        stored = empty_steps((branches * num_steps, head.num_rows, width), self._card.dtype)
-        self.read_steps(row, 0, stored)
-        features = stored.decode().unflatten(0, (branches, num_steps))
-        prompt = facts["prompt"] if self._card.prompts else ""
-        numbers = (facts["id"], facts["seed"], facts["label"])
-        tensors = head.tensors
-        texts = (tensors["text_lengths"], tensors["text_control"]) if self._card.prompts else (None, None)
-        return Trajectory(*numbers, features, tensors["tokens"], tensors["committed_at"], prompt, *texts)
+    def _head(self, row: int) -> Head:
+        card = self._card
+        length, width = card.spec["num_tokens"], card.spec["width"]
+        grids = {"tokens": torch.empty(length).int(), "committed_at": torch.empty(length).short()}
+        lengths, control = torch.zeros(card.branches).int(), torch.empty(0, width)
+        for name, grid in grids.items():
+            self._fill(row, f"{name}.npy", grid)
+        if card.text_rows:
+            self._fill(row, "prefix.lengths.npy", lengths)
+            control = self._load(row, "prefix.control.npy").view(torch.float32).view(-1, width)
+            if len(control) != lengths[0]:
+                raise ValueError(f"prefix.control.npy: expected {int(lengths[0])} rows, found {len(control)}")
+        part, (dtype, shape) = next(iter(card.encoder.members(1, width).items()))
+        row_bytes = torch.empty(shape, dtype=dtype).nbytes
+        rows = [self._size(row, step_ending(branch, 0, part)) // row_bytes for branch in range(card.branches)]
+        require_values(grids, rows, lengths.tolist(), card)
+        return Head(**grids, rows=rows, lengths=lengths.long(), control=control)
 
-    def _scan(self, size: int) -> Iterator[tuple[Range, Range]]:
-        """Bytes of each sample's two members, in the order of the card's ids; there are no others."""
-        offset = 0
-        for number in self._card.ids(self._index):
-            ranges = []
-            for ending in _ENDINGS:
-                name, where = f"{number:08d}.{ending}", f"{self.where}: sample {number:08d}"
-                try:
-                    header = tarfile.TarInfo.frombuf(self._read(offset, offset + _BLOCK), "utf-8", "strict")
-                except (tarfile.TarError, ValueError) as error:
-                    raise TrajectoryError(f"{where}: expected member {name} at byte {offset} ({error})") from error
-                if header.name != name or header.type != tarfile.REGTYPE:
-                    raise TrajectoryError(f"{where}: expected member {name} at byte {offset}, found {header.name!r}")
-                start = offset + _BLOCK
-                if not 0 < header.size <= min(size - start, _LIMITS.get(ending, size)):
-                    raise TrajectoryError(f"{where}: {name} declares {header.size} bytes in a shard of {size}")
-                ranges.append((start, start + header.size))
-                offset = start + -(-header.size // _BLOCK) * _BLOCK
-            yield ranges[0], ranges[1]
-        if any(self._read(offset, offset + _BLOCK)):
-            raise TrajectoryError(f"{self.where}: expected no member behind sample {number:08d}, found one")
-
-    def _read_head(self, row: int) -> Head:
-        where, (start, stop) = self._named(row), self._members[row][0]
-        members = parse_header(self._read(start, start + header_limit(stop - start)), stop - start, where)
-        require_members(members, self._card, where)
-        parts = {part: bytearray(self._read(*(start + at for at in part))) for part in rest_of(members)}
-        if checksum(*parts.values()) != self._sidecar.checksums[row].rest:
-            raise TrajectoryError(f"{where}: checksum differs outside the features; the file is damaged")
-        tensors = {
-            name: torch.frombuffer(content, dtype=one.dtype, count=prod(one.shape), offset=one.start - part[0]).view(
-                one.shape
-            )
-            for part, content in parts.items()
-            for name, one in members.items()
-            if part[0] <= one.start and one.stop <= part[1]
-        }
-        num_rows = members["features"].shape[-2]
-        require_values(tensors, num_rows, self._card, where)
-        return Head(tensors, num_rows, step_blocks(members))
-
-    def _facts(self, row: int) -> dict[str, Any]:
-        where, content = self._named(row), self._read(*self._members[row][1])
-        if checksum(content) != self._sidecar.checksums[row].facts:
-            raise TrajectoryError(f"{where}: facts: checksum differs; the file is damaged")
+    @contextmanager
+    def _named(self, row: int) -> Iterator[None]:
         try:
-            facts: dict[str, Any] = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise TrajectoryError(f"{where}: facts: expected JSON ({error})") from error
-        names = {"id", "seed", "label"} | ({"prompt"} if self._card.prompts else set())
-        number = self._card.ids(self._index)[row]
-        kinds = {name: str if name == "prompt" else int for name in names}
-        if (
-            not isinstance(facts, dict)
-            or {name: type(value) for name, value in facts.items()} != kinds
-            or facts["id"] != number
-            or not all(-(2**63) <= facts[name] < 2**63 for name in ("seed", "label"))
-        ):
-            raise TrajectoryError(
-                f"{where}: facts: expected {', '.join(sorted(names))} of sample {number}, found {facts}"
-            )
-        return facts
+            yield
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
+            problem = f"{error} is missing in the index" if isinstance(error, KeyError) else error
+            raise TrajectoryError(f"{self.where}: sample {self._ids[row]:08d}: {problem}") from error
 
-    def _named(self, row: int) -> str:
-        return f"{self.where}: sample {self._card.ids(self._index)[row]:08d}"
+    def _size(self, row: int, ending: str) -> int:
+        size = self.index.samples[f"{self._ids[row]:08d}"][ending][1]
+        if not 0 <= size <= self.index.bytes:
+            raise ValueError(f"{ending}: {size} bytes in a shard of {self.index.bytes}")
+        return size
 
-    def _read(self, start: int, stop: int) -> bytes:
-        try:
-            content = os.pread(self._file, stop - start, start)
-        except OSError as error:
-            raise TrajectoryError(f"{self.where}: not readable at byte {start} ({error.strerror})") from error
-        if len(content) != stop - start:
-            raise TrajectoryError(f"{self.where}: ends before byte {stop}; the shard is cut short")
-        return content
+    def _load(self, row: int, ending: str) -> Tensor:
+        tensor = torch.empty(self._size(row, ending), dtype=torch.uint8)
+        self._fill(row, ending, tensor)
+        return tensor
 
-    def _read_into(self, view: memoryview, start: int) -> None:
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self._file, [view[done:]], start + done)
-            except OSError as error:
-                raise TrajectoryError(
-                    f"{self.where}: not readable at byte {start + done} ({error.strerror})"
-                ) from error
+    def _fill(self, row: int, ending: str, tensor: Tensor) -> None:
+        """Read a member into ``tensor``, which is contiguous."""
+        offset, size, expected = self.index.samples[f"{self._ids[row]:08d}"][ending]
+        view, done = tensor.view(-1).view(torch.uint8).numpy().data, 0
+        if len(view) != size:
+            raise ValueError(f"{ending}: expected {len(view)} bytes, as the card says, found {size}")
+        while done < size:
+            count = os.preadv(self._file, [view[done:]], offset + done)
             if not count:
-                raise TrajectoryError(f"{self.where}: ends at byte {start + done}; the shard is cut short")
+                raise ValueError(f"{ending}: ends at byte {offset + done}; the shard is cut short")
             done += count
+        if checksum(view) != expected:
+            raise ValueError(f"{ending}: checksum differs; the file is damaged")
 
 
-def empty_steps(shape: tuple[int, ...], dtype: str) -> Encoded:
-    """Room for features (…, S, C) as stored."""
-    return Encoded(
-        torch.empty(shape, dtype=DTYPES[dtype]), torch.empty(shape[:-1], dtype=SCALES) if dtype == "int8" else None
-    )
+def room_for(card: Card, leading: tuple[int, ...], num_rows: int) -> Parts:
+    """Room for encoded features (*leading, ``num_rows``, …), of zeros where rows may be padding."""
+    kinds = card.encoder.members(num_rows, card.spec["width"])
+    make: Callable[..., Tensor] = torch.zeros if card.text_rows else torch.empty
+    return {part: make((*leading, *shape), dtype=dtype) for part, (dtype, shape) in kinds.items()}

@@ -2,134 +2,103 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from hashlib import sha256
+from operator import methodcaller
 from pathlib import Path
+from typing import TypeVar
 
-from lit_shortcut.trajectory.card import Card
-from lit_shortcut.trajectory.files import TrajectoryError, is_remote, locate, opened, shard_name, whole
+from lit_shortcut.background import Background
+from lit_shortcut.contracts import Trajectories
+from lit_shortcut.files import AccessError, exclusive, fetch, is_remote
+from lit_shortcut.trajectory.card import Card, TrajectoryError, locate, shard_name
 from lit_shortcut.trajectory.reading import Shard
-from lit_shortcut.trajectory.sample import Trajectory
-from lit_shortcut.trajectory.sidecar import Sidecar
 
-CACHE = Path("~/.cache/lit-shortcut")
-_OPEN = 64  # shards whose files and sample heads a thread keeps; some MB
-_CHUNK = 2**20
+_CACHE = Path("~/.cache/lit-shortcut")
+Result = TypeVar("Result")
 
 
 class Source:
-    """Shards of the set at ``source``, by number.
+    """Shards of the set of ``card`` at ``source``, a folder or a URL prefix that fsspec opens; ``kept`` stay open.
 
-    Args:
-        source: folder, or URL prefix that WebDataset opens.
-        card: of the set.
-        kept: shards of a URL that lie in the cache at most; the longest unused is deleted for the next.
-        cache: folder of the cache, shared by all processes of the machine; a set has a folder of its own in it.
+    As many of a URL lie in a folder below ``cache``, which all processes of the machine share; the longest unused is
+    deleted for the next.
     """
 
     def __init__(self, source: str | Path, card: Card, *, kept: int = 32, cache: Path | None = None) -> None:
         self.source, self.card, self.kept, self.is_remote = source, card, kept, is_remote(source)
-        self._open = min(_OPEN, kept) if self.is_remote else _OPEN  # what is open takes the disk's room, deleted or not
-        name = hashlib.sha256(f"{source} {card.digest}".encode()).hexdigest()[:16]
-        self.folder = (cache or CACHE).expanduser() / name if self.is_remote else Path(source)
-        self._damaged: dict[int, str] = {}  # fetched shards that were not what they should be: not fetched again
-        self._of_thread = threading.local()  # so that no thread waits for another, nor closes what it reads
+        name = sha256(f"{source} {card.digest}".encode()).hexdigest()[:16]
+        self.folder = (cache or _CACHE).expanduser() / name if self.is_remote else Path(source)
+        self._shard = lru_cache(kept)(self._opened)  # open files, indices and sample heads, some MB
+        self._again: set[int] = set()
+        self._ahead: Background[None] = Background()
 
-    def shard(self, index: int) -> Shard:
-        """Shard ``index``, open, fetched before where that is needed.
+    def read(self, index: int, use: Callable[[Shard], Result]) -> Result:
+        """What ``use`` makes of shard ``index``. One that is damaged in the cache is fetched again, once.
 
         Raises:
             TrajectoryError: if it is missing or damaged.
             AccessError: if it cannot be fetched.
         """
-        kept: OrderedDict[int, Shard] = self._of_thread.__dict__.setdefault("open", OrderedDict())
-        if index in kept:
-            kept.move_to_end(index)
-            return kept[index]
-        if self.is_remote:
-            with self._locked(shard_name(index)):
-                self._fetch(index)
-                shard = Shard(self._path(index), index, self.card, locate(self.source, shard_name(index)))
-        else:
-            shard = Shard(self._path(index), index, self.card)
-        kept[index] = shard
-        if len(kept) > self._open:
-            kept.popitem(last=False)
-        return shard
+        try:
+            return use(self._shard(index))
+        except TrajectoryError:
+            if not self.is_remote:
+                raise
+        if index not in self._again:
+            self._again.add(index)
+            with exclusive(self.folder, wait=True):
+                self._remove(self.folder / shard_name(index))
+        self._shard.cache_clear()  # another thread may have fetched it again
+        return use(self._shard(index))
 
-    def trajectories(self, index: int) -> Iterator[Trajectory]:
-        """All samples of shard ``index``.
-
-        Raises:
-            TrajectoryError: if the shard or a sample is missing or damaged.
-        """
-        shard = self.shard(index)
+    def trajectories(self, index: int) -> Iterator[Trajectories]:
+        """All samples of shard ``index``, each a batch of one. Errors as in :meth:`read`."""
         for row in range(len(self.card.ids(index))):
-            yield shard.trajectory(row)
+            yield self.read(index, methodcaller("trajectory", row))
 
-    def fetch(self, index: int) -> None:
-        """Have shard ``index`` of a URL in the cache."""
-        with self._locked(shard_name(index)):
+    def fetch_ahead(self, indices: Sequence[int]) -> None:
+        """Fetch shards of a URL into the cache, in the background, behind those asked for before."""
+        deque(self._ahead.results(leave=len(indices)), maxlen=0)
+        for index in indices:
+            self._ahead.submit(self._fetch_quietly, index)
+
+    def close(self) -> None:
+        """Fetch nothing more ahead."""
+        self._ahead.close(cancel=True)
+
+    def _opened(self, index: int) -> Shard:
+        if self.is_remote:
+            self._fetch(index)
+        return Shard(self.folder / shard_name(index), index, self.card, locate(self.source, shard_name(index)))
+
+    def _fetch_quietly(self, index: int) -> None:
+        with suppress(AccessError):  # whoever reads the shard meets the error and reports it
             self._fetch(index)
 
     def _fetch(self, index: int) -> None:
-        """Fetch the shard, whole and as its sha256 says, or not at all."""
-        path, url = self._path(index), locate(self.source, shard_name(index))
-        if index in self._damaged:
-            raise TrajectoryError(self._damaged[index])
-        with self._locked("room"):
+        path = self.folder / shard_name(index)
+        with suppress(FileNotFoundError):
+            os.utime(path)  # so that whoever makes room next leaves it
+            return
+        with exclusive(self.folder, wait=True):  # ranks of a machine share the cache
             if path.exists():
-                os.utime(path)  # so that whoever makes room next leaves it
                 return
-            self._make_room()
-        sidecar = Sidecar.read(locate(self.source, path.with_suffix(".json").name), index, self.card)
-        digest, size = hashlib.sha256(), 0
-        with whole(path) as file:
-            for chunk in _chunks(url, sidecar.bytes):
-                size += len(chunk)
-                digest.update(chunk)
-                file.write(chunk)
-            if size != sidecar.bytes or digest.hexdigest() != sidecar.sha256:
-                self._damaged[index] = f"{url}: expected {sidecar.bytes} bytes of sha256 {sidecar.sha256}, found others"
-                raise TrajectoryError(self._damaged[index])
-            sidecar.write(path)
+            held = sorted(self.folder.glob("shard-*.tar"), key=lambda held: held.stat().st_mtime)
+            for oldest in held[: max(0, len(held) - self.kept + 1)]:
+                self._remove(oldest)  # whoever has it open reads on
+            for name in (path.with_suffix(".json").name, path.name):  # its presence says that both are there
+                fetch(locate(self.source, name), self.folder / name)
 
-    def _make_room(self) -> None:
-        held = sorted((path.stat().st_mtime, path) for path in self.folder.glob("shard-*.tar"))
-        for _, path in held[: max(0, len(held) - self.kept + 1)]:
-            path.unlink(missing_ok=True)  # whoever has it open reads on
-            path.with_suffix(".json").unlink(missing_ok=True)
-
-    @contextmanager
-    def _locked(self, what: str) -> Iterator[None]:
-        """Alone among all processes and threads with ``what`` in the cache: a shard, or its room."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f".{what}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    def _path(self, index: int) -> Path:
-        return self.folder / shard_name(index)
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
 
 
-def _chunks(url: str, limit: int) -> Iterator[bytes]:
-    """Content of ``url``, and no more than a chunk beyond ``limit`` bytes of it."""
-    size = 0
-    with opened(url) as stream:
-        while size <= limit and (chunk := stream.read(_CHUNK)):
-            size += len(chunk)
-            yield chunk
-
-
-def read_shard(source: str | Path, index: int, card: Card) -> Iterator[Trajectory]:
-    """All samples of shard ``index`` of the set at ``source``.
-
-    Raises:
-        TrajectoryError: if the shard or a sample is missing or damaged.
-    """
+def read_shard(source: str | Path, index: int, card: Card) -> Iterator[Trajectories]:
+    """All samples of shard ``index`` of the set at ``source``, as :meth:`Source.trajectories` gives them."""
     yield from Source(source, card).trajectories(index)

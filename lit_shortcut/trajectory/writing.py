@@ -1,22 +1,29 @@
-"""Write shards, and tell which of a set are there."""
+"""Write shards with WebDataset, a few steps at a time."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from lit_shortcut.contracts import Trajectories
-from lit_shortcut.trajectory.card import Card
-from lit_shortcut.trajectory.files import TrajectoryError, shard_name, whole
-from lit_shortcut.trajectory.sidecar import Checksums, Sidecar, checksum
-from lit_shortcut.trajectory.stored import StoredSample
+import numpy as np
+import torch
+from torch import Tensor
+from webdataset import TarWriter
+from xxhash import xxh3_64
 
-_CHUNK = 2**20  # bytes written at a time
+from lit_shortcut.contracts import Trajectories
+from lit_shortcut.files import whole
+from lit_shortcut.trajectory.card import Card, TrajectoryError, shard_name
+from lit_shortcut.trajectory.encoding import require_finite
+from lit_shortcut.trajectory.index import Index, Member, checksum, step_ending
+
+_AT_ONCE = 2**22  # bytes of features that are encoded together, one step at least
+_BLOCK = 512  # bytes that a tar's members are padded to
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16}  # what stands in for a dtype that numpy lacks, by its size
 
 
 def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card) -> None:
@@ -32,102 +39,92 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
     ids = trajectories.conditions.ids.tolist()
     if ids != list(card.ids(index)):
         raise TrajectoryError(f"{path}: expected samples {card.ids(index)}, got {ids}")
+    samples: dict[str, dict[str, Member]] = {}
     with whole(path) as file:
-        hashing, checksums = _Hashing(file), []
-        with tarfile.open(fileobj=hashing, mode="w", format=tarfile.GNU_FORMAT, copybufsize=_CHUNK) as tar:  # type: ignore[call-overload]  # only writes
-            for row, number in enumerate(ids):
-                where = f"{path}: sample {number}"
-                stored = StoredSample(trajectories, row, card, where)
-                facts = json.dumps(_facts(trajectories, row)).encode()
-                _add(tar, f"{number:08d}.safetensors", stored.size, stored.open())
-                _add(tar, f"{number:08d}.json", len(facts), io.BytesIO(facts))
-                checksums.append(Checksums(checksum(facts), stored.rest, stored.steps))
-        sidecar = Sidecar(card.digest, hashing.size, hashing.sha256.hexdigest(), checksums)
-        sidecar.write(path)  # before the shard, whose presence says that both are there
+        hashing = _Hashing(file)
+        with TarWriter(hashing, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+            for row, key in enumerate(f"{number:08d}" for number in ids):
+                samples[key] = {}
+                try:
+                    for ending, header, content in _members(trajectories, row, card):
+                        tar.write({"__key__": key, ending: header + content})
+                        end = tar.tarstream.offset - -(len(header) + len(content)) % _BLOCK
+                        samples[key][ending] = (end - len(content), len(content), checksum(content))
+                except ValueError as error:
+                    raise TrajectoryError(f"{path}: sample {key}: {error}") from error
+        made = Index(card.digest, hashing.size, hashing.digest.hexdigest(), samples)
+        made.write(path)  # before the shard, whose presence says that both are there
 
 
-def finished_shards(folder: Path, card: Card) -> set[int]:
-    """Shards of ``card`` that lie in ``folder`` with the size they were written with."""
-    return {index for index, _ in _finished(folder, card)}
+def require_values(grids: dict[str, Tensor], rows: list[int], lengths: list[int], card: Card) -> None:
+    """Raise a :class:`ValueError` unless ``grids``, and ``rows`` and text ``lengths`` of each branch, fit ``card``."""
+    for name, end in (("tokens", card.spec["codebook_size"]), ("committed_at", card.num_steps)):
+        low, high = (int(bound) for bound in torch.aminmax(grids[name]))
+        if low < 0 or high >= end:
+            raise ValueError(f"{name}: expected values in 0..{end - 1}, found {low}..{high}")
+    frames = {own - length for own, length in zip(rows, lengths, strict=True)}
+    longest = card.spec["sequence_length"]
+    if len(frames) > 1 or max(rows) > longest or (not card.text_rows and rows != [longest] * card.branches):
+        least = f"{min(frames)} rows and those of texts" if card.text_rows else f"{longest} rows"
+        raise ValueError(f"features: expected {least} in each of {card.branches} branches, found {rows}")
 
 
-def is_complete(folder: Path, card: Card) -> bool:
-    """Whether all shards of ``card`` lie in ``folder``."""
-    return len(finished_shards(folder, card)) == card.num_shards
+def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple[str, bytes, bytes]]:
+    """Ending, header and content of the members of one sample, without what pads it to its batch."""
+    features, prefix, prompts = trajectories.features[row], trajectories.prefix, trajectories.conditions.prompts
+    if (prefix is not None) != card.text_rows or bool(prompts) != bool(card.prompts):
+        raise ValueError(f"expected text_rows: {card.text_rows}, prompts: {bool(card.prompts)}, as the card says")
+    if features.shape[1::2] != (card.num_steps, card.spec["width"]):
+        raise ValueError(f"features: expected {card.num_steps} steps of {card.spec['width']}, found {features.shape}")
+    others = {"tokens": trajectories.tokens[row].int(), "committed_at": trajectories.committed_at[row].short()}
+    lengths = torch.zeros(len(features), dtype=torch.int32)
+    rows = lengths + features.shape[2]
+    if prefix is not None:
+        lengths = prefix.lengths[row].int().cpu()
+        rows += lengths - prefix.control.shape[-2]
+        others["prefix.lengths"] = lengths
+        others["prefix.control"] = prefix.control[row, 0, : int(prefix.num_control[row, 0])].float()
+        require_finite("prefix.control", others["prefix.control"])
+    require_values(others, rows.tolist(), lengths.tolist(), card)
+    for branch, own in enumerate(rows.tolist()):
+        steps = features[branch, :, :own]
+        at_once = max(1, _AT_ONCE // max(1, steps[0].nbytes))
+        for first in range(0, card.num_steps, at_once):
+            parts = {part: all_.cpu() for part, all_ in card.encoder.encode(steps[first : first + at_once]).items()}
+            card.encoder.check(parts)
+            for step, values in enumerate(zip(*parts.values(), strict=True), start=first):
+                for part, value in zip(parts, values, strict=True):
+                    yield step_ending(branch, step, part), *_npy(value)
+    for name, tensor in others.items():
+        yield f"{name}.npy", *_npy(tensor.cpu())
+    names = zip(("id", "seed", "label"), trajectories.conditions[:3], strict=True)
+    facts = {name: int(column[row]) for name, column in names} | ({"prompt": prompts[row]} if prompts else {})
+    yield "json", b"", json.dumps(facts).encode()
 
 
-def recorded_bytes(folder: Path, card: Card) -> int:
-    """Size of the finished shards in ``folder``."""
-    return sum(size for _, size in _finished(folder, card))
+def _npy(tensor: Tensor) -> tuple[bytes, bytes]:
+    """Numpy's header and the bytes of ``tensor``."""
+    try:
+        array = tensor.numpy()
+    except TypeError:
+        array = tensor.contiguous().view(_UNSIGNED[tensor.dtype.itemsize]).numpy()
+    return _header(array.dtype.str, array.shape), array.tobytes()
 
 
-def check_shards(folder: Path, card: Card) -> None:
-    """Raise a :class:`TrajectoryError` that names the first shard missing or cut short in ``folder``."""
-    finished = finished_shards(folder, card)
-    missing = card.num_shards - len(finished)
-    if not missing:
-        return
-    index = next(index for index in range(card.num_shards) if index not in finished)
-    path = folder / shard_name(index)
-    problem = "no such shard"
-    if path.exists():
-        sidecar = Sidecar.read(str(path.with_suffix(".json")), index, card)
-        problem = f"its size differs from {path.with_suffix('.json').name}: expected {sidecar.bytes} bytes"
-    raise TrajectoryError(
-        f"{path}: {problem}; {missing} of {card.num_shards} shards are not whole: record the set to its end"
-    )
-
-
-def remove_shards(folder: Path) -> None:
-    """Delete all shards in ``folder``."""
-    for path in sorted(folder.glob("shard-*")):
-        path.unlink()
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what runs that were killed left aside in ``folder``; no other may be writing there."""
-    for path in folder.glob(".*.tmp*"):
-        path.unlink()
+@lru_cache(maxsize=64)
+def _header(descr: str, shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
 class _Hashing:
-    """Passes on what is written to ``file`` and knows its size and sha256."""
+    """Passes on what is written to ``file`` and knows its size and xxh3_64."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self.size, self.sha256 = file, 0, hashlib.sha256()
+        self._file, self.size, self.digest = file, 0, xxh3_64()
 
     def write(self, content: bytes) -> int:
-        self.sha256.update(content)
+        self.digest.update(content)
         self.size += len(content)
         return self._file.write(content)
-
-    def tell(self) -> int:
-        return self.size
-
-
-def _finished(folder: Path, card: Card) -> Iterator[tuple[int, int]]:
-    """Number and size of each shard of ``card`` that is in ``folder`` with the size it was written with."""
-    for path in sorted(folder.glob("shard-*.tar")):
-        number = path.stem.removeprefix("shard-")
-        if not number.isdecimal() or int(number) >= card.num_shards or path.name != shard_name(int(number)):
-            continue
-        try:
-            sidecar = Sidecar.read(str(path.with_suffix(".json")), int(number), card)
-        except TrajectoryError:  # not whole, which is what is asked; reading it says why
-            continue
-        if path.stat().st_size == sidecar.bytes:
-            yield int(number), sidecar.bytes
-
-
-def _facts(trajectories: Trajectories, row: int) -> dict[str, int | str]:
-    conditions = trajectories.conditions
-    facts: dict[str, int | str] = {
-        name: int(column[row]) for name, column in zip(("id", "seed", "label"), conditions[:3], strict=True)
-    }
-    return facts if trajectories.prefix is None else facts | {"prompt": conditions.prompts[row]}
-
-
-def _add(tar: tarfile.TarFile, name: str, size: int, content: BinaryIO) -> None:
-    member = tarfile.TarInfo(name)  # time and owner 0, mode 0644, whoever writes
-    member.size = size
-    tar.addfile(member, content)

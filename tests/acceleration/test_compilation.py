@@ -15,7 +15,7 @@ from lit_shortcut.acceleration.plans import Adaptive, Even
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
-from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding, generate
 from tests.gpu.cases import CASES
 
@@ -70,13 +70,13 @@ def test_compiled_networks_give_the_same_tokens_under_the_same_names() -> None:
 def test_shortcut_networks_of_every_kind_are_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(compilation, "require_compiler", lambda device: None)
-    compile_in_place = VelocityNet.compile
+    compile_in_place = ShortcutNetwork.compile
 
-    def compile_and_note(module: VelocityNet, **settings: Any) -> None:
+    def compile_and_note(module: ShortcutNetwork, **settings: Any) -> None:
         compiled.append(module)
         compile_in_place(module, **settings)
 
-    monkeypatch.setattr(VelocityNet, "compile", compile_and_note)
+    monkeypatch.setattr(ShortcutNetwork, "compile", compile_and_note)
     network = CASES[name].make_network()
     compile_networks(ToyBase(), [Accelerated(Even(2), Shortcut(network))])
     assert compiled == [network]

@@ -57,7 +57,8 @@ def steps_of(plan: Plan, counts: list[int]) -> list[int]:
     decide = plan.start(counts, Hold())
     past = Past(torch.zeros(1, 1, 1, 1), [])
     states = [
-        State(Clock(k, len(counts)), nothing, Control(nothing, nothing), torch.ones(1)) for k in range(len(counts))
+        State(Clock(k, len(counts)), nothing, Control(nothing, nothing), torch.ones(1), nothing)
+        for k in range(len(counts))
     ]
     return [0, *(state.clock.step for state in states[1:] if decide(past, state))]
 

@@ -20,9 +20,8 @@ NODES = [[0, 1], [0, 3], [2, 7], [0, 1, 2], [0, 2, 7], [3, 4, 9]]
 
 def state(index: int) -> State:
     nothing = torch.zeros(SHAPE[1], 0, dtype=torch.long)
-    return State(
-        Clock(index, 15), torch.zeros(SHAPE[1], 4, dtype=torch.long), Control(nothing, nothing), torch.ones(SHAPE[1])
-    )
+    tokens, share = torch.zeros(SHAPE[1], 4, dtype=torch.long), torch.ones(SHAPE[1])
+    return State(Clock(index, 15), tokens, Control(nothing, nothing), share, nothing)
 
 
 def polynomial(degree: int, seed: int = 0) -> Callable[[int], Tensor]:

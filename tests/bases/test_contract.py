@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from lit_shortcut.contracts import Clock, Conditions, MaskedImageModel
 from lit_shortcut.decoding.unmasking import guide
 
-BASES = [
-    "make_base",
-    "make_base_with_vqgan",
-    "make_dimoo",
-    "make_cross",
-]  # fixtures: seed to random base
+OF_CLASSES = ["make_base", "make_base_with_vqgan", "make_halton"]
+OF_PROMPTS = ["make_dimoo", "make_mmada", "make_cross", "make_amused", "make_meissonic", "make_monetico"]
+BASES = [*OF_CLASSES, *OF_PROMPTS]  # fixtures: from a seed to a base with random weights
 MakeBase = Callable[[int], MaskedImageModel]
 MakeConditions = Callable[..., Conditions]
-of_classes = pytest.mark.parametrize("maker", ["make_base"], indirect=True)
+of_classes = pytest.mark.parametrize("maker", ["make_base", "make_halton"], indirect=True)
 
 
 @pytest.fixture(params=BASES)
@@ -37,7 +34,7 @@ def make(maker: str, request: pytest.FixtureRequest) -> MakeBase:
 
 @pytest.fixture
 def conditions(maker: str, conditions: MakeConditions, prompted: MakeConditions) -> MakeConditions:
-    return prompted if maker in ("make_dimoo", "make_cross") else conditions
+    return prompted if maker in OF_PROMPTS else conditions
 
 
 @pytest.fixture
@@ -58,7 +55,7 @@ def test_spec_tells_the_shapes(model: MaskedImageModel, conditions: MakeConditio
     features = model.features(half_masked(model, 3), context, Clock(0, 1))
     num_rows = features.shape[2]
     assert features.shape == (branches, 3, num_rows, spec.width)
-    assert spec.num_tokens <= num_rows <= spec.sequence_length
+    assert model.interface.num_rows <= num_rows <= spec.sequence_length
     assert num_rows == spec.sequence_length or context.prefix is not None
     assert model.interface.logits(features).shape == (branches, 3, spec.num_tokens, spec.codebook_size)
     places = torch.arange(spec.num_tokens).expand(3, -1)
@@ -72,7 +69,7 @@ def test_mask_is_no_code(model: MaskedImageModel) -> None:
 def test_first_rows_of_the_features_are_the_image_tokens(model: MaskedImageModel, conditions: MakeConditions) -> None:
     features = model.features(half_masked(model, 2), model.context(conditions(2), guided=True), Clock(0, 1))
     rest_changed = features.clone()
-    rest_changed[..., model.spec.num_tokens :, :] += 1
+    rest_changed[..., model.interface.num_rows :, :] += 1
     every = model.interface.logits(features)
     assert torch.equal(model.interface.logits(rest_changed), every)
     places = torch.stack([torch.randperm(model.spec.num_tokens)[:5] for _ in range(2)])
@@ -86,18 +83,17 @@ def test_logits_of_guided_features_are_guided_logits_where_the_head_is_linear(
     model: MaskedImageModel, conditions: MakeConditions, scale: float
 ) -> None:
     """Sampling counts on it."""
+    if not model.interface.is_linear:
+        pytest.skip("the head is not linear")
     features = model.features(half_masked(model, 2), model.context(conditions(2), guided=True), Clock(0, 1))
     places = torch.tensor([[3, 1], [0, 2]])
     expected = guide(model.interface.logits(features, places), scale)
     guided = model.interface.row_logits(guide(model.interface.rows_at(features, places), scale), places)
-    if model.interface.is_linear:
-        torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
-    else:
-        assert not torch.allclose(guided, expected, rtol=1e-4, atol=1e-4) or scale == 0
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_features_know_where_a_token_stands(model: MaskedImageModel, conditions: MakeConditions) -> None:
-    """Of all rows, the place whose token changed moves most (by a random network's residual path)."""
+    """Of all rows, that of the place whose token changed moves most (by a random network's residual path)."""
     context = model.context(conditions(1), guided=False)
     tokens = torch.full((1, model.spec.num_tokens), model.spec.mask_id)
     before = model.features(tokens, context, Clock(0, 1))
@@ -105,7 +101,7 @@ def test_features_know_where_a_token_stands(model: MaskedImageModel, conditions:
         changed = tokens.clone()
         changed[0, place] = 1
         moved = (model.features(changed, context, Clock(0, 1)) - before).norm(dim=-1)[0, 0]
-        assert int(moved.argmax()) == place
+        assert int(moved.argmax()) == int(model.interface.rows_of(torch.tensor(place)))
 
 
 def test_base_is_frozen(model: MaskedImageModel, conditions: MakeConditions) -> None:
@@ -195,4 +191,5 @@ def test_decode_gives_images_for_all_codes(model: MaskedImageModel) -> None:
     assert images.shape[:2] == (2, 3)
     assert images.shape[2] == images.shape[3]
     assert torch.equal(model.decode(tokens), images)
-    assert torch.equal(model.decode(tokens[1:])[0], images[1])
+    alone = model.decode(tokens[1:])[0].int()
+    assert (alone - images[1].int()).abs().max() <= 1  # convolutions of another batch size may round otherwise

@@ -12,9 +12,10 @@ from torch import Tensor
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.bases.dimoo.adapter import DiMOO, PromptContext
+from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.prompt import Frame, SpecialTokens, Utf8Tokenizer
 from lit_shortcut.bases.dimoo.toy import SPECIAL, toy_dimoo
+from lit_shortcut.bases.prompted_llada import PromptContext
 from lit_shortcut.contracts import Acceleration, Clock, Conditions
 from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.interface import Places
@@ -59,7 +60,7 @@ def by_sequence(base: DiMOO, tokens: Tensor, prompt: str, grid: Frame) -> Tensor
     """Features (H·W, C) of the image places, by the plain sequence of one sample, row by row and without padding."""
     special = base.special
     codes = [special.mask if code == base.spec.mask_id else special.first_code + code for code in tokens.tolist()]
-    ids = [*base.prompt_tokenizer.encode(base.template.format(prompt)), special.answer_start, special.boi]
+    ids = [*base.prompt_tokenizer.encode("", base.template.format(prompt)), special.answer_start, special.boi]
     places = []
     for row in range(grid.height):
         places += range(len(ids), len(ids) + grid.width)

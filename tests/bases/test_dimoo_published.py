@@ -17,11 +17,12 @@ from tokenizers import Tokenizer
 from lit_shortcut.acceleration.accelerated import Accelerated
 from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.bases.dimoo.adapter import DiMOO, PromptContext
-from lit_shortcut.bases.dimoo.decoder import VQDecoder
+from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import TextTokenizer
 from lit_shortcut.bases.dimoo.published import load_transformer, published, random_weights, read_sizes
+from lit_shortcut.bases.prompted_llada import PromptContext
+from lit_shortcut.bases.vq import VQDecoder
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import load_state, save_published
@@ -216,7 +217,7 @@ def test_configuration_of_another_network_is_refused(tmp_path: Path, change: dic
         ("config.json", r"config\.json: no such file; expected a folder of the published checkpoint"),
         ("tokenizer.json", r"tokenizer\.json: no such file; expected a text tokenizer"),
         ("vqvae/config.json", r"vqvae/config\.json: no such file"),
-        ("vqvae/diffusion_pytorch_model.safetensors", "vqvae: not a VQModel that diffusers saved"),
+        ("vqvae/diffusion_pytorch_model.safetensors", "vqvae: 1 of 1 weight files are missing: diffusion_"),
     ],
 )
 def test_missing_file_is_named(folder: Path, name: str, message: str) -> None:

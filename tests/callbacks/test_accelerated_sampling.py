@@ -13,12 +13,13 @@ from torch import Tensor
 
 from datamodules.conditions import ClassLabels
 from datamodules.trajectories import TrajectoryDataModule
-from lit_shortcut.acceleration.accelerated import Planned
+from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.accelerated_sampling import AcceleratedSampling
 from lit_shortcut.callbacks.ema import ModuleEMA
-from lit_shortcut.evaluation import Row, images_of
+from lit_shortcut.evaluation.drawing import Drawn, draw
+from lit_shortcut.evaluation.rows import Row, build_rows
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding
@@ -53,7 +54,7 @@ def make(**arguments: Any) -> AcceleratedSampling:
     defaults: dict[str, Any] = {
         "base": ToyBase(),
         "decoding": DECODING,
-        "plans": [(6, 2), (4, 2)],
+        "rows": [[6, 2, "shortcut"], [4, 2, "shortcut"]],
         "conditions": ClassLabels(6, batch_size=4, seed=3),
         "metrics": {"brightness": Brightness()},
         "latency_rounds": 1,
@@ -84,9 +85,10 @@ def fit(
     return task, watch
 
 
-def brightness(row: Row) -> float:
+def brightness(*entry: Any, network: ShortcutNet | None = None) -> float:
     (conditions,) = ClassLabels(6, batch_size=6, seed=3).loader()
-    return float(images_of(ToyBase(), conditions, DECODING, row).float().mean())
+    (row,) = build_rows([entry], DECODING, {"shortcut": Shortcut(network)} if network else {})
+    return float(draw(ToyBase(), conditions, row).images.float().mean())
 
 
 @pytest.mark.parametrize("callbacks", [(), (ModuleEMA(decay=0.9),)], ids=["raw", "averaged"])
@@ -94,13 +96,15 @@ def test_metrics_are_those_of_images_drawn_with_the_network_that_fit_leaves(
     recorded: Path, callbacks: tuple[L.Callback, ...]
 ) -> None:
     task, watch = fit(recorded, make(), *callbacks)
-    shortcut, last = Shortcut(task.network), watch.logged[-1]
-    assert last["sampling/vanilla_n6/brightness"] == pytest.approx(brightness(Row(6)), rel=1e-5)
-    for num_steps, budget in ((6, 2), (4, 2)):
-        expected = brightness(Row(num_steps, Planned(budget, shortcut)))
-        assert last[f"sampling/n{num_steps}_b{budget}/brightness"] == pytest.approx(expected, rel=1e-5)
-    untrained = brightness(Row(6, Planned(2, Shortcut(ShortcutNet(width=16, num_heads=2)))))
-    assert last["sampling/n6_b2/brightness"] != pytest.approx(untrained, rel=1e-5)
+    network, last = task.network, watch.logged[-1]
+    assert isinstance(network, ShortcutNet)
+    assert last["sampling/vanilla_n6/brightness"] == pytest.approx(brightness(6), rel=1e-5)
+    for num_steps in (6, 4):
+        expected = brightness(num_steps, 2, "shortcut", network=network)
+        assert last[f"sampling/shortcut_n{num_steps}_b2/brightness"] == pytest.approx(expected, rel=1e-5)
+        assert last[f"sampling/shortcut_n{num_steps}_b2/full_steps"] == 2
+    untrained = brightness(6, 2, "shortcut", network=ShortcutNet(width=16, num_heads=2))
+    assert last["sampling/shortcut_n6_b2/brightness"] != pytest.approx(untrained, rel=1e-5)
 
 
 def test_latency_and_speed_up_refer_to_vanilla_of_the_same_validation(recorded: Path) -> None:
@@ -108,7 +112,7 @@ def test_latency_and_speed_up_refer_to_vanilla_of_the_same_validation(recorded: 
     for logged in watch.logged:
         vanilla = logged["sampling/vanilla_n6/latency_ms"]
         assert logged["sampling/vanilla_n6/speedup"] == 1
-        for name in ("n6_b2", "n4_b2"):
+        for name in ("shortcut_n6_b2", "shortcut_n4_b2"):
             speedup = vanilla / logged[f"sampling/{name}/latency_ms"]
             assert logged[f"sampling/{name}/speedup"] == pytest.approx(speedup, rel=1e-4)
     assert watch.logged[0]["sampling/vanilla_n6/latency_ms"] != watch.logged[1]["sampling/vanilla_n6/latency_ms"]
@@ -133,20 +137,77 @@ def test_sampling_does_not_change_what_training_sees(recorded: Path) -> None:
 def test_vanilla_images_are_drawn_once(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
 
-    def counted(base: ToyBase, conditions: Any, decoding: Decoding, row: Row) -> Tensor:
+    def counted(base: ToyBase, conditions: Any, row: Row) -> Drawn:
         drawn.append(row.name)
-        return images_of(base, conditions, decoding, row)
+        return draw(base, conditions, row)
 
-    monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.images_of", counted)
+    monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.draw", counted)
     fit(recorded, make())
     assert drawn == ["vanilla_n6"] * 2 + (["shortcut_n6_b2"] * 2 + ["shortcut_n4_b2"] * 2) * 2
 
 
 def test_sampling_may_skip_validations_and_the_sanity_check(recorded: Path) -> None:
     _, watch = fit(recorded, make(every_n_validations=2), max_steps=6, num_sanity_val_steps=1)
-    sampled = ["sampling/n6_b2/speedup" in logged for logged in watch.logged]
+    sampled = ["sampling/shortcut_n6_b2/speedup" in logged for logged in watch.logged]
     assert sampled[:2] == [False, True]
     assert len(watch.logged) == 4
+
+
+def test_count_of_validations_goes_on_from_a_checkpoint(recorded: Path) -> None:
+    first = make(every_n_validations=2)
+    fit(recorded, first, max_steps=2)
+    resumed = make(every_n_validations=2)
+    resumed.load_state_dict(first.state_dict())
+    _, watch = fit(recorded, resumed, max_steps=4)
+    assert ["sampling/shortcut_n6_b2/speedup" in logged for logged in watch.logged] == [False, True]
+
+
+def test_images_are_drawn_in_the_trainers_precision(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[bool] = set()
+
+    def noted(base: ToyBase, conditions: Any, row: Row) -> Drawn:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return draw(base, conditions, row)
+
+    monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.draw", noted)
+    fit(recorded, make(latency_rounds=0), max_steps=2, precision="bf16-mixed")
+    assert seen == {True}
+
+
+def test_base_in_bfloat16_is_sampled_with_a_copy_of_the_network(recorded: Path) -> None:
+    sampling = make(base=ToyBase().bfloat16(), latency_rounds=0)
+    task, _ = fit(recorded, sampling, max_steps=2)
+    assert {parameter.dtype for parameter in task.network.parameters()} == {torch.float32}
+    assert sampling.copy is not None
+    for name, tensor in sampling.copy.state_dict().items():
+        assert torch.equal(tensor, task.network.state_dict()[name].bfloat16())
+
+
+def test_latency_and_grid_may_be_left_out(recorded: Path, tmp_path: Path) -> None:
+    _, watch = fit(recorded, make(latency_rounds=0, grid_images=0), max_steps=2, logger=CSVLogger(tmp_path))
+    assert "sampling/shortcut_n6_b2/brightness" in watch.logged[-1]
+    assert "sampling/shortcut_n6_b2/latency_ms" not in watch.logged[-1]
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"every_n_validations": 0}, {"latency_rounds": -1}, {"grid_images": -1}, {"methods": {"shortcut": Hold()}}],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused_at_construction(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        make(**wrong)
+
+
+def test_grid_that_fails_does_not_end_training(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("no such glyph")
+
+    monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.grids", fail)
+    task, watch = fit(recorded, make(latency_rounds=0), max_steps=2)
+    assert "sampling/shortcut_n6_b2/brightness" in watch.logged[-1]
+    assert task.global_step == 2
 
 
 def test_grid_shows_vanilla_and_every_plan(recorded: Path, tmp_path: Path) -> None:
@@ -160,9 +221,9 @@ def test_grid_shows_vanilla_and_every_plan(recorded: Path, tmp_path: Path) -> No
     ("arguments", "message"),
     [
         ({"base": ToyBase(seed=1)}, "come from base .*, but sampling would accelerate base .*: give both the same"),
-        ({"plans": [(6, 2), (6, 7)]}, r"budget must lie in 1\.\.6.*got 7"),
-        ({"plans": [(6, 0)]}, r"budget must lie in 1\.\.6.*got 0"),
-        ({"plans": [(17, 2)]}, r"num_steps must lie in 1\.\.16.*got 17"),
+        ({"rows": [[6, 2, "shortcut"], [6, 7, "shortcut"]]}, r"budget must lie in 1\.\.6.*got 7"),
+        ({"rows": [[6, 2, "hold"]]}, r"'hold'; known are shortcut"),
+        ({"rows": [[17, 2, "shortcut"]]}, r"num_steps must lie in 1\.\.16.*got 17"),
         ({"conditions": ClassLabels(11, num_classes=11)}, r"class labels must lie in 0\.\.9"),
     ],
 )

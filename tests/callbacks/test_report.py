@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +12,45 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from datamodules.conditions import ClassLabels
-from lit_shortcut.acceleration.accelerated import Planned
-from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.report import Report
-from lit_shortcut.evaluation import Row
+from lit_shortcut.contracts import Conditions
+from lit_shortcut.metrics.images import ImageMean
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.tasks.generation import GenerationTask
+from lit_shortcut.tasks.evaluation import EvaluationTask
 
 
-class Count:
+class Count(ImageMean):
     """The number of images: a metric whose value is known."""
 
-    def __init__(self) -> None:
-        self.seen = 0
+    higher_is_better = False
 
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        self.seen += len(images)
+    def update(self, images: Tensor, conditions: Conditions) -> None:
+        self.add(torch.ones(len(images)))
 
     def compute(self) -> Tensor:
-        return torch.tensor(self.seen)
-
-    def reset(self) -> None:
-        self.seen = 0
-
-    def to(self, device: torch.device) -> None: ...
+        return self.total
 
 
 def measure(
-    folder: Path, quality: str | None = "count", num_images: int = 6, logger: Any = False, **arguments: Any
+    folder: Path,
+    quality: str | None = "count",
+    num_images: int = 6,
+    logger: Any = False,
+    run_seeds: list[int] | None = None,
+    **arguments: Any,
 ) -> str:
     """Measure three rows and return the report."""
     settings: dict[str, Any] = {"latency_rounds": 1, "latency_batch_size": 2, "grid_images": 1}
-    settings |= {"metrics": {"count": Count()}}
-    task = GenerationTask(
-        ToyBase(),
-        decoding=Decoding(num_steps=5),
-        rows=[Row(5), Row(3), Row(5, Planned(2, Hold()))],
-        results=folder,
-        **(settings | arguments),
+    settings |= {"metrics": {"count": Count()}, "methods": {"hold": Hold()}}
+    rows: list[Any] = [[5], [3], [5, 2, "hold"]]
+    task = EvaluationTask(
+        ToyBase(), decoding=Decoding(num_steps=5), rows=rows, results=folder, **(settings | arguments)
     )
     quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "logger": logger}
     trainer = L.Trainer(**quiet, callbacks=[Report(quality)])
-    trainer.test(task, datamodule=ClassLabels(num_images, batch_size=4), verbose=False)
+    trainer.test(task, datamodule=ClassLabels(num_images, batch_size=4, run_seeds=run_seeds), verbose=False)
     return (folder / "report.md").read_text()
 
 
@@ -72,6 +69,10 @@ def test_report_says_what_was_measured_and_how(tmp_path: Path) -> None:
     assert "dominates" not in text  # all distances are equal
     for name in ("grids.png", "pareto.png"):
         assert (tmp_path / name).stat().st_size > 1000
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert [row["count"] for row in figures["rows"]] == [6.0] * 3
+    assert (figures["seeds"], figures["precision"], figures["dtype"]) == ([4, 5], "32-true", "float32")
+    assert figures["identities"]["vanilla_n5"]["conditions"]["num_images"] == 6
     assert not plt.get_fignums()
 
 
@@ -89,15 +90,45 @@ def test_report_without_latency_has_neither_plot_nor_column(tmp_path: Path) -> N
     assert (tmp_path / "grids.png").exists()
 
 
+def test_report_without_grids_has_none(tmp_path: Path) -> None:
+    measure(tmp_path, grid_images=0)
+    assert not (tmp_path / "grids.png").exists()
+    assert not (tmp_path / "images").exists()
+
+
+@pytest.mark.parametrize("broken", ["grids", "pareto", "log_picture"])
+def test_picture_that_fails_is_logged_and_the_rest_is_kept(
+    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no such glyph")
+
+    monkeypatch.setattr(f"lit_shortcut.callbacks.report.{broken}", fail)
+    assert "| hold" in measure(tmp_path)
+    assert (tmp_path / "report.json").exists()
+    assert "no such glyph" in caplog.text
+    assert not plt.get_fignums()
+
+
+def test_latencies_are_those_of_the_present_networks(tmp_path: Path) -> None:
+    assert "latency ms/image" in measure(tmp_path)
+    assert "latency ms/image" in measure(tmp_path, latency_rounds=0)
+    text = measure(tmp_path, latency_rounds=0, methods={"hold": Taylor(1)})
+    held = next(line for line in text.splitlines() if line.startswith("| hold"))
+    assert held.count("–") == 3
+    assert "nan" not in text
+    assert "No latency was measured of hold_n5_b2" in text
+
+
 def test_random_weights_have_latencies_and_no_quality(tmp_path: Path) -> None:
     text = measure(tmp_path, random_weights=True, quality=None, metrics={})
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
-    assert header == ["method", "N", "b", "latency ms/image", "speed-up"]
+    assert header == ["method", "N", "b", "latency ms/image", "cost in passes", "speed-up"]
     assert [row[:3] for row in rows] == [["vanilla", "5", "5"], ["vanilla", "3", "3"], ["hold", "5", "2"]]
-    assert rows[0][4] == "1.00×"
-    assert "Random weights: latency alone" in text
+    assert rows[0][5] == "1.00×"
+    assert "Random weights: latency only" in text
     assert "images a row" not in text
-    assert {path.name for path in tmp_path.iterdir()} == {"latency.json", "report.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {"latency.json", "report.md", "report.json"}
 
 
 def test_random_weights_yield_no_quality_even_where_there_are_metrics(tmp_path: Path) -> None:
@@ -106,7 +137,7 @@ def test_random_weights_yield_no_quality_even_where_there_are_metrics(tmp_path: 
 
 def test_few_images_are_warned_of_and_many_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Fewer than 5,000 images" in measure(tmp_path)
-    monkeypatch.setattr("lit_shortcut.callbacks.report.FEW_IMAGES", 6)
+    monkeypatch.setattr("lit_shortcut.report.document.FEW_IMAGES", 6)
     assert "Fewer" not in measure(tmp_path)
 
 
@@ -125,3 +156,17 @@ def test_loggers_get_table_and_pictures(tmp_path: Path) -> None:
     measure(tmp_path / "results", logger=CSVLogger(tmp_path, name="logs"))
     found = {path.name for path in (tmp_path / "logs" / "version_0").iterdir()}
     assert {"report_table.csv", "report_grids_step0.png", "report_pareto_step0.png"} <= found
+
+
+def test_trial_run_prints_the_table_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_shortcut.callbacks.report.rank_zero_info", said.append)
+    task = EvaluationTask(
+        ToyBase(), decoding=Decoding(num_steps=5), rows=[(5,)], metrics={"count": Count()}, results=tmp_path
+    )
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, fast_dev_run=True, callbacks=[Report("count")]
+    )
+    trainer.test(task, datamodule=ClassLabels(6, batch_size=4), verbose=False)
+    assert list(tmp_path.iterdir()) == []
+    assert any("| vanilla" in line and "nothing is written" in line for line in said)

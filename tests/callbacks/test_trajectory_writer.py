@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from datamodules.conditions import ClassLabels
+from lit_shortcut.background import Background
 from lit_shortcut.callbacks import trajectory_writer
-from lit_shortcut.callbacks.trajectory_writer import Background, TrajectoryWriter
-from lit_shortcut.contracts import Conditions, Trajectories
+from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
+from lit_shortcut.contracts import Conditions, Context, Trajectories
+from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, TrajectoryError, finished_shards, is_complete, load_interface, read_shard
+from lit_shortcut.trajectory import Card, TrajectoryError, finished_shards, load_interface, read_shard
 from lit_shortcut.trajectory.writing import _Hashing
 from tests.tiny_trajectories import SPEC, interface, trajectories
 
@@ -25,7 +27,12 @@ class Recorder(L.LightningModule):
 
     def __init__(self, fails_at: int | None = None) -> None:
         super().__init__()
-        self.base: Any = SimpleNamespace(spec=SPEC, fingerprint="0123456789abcdef", interface=interface())
+        self.base: Any = SimpleNamespace(
+            spec=SPEC,
+            fingerprint="0123456789abcdef",
+            interface=interface(),
+            context=lambda conditions, guided: Context(conditions.labels),
+        )
         self.decoding = Decoding(num_steps=4)
         self.fails_at, self.batches = fails_at, 0
 
@@ -39,12 +46,12 @@ class Recorder(L.LightningModule):
 
 def predict(folder: Path, module: Recorder | None = None, num_images: int = 11, **arguments: Any) -> Recorder:
     module = module or Recorder()
-    overwrite, dtype = arguments.pop("overwrite", False), arguments.pop("dtype", "bfloat16")
+    overwrite, encoding = arguments.pop("overwrite", False), arguments.pop("encoding", "bfloat16")
     trainer = L.Trainer(
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
-        callbacks=[TrajectoryWriter(folder, dtype=dtype, overwrite=overwrite)],
+        callbacks=[TrajectoryWriter(folder, encoding, overwrite=overwrite)],
         **{key: arguments.pop(key) for key in ("strategy", "devices") if key in arguments},
     )
     trainer.predict(module, datamodule=ClassLabels(num_images, **({"batch_size": 3} | arguments)))
@@ -53,6 +60,10 @@ def predict(folder: Path, module: Recorder | None = None, num_images: int = 11, 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def is_complete(folder: Path, card: Card) -> bool:
+    return len(finished_shards(folder, card)) == card.num_shards
 
 
 @pytest.fixture
@@ -65,14 +76,15 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_predict_records_a_set(tmp_path: Path, said: list[str]) -> None:
     assert predict(tmp_path / "set").batches == 4
     card = Card.read(tmp_path / "set")
-    assert (card.num_samples, card.samples_per_shard, card.branches, card.dtype) == (11, 3, 2, "bfloat16")
+    assert (card.num_samples, card.samples_per_shard, card.branches, card.encoding) == (11, 3, 2, "bfloat16")
+    assert (card.base, card.precision, card.text_rows) == ({"fingerprint": "0123456789abcdef"}, "32-true", False)
     assert card.decoding["guidance"] == 2.8
     assert is_complete(tmp_path / "set", card)
     assert load_interface(tmp_path / "set", card).num_tokens == 9
     (one, *_) = read_shard(tmp_path / "set", 3, card)
-    assert one.id == 9
-    assert one.seed == next(iter(ClassLabels(11, batch_size=11).loader())).seeds[9]
-    assert torch.equal(one.features, trajectories([9]).features[0].bfloat16())
+    assert one.conditions.ids == 9
+    assert one.conditions.seeds == next(iter(ClassLabels(11, batch_size=11).loader())).seeds[9]
+    assert torch.equal(one.features, trajectories([9]).features.bfloat16())
     assert said[0].endswith("GB free")
     assert "recording 11 trajectories of 11" in said[0]
     assert "11 of 11 trajectories" in said[1]
@@ -102,14 +114,16 @@ def test_complete_set_is_left_alone(tmp_path: Path, said: list[str]) -> None:
     before = contents(tmp_path)
     assert predict(tmp_path).batches == 0
     assert contents(tmp_path) == before
-    assert said[-1] == (f"{tmp_path} is complete (11 trajectories); nothing to record; overwrite: true records it anew")
+    assert said[-1] == (
+        f"{tmp_path} is complete (11 trajectories); nothing to record; overwrite: true records it again"
+    )
 
 
 def test_other_set_is_refused_and_each_difference_named(tmp_path: Path) -> None:
     predict(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(TrajectoryError, match="dtype is bfloat16, not float32; seed is 0, not 5") as caught:
-        predict(tmp_path, dtype="float32", seed=5)
+    with pytest.raises(TrajectoryError, match="encoding is bfloat16, not float32; seed is 0, not 5") as caught:
+        predict(tmp_path, encoding="float32", seed=5)
     assert "overwrite: true" in str(caught.value)
     assert contents(tmp_path) == before
 
@@ -149,7 +163,7 @@ def test_too_little_disk_is_said_before_anything_is_generated(tmp_path: Path, mo
     with pytest.raises(TrajectoryError, match=r"11 trajectories of 11, about .* GB to record, but 1e-06 GB free"):
         predict(tmp_path / "set", module)
     assert module.batches == 0
-    assert not (tmp_path / "set").exists()
+    assert contents(tmp_path / "set") == {".lock": b""}
 
 
 def test_recording_without_conditions_is_refused(tmp_path: Path) -> None:
@@ -175,14 +189,14 @@ def test_full_disk_ends_the_run_and_leaves_what_was_written_valid(
 
     def full(self: _Hashing, content: bytes) -> int:
         written.append(len(content))
-        if sum(written) > 60_000:
+        if sum(written) > 120_000:
             raise OSError(28, "No space left on device")
         return write(self, content)
 
     module = Recorder()
     with monkeypatch.context() as patch:
         patch.setattr(_Hashing, "write", full)
-        with pytest.raises(TrajectoryError, match=r"shard-\d+\.tar: cannot be written \(No space left on device\)"):
+        with pytest.raises(OSError, match=r"shard-\d+\.tar: cannot be written \(No space left on device\)"):
             predict(tmp_path / "set", module, num_images=30)
     assert module.batches < 10  # it did not go on to the end
     found = contents(tmp_path / "set")
@@ -203,7 +217,7 @@ def test_error_in_writing_the_last_shard_is_raised_at_the_end(tmp_path: Path, mo
     monkeypatch.setattr(trajectory_writer, "write_shard", failing)
     with pytest.raises(TrajectoryError, match="the last"):
         predict(tmp_path / "set")
-    assert finished_shards(tmp_path / "set", Card.read(tmp_path / "set")) == {0, 1, 2}
+    assert finished_shards(tmp_path / "set", Card.read(tmp_path / "set")).keys() == {0, 1, 2}
 
 
 def test_run_that_fails_writes_what_it_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,28 +225,93 @@ def test_run_that_fails_writes_what_it_generated(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(trajectory_writer, "write_shard", lambda *words: (time.sleep(0.2), write(*words)))
     with pytest.raises(RuntimeError, match="interrupted"):
         predict(tmp_path / "set", Recorder(fails_at=2))
-    assert finished_shards(tmp_path / "set", Card.read(tmp_path / "set")) == {0, 1}
+    assert finished_shards(tmp_path / "set", Card.read(tmp_path / "set")).keys() == {0, 1}
 
 
-@pytest.mark.parametrize("limit", [1, 3])
-def test_no_more_jobs_wait_than_allowed(limit: int) -> None:
-    background, done = Background(limit), [0]
+@pytest.mark.parametrize("waiting", [1, 3])
+def test_no_more_batches_wait_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int) -> None:
+    module, written, most = Recorder(), [0], [0]
 
-    def job() -> None:
+    def slow(*_: Any) -> None:
+        most[0] = max(most[0], module.batches - written[0])
         time.sleep(0.005)
-        done[0] += 1
+        written[0] += 1
 
-    for submitted in range(1, 9):
-        background.submit(job)
-        assert submitted - done[0] <= limit
-    background.finish()
-    assert done == [8]
+    monkeypatch.setattr(trajectory_writer, "write_shard", slow)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[TrajectoryWriter(tmp_path, waiting=waiting)],
+    )
+    trainer.predict(module, datamodule=ClassLabels(24, batch_size=3))
+    assert written == [8]
+    assert most[0] <= waiting + 1  # and the one just generated
+
+
+def test_jobs_give_their_results_in_order_and_raise_in_their_turn() -> None:
+    def job(number: int) -> int:
+        time.sleep(0.01 / (number + 1))
+        if number == 3:
+            raise ValueError("the fourth")
+        return number
+
+    jobs: Background[int] = Background(threads=4)
+    for number in range(5):
+        jobs.submit(job, number)
+    found = jobs.results(leave=1)
+    assert [next(found) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="the fourth"):
+        next(found)
+    assert list(jobs.results()) == [4]
+    jobs.close()
+
+
+def test_second_predict_into_a_folder_is_told_so_and_touches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="interrupted"):
+        predict(tmp_path, Recorder(fails_at=2))
+    before, module = contents(tmp_path), Recorder()
+    with (
+        exclusive(tmp_path, wait=False),
+        pytest.raises(TrajectoryError, match=f"{tmp_path}: another predict is recording into it"),
+    ):
+        predict(tmp_path, module, overwrite=True)
+    assert module.batches == 0
+    assert contents(tmp_path) == before
+    predict(tmp_path, module)
+    assert is_complete(tmp_path, Card.read(tmp_path))
+
+
+def test_difference_of_the_base_is_named_by_its_key(tmp_path: Path) -> None:
+    predict(tmp_path)
+    module = Recorder()
+    module.base.fingerprint = "feedfeedfeedfeed"
+    with pytest.raises(TrajectoryError, match=r"base\.fingerprint is 0123456789abcdef, not feedfeedfeedfeed"):
+        predict(tmp_path, module)
+
+
+def test_other_precision_is_another_set(tmp_path: Path) -> None:
+    predict(tmp_path)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[TrajectoryWriter(tmp_path)],
+    )
+    with pytest.raises(TrajectoryError, match="precision is 32-true, not bf16-mixed"):
+        trainer.predict(Recorder(), datamodule=ClassLabels(11, batch_size=3))
+
+
+def test_unknown_encoding_is_answered_with_the_choices(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="encoding must be one of int8, bfloat16, float16, float32, got int4"):
+        TrajectoryWriter(tmp_path, "int4")
 
 
 def test_leftovers_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
     predict(tmp_path / "whole")
     (tmp_path / "set").mkdir()
-    for name in (".card.json.tmp7", ".shard-000001.tar.tmp7", ".interface.safetensors.tmp7"):
+    for name in (".card.json.7", ".shard-000001.tar.7", ".interface.safetensors.7"):
         (tmp_path / "set" / name).write_bytes(b"half")
     predict(tmp_path / "set")
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")

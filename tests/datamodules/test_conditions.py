@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 
-from datamodules.conditions import ClassLabels
+from datamodules.conditions import ClassLabels, sample_seed
 from lit_shortcut.contracts import Conditions
 
 
@@ -60,14 +60,14 @@ def test_predict_leaves_out_what_is_finished() -> None:
 
 
 class Collect(L.LightningModule):
-    def __init__(self, several: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.seen: list[list[int]] = []
-        if several:
-            self.test_dataloader = lambda: [self.trainer.datamodule.loader(seed) for seed in (0, 1)]
+        self.seeds: list[int] = []
 
     def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.seen.append(batch.ids.tolist())
+        self.seeds += batch.seeds.tolist()
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> list[int]:
         return batch.ids.tolist()
@@ -84,10 +84,24 @@ def test_lightning_takes_the_batches_as_they_are() -> None:
     assert module.seen == [[0, 1], [2, 3], [4]]
 
 
-def test_task_may_go_through_the_conditions_several_times() -> None:
-    module = Collect(several=True)
-    trainer().test(module, datamodule=ClassLabels(3, batch_size=2))
+def test_test_goes_through_all_conditions_under_each_run_seed() -> None:
+    module = Collect()
+    trainer().test(module, datamodule=ClassLabels(3, batch_size=2, seed=5, run_seeds=[0, 7]))
     assert module.seen == [[0, 1], [2]] * 2
+    assert module.seeds == [sample_seed(seed, index) for seed in (0, 7) for index in range(3)]
+
+
+@pytest.mark.parametrize("seeds", [[0, 0], [3, 1, 3], []])
+def test_run_seed_given_twice_is_refused(seeds: list[int]) -> None:
+    with pytest.raises(ValueError, match="run_seeds"):
+        ClassLabels(3, run_seeds=seeds)
+
+
+def test_identity_changes_with_what_is_asked_for_and_not_with_batches_or_seeds() -> None:
+    own = ClassLabels(5).identity()
+    assert ClassLabels(5, batch_size=2, seed=3, run_seeds=[1, 2]).identity() == own
+    assert ClassLabels(6).identity() != own
+    assert ClassLabels(5, num_classes=9).identity() != own
 
 
 @pytest.mark.parametrize("name", ["num_images", "batch_size", "num_classes"])

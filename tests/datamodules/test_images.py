@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from datamodules.images import ImageFolder
 from lit_shortcut.contracts import LabelledImages
@@ -55,6 +57,51 @@ def test_folder_without_classes_is_named(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=folder.name):
             ImageFolder(folder).predict_dataloader()
+
+
+def test_hidden_files_and_folders_are_left_out(classes: Path) -> None:
+    for name in (".ipynb_checkpoints", "__MACOSX", "n01/.ipynb_checkpoints"):
+        (classes / name).mkdir()
+        Image.new("L", (8, 8)).save(classes / name / "copy.png")
+    Image.new("L", (8, 8)).save(classes / "n02" / "._tall.png")
+    (classes / "n02" / "Thumbs.db").write_bytes(b"no image")
+    (batch,) = ImageFolder(classes, image_size=30).predict_dataloader()
+    assert batch.labels.tolist() == [0, 1]
+    assert bool((batch.pixels[0] == 255).all())
+    assert batch.pixels[1].unique().tolist() == [77]
+
+
+def pixels_of(folder: Path, image: Image.Image, name: str) -> Tensor:
+    (folder / "class").mkdir()
+    image.save(folder / "class" / name)
+    (batch,) = ImageFolder(folder, image_size=4).predict_dataloader()
+    return batch.pixels[0]
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, name: str) -> None:
+    values = np.array([0, 257, 128 * 257, 65535], dtype=np.uint16)
+    pixels = pixels_of(tmp_path, Image.fromarray(np.tile(values, (4, 1))), name)
+    assert pixels.tolist() == [[[0, 1, 128, 255]] * 4] * 3
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_images_of_unknown_range_are_refused_by_name(tmp_path: Path, kind: type) -> None:
+    image = Image.fromarray(np.full((4, 4), 70, dtype=kind))
+    with pytest.raises(ValueError, match=rf"wide\.tif: .*mode {image.mode}"):
+        pixels_of(tmp_path, image, "wide.tif")
+
+
+def test_alpha_is_dropped_and_orientation_not_applied(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (4, 4), (200, 100, 50, 0))
+    image.paste((10, 20, 30, 128), (0, 0, 4, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    (tmp_path / "class").mkdir()
+    image.save(tmp_path / "class" / "clear.png", exif=exif)
+    (batch,) = ImageFolder(tmp_path, image_size=4).predict_dataloader()
+    assert batch.pixels[0, :, 0].unique(dim=1).tolist() == [[10], [20], [30]]
+    assert batch.pixels[0, :, 1:].flatten(1).unique(dim=1).tolist() == [[200], [100], [50]]
 
 
 class Counting(L.LightningModule):

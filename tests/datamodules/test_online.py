@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from datamodules.conditions import ClassLabels
-from datamodules.online import OnlineDataModule, concatenated
+from datamodules.online import OnlineDataModule
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories, Transition
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.tasks.generation import GenerationTask
-from lit_shortcut.tasks.recording import record
-from lit_shortcut.trajectory import TrajectoryError, transitions
+from lit_shortcut.tasks.recording import RecordingTask, record
+from lit_shortcut.trajectory import TrajectoryError, concatenated
+from tests.tiny_trajectories import transitions
 
 DECODING = Decoding(num_steps=5)
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
@@ -49,6 +49,8 @@ def make(
         global_rank=rank,
         world_size=world_size,
         current_epoch=epoch,
+        overfit_batches=0,
+        precision=precision,
         strategy=trainer.strategy,
         precision_plugin=trainer.precision_plugin,
     )
@@ -144,7 +146,7 @@ def test_validation_draws_what_predict_records_in_the_same_precision(
 ) -> None:
     conditions = ClassLabels(6, batch_size=2, seed=5)
     trainer = L.Trainer(**QUIET, precision=precision, callbacks=[TrajectoryWriter(tmp_path, dtype)])
-    trainer.predict(GenerationTask(ToyBase(), decoding=DECODING), conditions)
+    trainer.predict(RecordingTask(ToyBase(), decoding=DECODING), conditions)
     recorded = TrajectoryDataModule(str(tmp_path), validation_shards=2, validation_batch_size=2)
     drawn = make(validation=ClassLabels(6, batch_size=2, seed=5), dtype=dtype, precision=precision)
     for ours, theirs in zip(islice(drawn.val_dataloader(), 1, None), recorded.val_dataloader(), strict=True):
@@ -169,17 +171,17 @@ def test_pool_of_different_texts_has_the_transitions_of_all_its_batches(
     pool, expected = concatenated([record(dimoo, part, DECODING) for part in parts]), record(dimoo, whole, DECODING)
     assert pool.conditions.prompts == expected.conditions.prompts
     ours, theirs = transitions(pool), transitions(expected)
-    assert ours.text is not None
-    assert theirs.text is not None
-    is_text = torch.arange(ours.text.control.shape[1]) < ours.text.num_control[:, None]
-    texts = [text._replace(control=text.control.where(is_text[..., None], 0)) for text in (ours.text, theirs.text)]
+    assert ours.prefix is not None
+    assert theirs.prefix is not None
+    is_text = torch.arange(ours.prefix.control.shape[1]) < ours.prefix.num_control[:, None]
+    texts = [text._replace(control=text.control.where(is_text[..., None], 0)) for text in (ours.prefix, theirs.prefix)]
     for one, other in zip((*flat(ours), *texts[0]), (*flat(theirs), *texts[1]), strict=True):
         torch.testing.assert_close(one, other)
 
 
 def test_scale_of_the_velocity_is_that_of_a_recorded_set(tmp_path: Path) -> None:
     trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(tmp_path, "float32")])
-    trainer.predict(GenerationTask(ToyBase(), decoding=DECODING), ClassLabels(12, batch_size=2))
+    trainer.predict(RecordingTask(ToyBase(), decoding=DECODING), ClassLabels(12, batch_size=2))
     torch.testing.assert_close(make().velocity_scale(), TrajectoryDataModule(str(tmp_path)).velocity_scale())
 
 

@@ -24,6 +24,9 @@ def written(path: Path, content: str) -> Path:
         ("a.json", json.dumps([{"prompt": text, "id": 7} for text in TEXTS], ensure_ascii=False)),
         ("a.jsonl", "\n".join(json.dumps(text) for text in TEXTS)),
         ("a.jsonl", "\n".join(json.dumps({"prompt": text}) for text in TEXTS) + "\n"),
+        ("a.txt", "\ufeff" + "\n".join(TEXTS) + "\n \n\n"),
+        ("a.json", "\ufeff" + json.dumps(TEXTS)),
+        ("a.jsonl", "\ufeff" + "\r\n".join(json.dumps(text) for text in TEXTS) + "\r\n\r\n"),
     ],
 )
 def test_every_kind_of_file_gives_the_same_prompts(tmp_path: Path, name: str, content: str) -> None:
@@ -66,7 +69,8 @@ def test_digest_is_of_the_prompts_and_their_order(tmp_path: Path) -> None:
         ("a.json", '[{"text": "one"}]', r"a\.json: prompt 1: .*the key 'prompt', found {'text': 'one'}"),
         ("a.json", '{"prompt": "one"}', r"a\.json: expected a JSON list of prompts, found dict"),
         ("a.json", "[", r"a\.json: not a readable file of prompts"),
-        ("a.jsonl", '"one"\nthree', r"a\.jsonl: not a readable file of prompts"),
+        ("a.jsonl", '"one"\n\n"two"\n', r"a\.jsonl: not a readable file of prompts .*line 2, column 1"),
+        ("a.jsonl", '"one"\n"two"\n{"prompt" "x"}\n', r"a\.jsonl: not a readable file of prompts .*line 3, column 11"),
         ("a.csv", "one", r"a\.csv: expected a file of prompts ending in \.txt, \.json, \.jsonl"),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from scipy.stats import qmc
 
-from lit_shortcut.decoding.halton import halton_order, roll_order
+from lit_shortcut.decoding.halton import halton_order, roll_order, rolled_starts
 
 GRIDS = [(1, 1), (1, 5), (14, 14), (16, 16), (27, 9), (32, 32), (20, 48)]
 
@@ -45,13 +45,12 @@ def test_first_places_are_as_even_as_halton_points_and_evener_than_chance(side: 
 
 def test_rolled_order_is_the_order_begun_elsewhere() -> None:
     order = halton_order(4, 4)
-    for row in roll_order(order, torch.arange(8)):
-        start = int((order == row[0]).nonzero())
+    for start, row in enumerate(roll_order(order, torch.arange(16))):
         assert torch.equal(row, order.roll(-start))
 
 
-def test_roll_depends_on_the_seed_alone_and_is_uniform() -> None:
-    order, seeds = halton_order(3, 3), torch.arange(9000) * 7 - 500
-    rolled = roll_order(order, seeds)
-    assert torch.equal(roll_order(order, seeds.flip(0)), rolled.flip(0))
-    assert stats.chisquare(torch.bincount(rolled[:, 0], minlength=9)).pvalue > 1e-3
+def test_start_depends_on_the_seed_only_and_is_uniform() -> None:
+    seeds = torch.arange(9000) * 7 - 500
+    starts = rolled_starts(seeds, 9)
+    assert torch.equal(rolled_starts(seeds.flip(0), 9), starts.flip(0))
+    assert stats.chisquare(torch.bincount(starts, minlength=9)).pvalue > 1e-3

@@ -109,6 +109,11 @@ def test_a_step_of_many_may_reveal_nothing() -> None:
     assert tokens_per_step("cosine_left", num_steps=16, num_tokens=36)[:3] == [1, 0, 1]
 
 
+def test_arccosines_are_taken_in_float32() -> None:
+    """In float64 step 21 would commit a token less than the reference does, and step 22 one more."""
+    assert tokens_per_step("arccos_left", num_steps=45, num_tokens=1024)[21:23] == [17, 16]
+
+
 @pytest.mark.parametrize(("num_tokens", "num_steps"), [(36, 16), (64, 24), (256, 64), (5, 5), (16, 1)])
 @pytest.mark.parametrize("schedule", ["cosine_each", "arccos_left"])
 def test_every_step_reveals_a_token_where_there_are_enough(schedule: Schedule, num_tokens: int, num_steps: int) -> None:

@@ -14,12 +14,14 @@ from datamodules.conditions import ClassLabels
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.evaluation import Row, images_of
+from lit_shortcut.evaluation.drawing import draw
+from lit_shortcut.evaluation.rows import build_rows
 from lit_shortcut.fashion.classifier import FashionCNN, FashionFeatures
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
-from lit_shortcut.metrics.images import ClassAgreement, FrechetDistance
+from lit_shortcut.metrics.distances import FrechetDistance
+from lit_shortcut.metrics.images import ClassAgreement
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, is_complete, load_interface, read_shard
+from lit_shortcut.trajectory import Card, check_shards, load_interface, read_shard
 from tests.command_line import CONFIGS, lightning
 from tests.metrics.asked import asked
 
@@ -40,7 +42,8 @@ def default() -> MaskGIT:
 def images(default: MaskGIT) -> dict[int, torch.Tensor]:
     """100 images each, drawn in 8 steps and in 2."""
     (conditions,) = ClassLabels(100, batch_size=100, seed=77).loader()
-    return {num_steps: images_of(default, conditions, DECODING, Row(num_steps)) for num_steps in (8, 2)}
+    rows = build_rows([[8], [2]], DECODING)
+    return {row.decoding.num_steps: draw(default, conditions, row).images for row in rows}
 
 
 def labels() -> torch.Tensor:
@@ -96,7 +99,7 @@ def test_command_records_the_default_base(default: MaskGIT, tmp_path: Path) -> N
     lightning(tmp_path, "predict", "--config", CONFIGS / "fashion" / "extract.yaml", *size)
     folder = tmp_path / "runs" / "fashion" / "trajectories"
     card = Card.read(folder)
-    assert is_complete(folder, card)
+    check_shards(folder, card)
     assert card.base_fingerprint == default.fingerprint
     assert card.spec == default.spec._asdict()
     assert (card.num_samples, card.num_steps, card.branches) == (4, 4, 2)
@@ -104,7 +107,7 @@ def test_command_records_the_default_base(default: MaskGIT, tmp_path: Path) -> N
     for name, tensor in default.interface.state_dict().items():
         assert torch.equal(recorded[name], tensor)
     samples = [one for shard in (0, 1) for one in read_shard(folder, shard, card)]
-    assert [one.label for one in samples] == [0, 1, 2, 3]
+    assert [int(one.conditions.labels) for one in samples] == [0, 1, 2, 3]
     (conditions,) = ClassLabels(4, batch_size=4, seed=card.seed).loader()
-    drawn = images_of(default, conditions, DECODING, Row(4))
-    assert torch.equal(default.decode(torch.stack([one.tokens for one in samples]).long()), drawn)
+    drawn = draw(default, conditions, *build_rows([[4]], DECODING)).images
+    assert torch.equal(default.decode(torch.cat([one.tokens for one in samples])), drawn)

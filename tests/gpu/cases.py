@@ -20,7 +20,7 @@ from lit_shortcut.bases.toy_cross import CrossToyBase
 from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
-from lit_shortcut.networks.shortcut import ShortcutNet, VelocityNet
+from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 
 EQUAL_PROMPTS, UNEQUAL_PROMPTS = ("a cat", "a dog"), ("a cat", "three grey cats")
 
@@ -29,7 +29,7 @@ class Case(NamedTuple):
     """How to make a base and the shortcut network for it, and the prompts it is asked for."""
 
     make_base: Callable[[], MaskedImageModel]
-    make_network: Callable[[], VelocityNet]
+    make_network: Callable[[], ShortcutNetwork]
     prompts: tuple[str, ...] = ()
 
     def conditions(self, count: int = 2) -> Conditions:
@@ -47,7 +47,7 @@ def maskgit(depth: int = 2) -> MaskGIT:
         return MaskGIT(transformer, FSQTokenizer(levels=[8], width=8, image_size=8))
 
 
-def moving(network: VelocityNet) -> VelocityNet:
+def moving(network: ShortcutNetwork) -> ShortcutNetwork:
     """``network``, which predicts something else than its input, ready to run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -66,7 +66,7 @@ CASES = {
 }
 
 
-def accelerations(network: VelocityNet, budget: int = 2) -> dict[str, Acceleration]:
+def accelerations(network: ShortcutNetwork, budget: int = 2) -> dict[str, Acceleration]:
     predictors: dict[str, Predictor] = {"hold": Hold(), "taylor": Taylor(1), "shortcut": Shortcut(network)}
     return {"vanilla": Vanilla()} | {
         name: Accelerated(Even(budget), predictor) for name, predictor in predictors.items()

@@ -24,8 +24,8 @@ from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.decoding.unmasking import sample_codes
 from lit_shortcut.metrics.functional import head_kl, masked_cosine, masked_mean, masked_mse, token_agreement
-from lit_shortcut.networks.control import embed_control, lay_out_branches
-from lit_shortcut.networks.shortcut import VelocityNet
+from lit_shortcut.networks.control import advance, lay_out_branches
+from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding, generate, sample
 from lit_shortcut.tasks.recording import record
 from tests.gpu.cases import CASES, accelerations
@@ -45,7 +45,7 @@ class OnDevice(NamedTuple):
 
     mode: FakeTensorMode
     base: MaskedImageModel
-    network: VelocityNet
+    network: ShortcutNetwork
     conditions: Conditions
     device: torch.device
 
@@ -123,11 +123,10 @@ def one_step(on: OnDevice) -> tuple[Tensor, Tensor]:
     base, network = on.base, on.network
     context = base.context(on.conditions, guided=False)
     codes = on.moved(torch.randint(base.spec.codebook_size, (2, base.spec.num_tokens)))
-    layout = None if context.prefix is None else lay_out_branches(base.interface, context)[0]
+    layout = next(iter(lay_out_branches(network, base.interface, context)), None)
     features = base.features(codes, context, Clock(0, NUM_STEPS))[0]
-    control = embed_control(base.interface, Control(codes[:, :3], codes[:, :3]), layout)
     share = on.moved(torch.tensor([0.5, 0.5]))
-    return features, network(features, control.tokens, share, control.is_real, control.places)
+    return features, advance(network, base.interface, features, Control(codes[:, :3], codes[:, :3]), share, layout)
 
 
 @pytest.mark.parametrize("name", CASES)

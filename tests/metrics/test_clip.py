@@ -81,8 +81,8 @@ def test_trainers_precision_does_not_reach_the_features(metric: CLIPScore) -> No
 
 
 def test_no_parameter_of_the_clip_is_trained_or_dropped_out(metric: CLIPScore) -> None:
-    assert not any(parameter.requires_grad for parameter in metric.score.model.parameters())
-    assert not metric.score.model.training
+    assert not any(parameter.requires_grad for parameter in metric.clip.module.parameters())
+    assert not metric.clip.module.training
 
 
 def test_long_prompts_are_cut_before_their_end_token_and_this_is_said(metric: CLIPScore, folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch_fidelity.feature_extractor_inceptionv3 as theirs
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lit_shortcut.metrics.images import FrechetDistance
+from lit_shortcut.metrics.distances import FrechetDistance
 from lit_shortcut.metrics.inception import InceptionFeatures
 from lit_shortcut.weights import WeightsError
 from tests.metrics.asked import asked

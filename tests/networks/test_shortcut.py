@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_shortcut.interface import Places
+from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.neighbourhood import Neighbourhood
-from lit_shortcut.networks.shortcut import ShortcutNet, sinusoids
-from lit_shortcut.weights import save_module
+from lit_shortcut.networks.rows import ALL_ROWS, Rows, RowsAt, RowsWhere
+from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork, sinusoids
+from lit_shortcut.weights import load_module_with_metadata, save_module
 
 BATCH, SEQUENCE, WIDTH, CONTROL = 3, 6, 16, 4
 
@@ -118,9 +121,9 @@ def test_sizes_at_imagenet_are_the_published_ones() -> None:
     assert count == block + projections + last + time
 
 
-def test_sinusoids_are_cosines_then_sines_of_a_thousandfold_share() -> None:
+def test_sinusoids_are_cosines_then_sines_at_geometric_frequencies() -> None:
     share = torch.tensor([0.0, 0.25, 1.0])
-    values = sinusoids(share)
+    values = sinusoids(1000 * share)
     assert values.shape == (3, 256)
     assert values[0].tolist() == [1.0] * 128 + [0.0] * 128
     for row, r in enumerate(share.tolist()):
@@ -150,6 +153,117 @@ def test_load_returns_what_was_saved_frozen(tmp_path: Path, hparams: dict[str, A
     assert torch.equal(loaded(*inputs()), network(*inputs()))
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+# ---- options
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"uses_control": False},
+    {"uses_time": False},
+    {"rows": "masked", "num_blocks": 2},
+    {"anchored": True},
+    {"anchored": True, "rows": "masked", "uses_control": False},
+]
+
+
+def make_llada(**options: Any) -> LLaDAShortcutNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = LLaDAShortcutNet(WIDTH, num_heads=2, mlp_width=12, **options)
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return network.eval()
+
+
+of_both_kinds = pytest.mark.parametrize("kind", [make, make_llada])
+PLACES = Places(torch.arange(SEQUENCE).expand(BATCH, -1), torch.arange(CONTROL).expand(BATCH, -1))
+
+
+def run(network: ShortcutNetwork, features: Tensor, control: Tensor, rows: Rows = ALL_ROWS, gap: int = 1) -> Tensor:
+    following: Tensor = network(
+        features, control, torch.tensor([0.1, 0.5, 1.0]), None, PLACES, rows, torch.full((BATCH,), gap)
+    )
+    return following
+
+
+@of_both_kinds
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_parameter_has_a_part_whatever_the_options(
+    kind: Callable[..., ShortcutNetwork], options: dict[str, Any]
+) -> None:
+    network = kind(**options)
+    features, control, _ = inputs()
+    run(network, features, control).square().sum().backward()
+    assert not [name for name, parameter in network.named_parameters() if parameter.grad is None]
+
+
+@of_both_kinds
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_chosen_rows_are_predicted_alike_by_index_and_by_mask_and_others_stay(
+    kind: Callable[..., ShortcutNetwork], num_blocks: int
+) -> None:
+    network = kind(rows="masked", num_blocks=num_blocks)
+    features, control, _ = inputs()
+    index = torch.tensor([[4, 0], [1, 2], [3, 4]])
+    mask = torch.zeros(BATCH, SEQUENCE - 1, dtype=torch.bool).scatter(1, index, value=True)
+    found = run(network, features, control, RowsAt(index))
+    torch.testing.assert_close(run(network, features, control, RowsWhere(mask)), found, rtol=1e-4, atol=1e-5)
+    chosen = torch.nn.functional.pad(mask, (0, 1))
+    assert torch.equal(found[~chosen], features[~chosen])
+    assert ((found - features)[chosen].abs().amax(-1) > 1e-3).all()
+    moved = features.clone()
+    moved[~chosen] += 1
+    assert (run(network, moved, control, RowsAt(index)) - found)[chosen].abs().amin() > 0  # they are still attended to
+    everything = torch.arange(SEQUENCE).expand(BATCH, -1).flip(1)
+    torch.testing.assert_close(
+        run(network, features, control, RowsAt(everything)), run(network, features, control), rtol=1e-4, atol=1e-5
+    )
+
+
+@of_both_kinds
+def test_without_control_tokens_play_no_part(kind: Callable[..., ShortcutNetwork]) -> None:
+    network = kind(uses_control=False)
+    features, control, _ = inputs()
+    assert torch.equal(run(network, features, control), run(network, features, control + 1))
+    assert not [name for name in network.state_dict() if "cross" in name or "narrow_control" in name]
+
+
+@of_both_kinds
+def test_anchored_network_knows_its_gap(kind: Callable[..., ShortcutNetwork]) -> None:
+    features, control, share = inputs()
+    network = kind(anchored=True)
+    assert not torch.allclose(run(network, features, control, gap=1), run(network, features, control, gap=3))
+    assert torch.equal(run(kind(), features, control, gap=1), run(kind(), features, control, gap=3))
+    with pytest.raises(ValueError, match="gap"):
+        network(features, control, share, None, PLACES)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"rows": "some"}, "rows"),
+        ({"anchored": True, "uses_time": False}, "uses_time"),
+        ({"uses_control": False, "grid": 2, "reach": 1}, "reach"),
+        ({"num_blocks": 0}, "num_blocks"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        make(**options)
+
+
+@of_both_kinds
+@pytest.mark.parametrize("options", OPTIONS)
+def test_file_and_use_agree_on_the_options(
+    kind: Callable[..., ShortcutNetwork], options: dict[str, Any], tmp_path: Path
+) -> None:
+    network = kind(**options)
+    save_module(tmp_path / "shortcut.safetensors", network)
+    loaded, _ = load_module_with_metadata((ShortcutNet, LLaDAShortcutNet), tmp_path / "shortcut.safetensors")
+    assert loaded.options == network.options
+    features, control, _ = inputs()
+    assert torch.equal(run(loaded, features, control), run(network, features, control))
 
 
 # ---- neighbourhood

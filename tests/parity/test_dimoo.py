@@ -37,8 +37,8 @@ def part(prefix: str) -> dict[str, Tensor]:
 
 
 class RecordedPrompts:
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = GOLDEN["in.uncond_prompt" if text == UNCONDITION else "in.prompt"].tolist()
+    def encode(self, text: str, template: str = "{}") -> list[int]:
+        ids: list[int] = GOLDEN["in.uncond_prompt" if template == UNCONDITION else "in.prompt"].tolist()
         return ids
 
 
@@ -139,7 +139,7 @@ def test_next_features_by_interface_and_prompt_equal_the_reference(base: DiMOO, 
     positions = (offsets[:, None] == committed).int().argmax(dim=0)[None]
     control = Control(GOLDEN["in.new_token_ids"][:, LENGTH:] - SPECIAL.first_code, positions)
     rows, _ = base.interface.row_places(torch.tensor([LENGTH]), PLACES.shape[1])
-    embedded = embed_control(base.interface, control, lay_out_branches(base.interface, context)[0])
+    embedded = embed_control(base.interface, control, lay_out_branches(network, base.interface, context)[0])
     following = network(GOLDEN["out.feature"][:, rows[0]], embedded.tokens, GOLDEN["in.mask_ratio"], *embedded[1:])
     expected = GOLDEN["out.next_feature"]
     torch.testing.assert_close(in_sequence(base, following, LENGTH), expected, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from lit_shortcut.bases.maskgit.vqgan import VQGAN
 from lit_shortcut.weights import load_tensors
 from tests.parity.taming import Reference, Sizes, random_weights, write_folder
 
-GOLDEN = Path(__file__).with_name("vqgan_tiny.safetensors")  # of 3.3 MB, not under version control
+GOLDEN = Path(__file__).with_name("vqgan_tiny.safetensors")
 SIZES = {
     "as the fixture": Sizes(48, 16, 32, 32, [1, 1, 2], 1, 32, [8]),
     "as f16": Sizes(64, 8, 16, 32, [1, 1, 2, 2, 4], 2, 64, [4]),
@@ -20,7 +20,6 @@ SIZES = {
 }
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason=f"{GOLDEN.name} is not there; the formulas below stand in for it")
 def test_codes_and_reconstruction_equal_the_reference_implementation(tmp_path: Path) -> None:
     golden, meta = load_tensors(GOLDEN)
     config = {name: value for name, value in meta["ddconfig"].items() if name in Sizes._fields}

@@ -9,17 +9,16 @@ import pytest
 import torch
 
 from datamodules.conditions import ClassLabels
-from lit_shortcut.acceleration.accelerated import Planned
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
-from lit_shortcut.evaluation import Row
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.bench import BenchTask
 
 
-def bench(folder: Path, rows: list[Row], precision: Any = "32-true", **arguments: Any) -> dict[str, Any]:
-    task = BenchTask(ToyBase(), rows, **({"path": folder / "bench.json", "rounds": 2} | arguments))
+def bench(folder: Path, rows: list[Any], precision: Any = "32-true", **arguments: Any) -> dict[str, Any]:
+    settings = {"path": folder / "bench.json", "rounds": 2, "methods": {"hold": Hold()}}
+    task = BenchTask(ToyBase(), rows=rows, **(settings | arguments))
     quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     trainer = L.Trainer(**quiet, precision=precision)
     trainer.test(task, datamodule=ClassLabels(6, batch_size=3), verbose=False)
@@ -28,7 +27,7 @@ def bench(folder: Path, rows: list[Row], precision: Any = "32-true", **arguments
 
 
 def test_parts_of_every_row_make_up_the_whole(tmp_path: Path) -> None:
-    rows = bench(tmp_path, [Row(5), Row(5, Planned(2, Hold()), "halton")])["rows"]
+    rows = bench(tmp_path, [[5], [5, 2, "hold", {"order": "halton"}]])["rows"]
     assert rows.keys() == {"vanilla_n5", "hold_n5_b2_halton"}
     calls = {name: {part["name"]: part["calls"] for part in parts} for name, parts in rows.items()}
     assert calls["vanilla_n5"] == {"base": 5, "head": 5, "token choice": 5, "rest": 0}
@@ -41,8 +40,8 @@ def test_parts_of_every_row_make_up_the_whole(tmp_path: Path) -> None:
 def test_facts_say_what_the_figures_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("lit_shortcut.tasks.bench.rank_zero_info", said.append)
-    row = Row(5, Planned(2, Shortcut(ShortcutNet(width=16, num_heads=2))))
-    facts = bench(tmp_path, [row], precision="bf16-true", random_weights=True)["facts"]
+    methods = {"shortcut": Shortcut(ShortcutNet(width=16, num_heads=2))}
+    facts = bench(tmp_path, [[5, 2, "shortcut"]], methods=methods, precision="bf16-true", random_weights=True)["facts"]
     assert (facts["weights"], facts["dtype"], facts["precision"]) == ("random", "bfloat16", "bf16-true")
     assert (facts["batch"], facts["rounds"], facts["threads"]) == (3, 2, torch.get_num_threads())
     assert facts["torch"] == torch.__version__
@@ -53,15 +52,22 @@ def test_facts_say_what_the_figures_depend_on(tmp_path: Path, monkeypatch: pytes
 
 
 def test_trained_weights_are_not_called_random(tmp_path: Path) -> None:
-    assert bench(tmp_path, [Row(3)])["facts"]["weights"] == "trained"
+    assert bench(tmp_path, [[3]])["facts"]["weights"] == "trained"
 
 
 def test_row_that_cannot_be_run_is_refused_before_any_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"budget must lie in 1\.\.5.*got 6"):
-        bench(tmp_path, [Row(5), Row(5, Planned(6, Hold()))])
+        bench(tmp_path, [[5], [5, 6, "hold"]])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_rounds_must_be_positive() -> None:
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
-        BenchTask(ToyBase(), [Row(3)], rounds=0)
+        BenchTask(ToyBase(), rows=[[3]], rounds=0)
+
+
+def test_trial_run_writes_nothing(tmp_path: Path) -> None:
+    task = BenchTask(ToyBase(), rows=[[3]], path=tmp_path / "bench.json", rounds=1)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, fast_dev_run=True)
+    trainer.test(task, datamodule=ClassLabels(6, batch_size=3), verbose=False)
+    assert list(tmp_path.iterdir()) == []

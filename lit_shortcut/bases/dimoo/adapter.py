@@ -1,55 +1,20 @@
-"""Lumina-DiMOO's answer to the base protocol."""
+"""Lumina-DiMOO: what it makes of a prompt, and how its images stand behind it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import TEMPLATE, UNCONDITION, Frame, PromptTokenizer, SpecialTokens
-from lit_shortcut.contracts import (
-    Clock,
-    Conditions,
-    Context,
-    ImageDecoder,
-    Prefix,
-    PrefixSize,
-    TokenSpec,
-    require_prompts,
-)
-from lit_shortcut.interface import TokenInterface
-from lit_shortcut.networks.llada import Rotation
-from lit_shortcut.weights import fingerprint, network_fingerprint
+from lit_shortcut.bases.prompted_llada import ImageTokens, PromptedLLaDA, grid_of
+from lit_shortcut.contracts import ImageDecoder
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptContext(Context):
-    """Prompts as token ids, padded to the longest, and where all rows stand.
-
-    Args:
-        ids: (G, B, P).
-        cos: (G, B, 1, S, D/2), of the rotation of each row.
-        sin: the same.
-        is_real: (G, B, S), false at rows behind a shorter prompt.
-    """
-
-    ids: Tensor
-    cos: Tensor
-    sin: Tensor
-    is_real: Tensor
-
-
-class DiMOO(nn.Module):
+class DiMOO(PromptedLLaDA):
     """A frozen text-to-image LLaDA with its tokenizers.
 
-    Rows of the features are the image tokens, row by row, then answer_start, boi, the newlines, eoi and answer_end,
-    then the prompt. Attention does not mind the order, since each row is rotated by its place in the sequence: so image
-    rows come first whatever the prompt's length, and padding comes last.
+    The image's tokens are framed by answer_start and boi, a newline behind each row, eoi and answer_end.
 
     Args:
         transformer: the network that is accelerated.
@@ -61,7 +26,8 @@ class DiMOO(nn.Module):
         width: of the images in pixels, a multiple of ``patch_size``.
         patch_size: side in pixels of the square that a token stands for.
         max_prompt_tokens: longest prompt taken, template included.
-        template: text around a prompt, which stands at ``{}``.
+        template: text around a prompt, which stands at ``{}``. Special tokens are spelt here and in ``negative``; in a
+            prompt they are plain text.
         negative: prompt of the unconditional branch.
 
     Raises:
@@ -84,128 +50,40 @@ class DiMOO(nn.Module):
         template: str = TEMPLATE,
         negative: str = UNCONDITION,
     ) -> None:
-        super().__init__()
-        for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % patch_size:
-                raise ValueError(f"{name} must be a positive multiple of {patch_size} pixels, got {size}")
-        self.special = special or SpecialTokens()
-        self.transformer, self.tokenizer = transformer, tokenizer
+        self.special = special = special or SpecialTokens()
+        grid = grid_of(height, width, patch_size)
+        frame = Frame(*grid)
+        image = ImageTokens(
+            grid, codebook_size, special.first_code, special.mask, frame.ids(special), frame.row_offsets()
+        )
+        super().__init__(transformer, tokenizer, image=image, max_prompt_tokens=max_prompt_tokens)
         self.prompt_tokenizer, self.template, self.negative = prompt_tokenizer, template, negative
-        self.eval().requires_grad_(False)
-        first, end = self.special.first_code, self.special.first_code + codebook_size
-        if end > transformer.wte.num_embeddings:
+        known = prompt_tokenizer.encode("", UNCONDITION)
+        if special.uncondition not in known:
             raise ValueError(
-                f"codes {first}..{end - 1} lie outside the transformer's vocabulary of {transformer.wte.num_embeddings}"
+                f"the prompt tokenizer must know {UNCONDITION} as token {special.uncondition}, "
+                f"but makes {known} of it: it belongs to another model"
             )
-        frame = Frame(height // patch_size, width // patch_size)
-        num_tokens = frame.height * frame.width
-        self.frame_ids: Tensor
-        self.register_buffer("frame_ids", frame.ids(self.special), persistent=False)
-        self.interface = TokenInterface(
-            num_tokens=num_tokens,
-            code_embedding=transformer.wte.weight[first:end],
-            head_weight=transformer.head_weight[first:end],
-            row_offsets=frame.row_offsets(),
-        )
-        self.spec = TokenSpec(
-            num_tokens=num_tokens,
-            sequence_length=num_tokens + len(self.frame_ids) + max_prompt_tokens,
-            width=transformer.wte.embedding_dim,
-            codebook_size=codebook_size,
-            mask_id=codebook_size,
-            num_classes=0,
-            grid_height=frame.height,
-        )
-        self.max_prompt_tokens = max_prompt_tokens
-        self.unconditional = self._tokenized(negative)
-        if self.special.uncondition not in prompt_tokenizer.encode(UNCONDITION):
-            raise ValueError(
-                f"the prompt tokenizer must know {UNCONDITION} as token {self.special.uncondition}, "
-                f"but makes {prompt_tokenizer.encode(UNCONDITION)} of it: it belongs to another model"
-            )
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the transformer's weights; computed when first asked for, since it reads all of them."""
-        return fingerprint(self.transformer.state_dict())
-
-    def train(self, mode: bool = True) -> DiMOO:
-        """Stay in eval mode: a base is frozen."""
-        return super().train(False)
 
     def identity(self) -> dict[str, Any]:
         """Fingerprints of transformer, image decoder and prompt tokenizer, and how prompts and images are laid out."""
-        return {
-            "class": type(self).__name__,
-            "fingerprint": self.fingerprint,
-            "decoder": network_fingerprint(self.tokenizer),
+        return super().identity() | {
             "prompt_tokenizer": self.prompt_tokenizer.identity(),
             "template": self.template,
             "negative": self.negative,
             "special": asdict(self.special),
-            "grid": list(self.spec.grid),
         }
 
-    def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """Token ids of the prompts; the unconditional branch has a prompt of its own.
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of ``prompt`` in the template; ValueError if there are too many."""
+        return self._checked(self.prompt_tokenizer.encode(prompt, self.template), prompt)
 
-        Raises:
-            ValueError: if there is not a prompt for each sample, or one is empty or too long.
-        """
-        prompts = require_prompts(conditions)
-        texts = [[self._tokenized(prompt) for prompt in prompts]]
-        if guided:
-            texts.append([self.unconditional] * len(prompts))
-        lengths = [[len(ids) for ids in branch] for branch in texts]
-        longest = max(max(branch) for branch in lengths)
-        padded = [[ids + [0] * (longest - len(ids)) for ids in branch] for branch in texts]
-        num_control = [lengths[0], *([0] * len(branch) for branch in lengths[1:])]
-        ids = torch.tensor(padded, device=self.frame_ids.device)
-        places, is_real = self.interface.row_places(
-            torch.tensor(lengths).flatten(), self.spec.num_tokens + len(self.frame_ids) + longest
-        )
-        cos, sin = (part.unflatten(0, ids.shape[:2]) for part in self.transformer.rotation(places))
-        return PromptContext(
-            ids=ids,
-            cos=cos,
-            sin=sin,
-            is_real=is_real.unflatten(0, ids.shape[:2]),
-            prefix=Prefix(torch.tensor(lengths), self.transformer.wte(ids), torch.tensor(num_control)),
-            prefix_sizes=tuple(
-                PrefixSize(max(own), max(control), min(own) < max(own))
-                for own, control in zip(lengths, num_control, strict=True)
-            ),
-        )
+    def unconditional_ids(self) -> list[int]:
+        """Token ids of the negative prompt in the template."""
+        whole = self.template.replace("{}", self.negative, 1)
+        return self._checked(self.prompt_tokenizer.encode("", whole), self.negative)
 
-    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
-        """Features (G, B, S, C); rows behind a shorter prompt are 0.
-
-        Branches run one after the other: prompts of one branch are often equally long, and attention is faster
-        without a mask.
-        """
-        assert isinstance(context, PromptContext)
-        ids = torch.where(tokens == self.spec.mask_id, self.special.mask, tokens + self.special.first_code)
-        image = torch.cat([ids, self.frame_ids.expand(len(ids), -1)], dim=1)
-        return torch.stack([self._features(image, context, branch) for branch in range(len(context.ids))])
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, height, width), of codes ``tokens`` (B, L)."""
-        return self.tokenizer.decode(tokens)
-
-    def _features(self, image: Tensor, context: PromptContext, branch: int) -> Tensor:
-        size, prompt = context.prefix_sizes[branch], context.ids[branch]
-        sequence = torch.cat([image, prompt[:, : size.longest]], dim=1)
-        num_rows = sequence.shape[1]
-        by = Rotation(*(part[branch, ..., :num_rows, :] for part in (context.cos, context.sin)))
-        if size.is_padded:
-            is_real = context.is_real[branch, :, :num_rows]
-            features = self.transformer(sequence, by, is_real) * is_real[..., None]
-        else:
-            features = self.transformer(sequence, by)
-        return pad(features, (0, 0, 0, prompt.shape[1] - size.longest))
-
-    def _tokenized(self, prompt: str) -> list[int]:
-        ids = self.prompt_tokenizer.encode(self.template.format(prompt))
+    def _checked(self, ids: list[int], prompt: str) -> list[int]:
         if len(ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"expected prompts of at most {self.max_prompt_tokens} tokens, template included; "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from lit_shortcut.weights import WeightsError
@@ -45,8 +47,8 @@ class SpecialTokens:
 class PromptTokenizer(Protocol):
     """Text to token ids."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``."""
+    def encode(self, text: str, template: str = "{}") -> list[int]:
+        """Token ids of ``template`` with ``text`` at ``{}``; special tokens are known in the template, not in text."""
 
     def identity(self) -> str:
         """Equal only for tokenizers that encode alike."""
@@ -58,21 +60,25 @@ class Utf8Tokenizer:
     Args:
         uncondition: id of ``<uncondition>``.
 
-    >>> Utf8Tokenizer(uncondition=256).encode("a<uncondition>b")
+    >>> Utf8Tokenizer(uncondition=256).encode("b", "a<uncondition>{}")
     [97, 256, 98]
     """
 
     def __init__(self, uncondition: int) -> None:
         self.uncondition = uncondition
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``."""
-        first, *others = (list(part.encode()) for part in text.split(UNCONDITION))
-        return first + [id_ for part in others for id_ in (self.uncondition, *part)]
+    def encode(self, text: str, template: str = "{}") -> list[int]:
+        """Token ids of ``template`` with ``text`` at ``{}``."""
+        before, _, after = template.partition("{}")
+        return self._known(before) + list(text.encode()) + self._known(after)
 
     def identity(self) -> str:
         """Its name and the id."""
         return f"utf8:{self.uncondition}"
+
+    def _known(self, template: str) -> list[int]:
+        first, *others = (list(part.encode()) for part in template.split(UNCONDITION))
+        return first + [id_ for part in others for id_ in (self.uncondition, *part)]
 
 
 class TextTokenizer:
@@ -80,14 +86,14 @@ class TextTokenizer:
 
     Args:
         path: ``tokenizer.json``.
-        special: ids it must agree with.
+        special: ids it must agree with; None for a model that has none of these tokens.
 
     Raises:
         WeightsError: if the file is missing or damaged, does not know ``<uncondition>``, or knows a special token by
             another id.
     """
 
-    def __init__(self, path: Path, special: SpecialTokens) -> None:
+    def __init__(self, path: Path, special: SpecialTokens | None) -> None:
         if not path.is_file():
             raise WeightsError(f"{path}: no such file; expected a text tokenizer")
         try:
@@ -96,23 +102,55 @@ class TextTokenizer:
             raise WeightsError(f"{path}: not a tokenizer ({error})") from error
         self._tokenizer.no_truncation()  # the file may hold either
         self._tokenizer.no_padding()
-        expected = {f"<{name}>": getattr(special, name) for name in ("boi", "eoi", "answer_start", "answer_end")}
-        expected[UNCONDITION] = special.uncondition
-        found = {token: self._tokenizer.token_to_id(token) for token in expected}
-        harmless = {token for token, id_ in found.items() if id_ is None} - {UNCONDITION}  # never in a prompt
-        wrong = [token for token in expected if found[token] != expected[token] and token not in harmless]
-        if wrong:
-            listed = ", ".join(f"{token} as {expected[token]}, found {found[token]}" for token in wrong)
-            raise WeightsError(f"{path}: expected {listed}: the tokenizer belongs to another model")
+        content = json.loads(self._tokenizer.to_str())
+        added = sorted((token["content"] for token in content["added_tokens"]), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, added)) or "(?!)")
+        self._plain = Tokenizer.from_str(json.dumps(content | {"added_tokens": []}))
+        if special is not None:
+            self._require(special, path)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+    def __len__(self) -> int:
+        """Number of its tokens, added ones included."""
+        size: int = self._tokenizer.get_vocab_size()
+        return size
+
+    def id_of(self, token: str) -> int | None:
+        """Id of ``token``; None if it is not known."""
+        id_: int | None = self._tokenizer.token_to_id(token)
+        return id_
+
+    def encode(self, text: str, template: str = "{}") -> list[int]:
+        """Token ids of ``template`` with ``text`` at ``{}``; special tokens are known in the template, not in text.
+
+        The library cuts a string at its special tokens and takes what is between them on its own. So does this, only
+        that the piece with ``text`` goes to a tokenizer that has no special tokens.
+        """
+        before, _, after = template.partition("{}")
+        start = max((match.end() for match in self._added.finditer(before)), default=0)
+        found = self._added.search(after)
+        end = found.start() if found else len(after)
+        pieces = [
+            (self._tokenizer, before[:start]),
+            (self._plain, before[start:] + text + after[:end]),
+            (self._tokenizer, after[end:]),
+        ]
+        parts = [tokenizer.encode(piece, add_special_tokens=False) for tokenizer, piece in pieces if piece]
+        ids: list[int] = self._tokenizer.post_process(Encoding.merge(parts)).ids
         return ids
 
     def identity(self) -> str:
         """Digest of vocabulary, merges and settings."""
         return sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
+
+    def _require(self, special: SpecialTokens, path: Path) -> None:
+        expected = {f"<{name}>": getattr(special, name) for name in ("boi", "eoi", "answer_start", "answer_end")}
+        expected[UNCONDITION] = special.uncondition
+        found = {token: self.id_of(token) for token in expected}
+        harmless = {token for token, id_ in found.items() if id_ is None} - {UNCONDITION}  # never in a prompt
+        wrong = [token for token in expected if found[token] != expected[token] and token not in harmless]
+        if wrong:
+            listed = ", ".join(f"{token} as {expected[token]}, found {found[token]}" for token in wrong)
+            raise WeightsError(f"{path}: expected {listed}: the tokenizer belongs to another model")
 
 
 @dataclass(frozen=True)

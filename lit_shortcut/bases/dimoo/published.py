@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lit_shortcut.bases.dimoo.adapter import DiMOO
-from lit_shortcut.bases.dimoo.decoder import VQDecoder
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import SpecialTokens, TextTokenizer, Utf8Tokenizer
+from lit_shortcut.bases.prompted_llada import Untrained
+from lit_shortcut.bases.saved import TRANSFORMERS, Precision, read_json, read_weights
+from lit_shortcut.bases.vq import VQDecoder
 from lit_shortcut.hub import local_folder
-from lit_shortcut.published import Names, fill
+from lit_shortcut.published import Names, fill, unwrapped
 from lit_shortcut.weights import WeightsError
 
 PATCH_SIZE = 16
 VOCAB_SIZE = 134_548  # 126,356 of text and special tokens, 8,192 codes; what the release of MIGM-Shortcut sets
 FILES = ("config.json", "model*.safetensors*", "tokenizer*", "vqvae/*")
 _PREFIX = "model.transformer."
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 _SIZES = {  # ours, by the configuration's keys
     "d_model": "width",
@@ -56,7 +53,7 @@ def published(
     width: int = 1024,
     *,
     max_prompt_tokens: int = 512,
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    dtype: Precision = "bfloat16",
     special: SpecialTokens | None = None,
 ) -> DiMOO:
     """The base with published weights.
@@ -97,7 +94,7 @@ def random_weights(
     num_heads: int = 32,
     mlp_width: int = 12288,
     vocab_size: int = VOCAB_SIZE,
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    dtype: Precision = "bfloat16",
     device: str = "cpu",
     seed: int = 0,
 ) -> DiMOO:
@@ -121,19 +118,11 @@ def random_weights(
     Raises:
         ValueError: if height or width is no multiple of 16, or sizes do not fit one another.
     """
-    with torch.device("meta"):
-        transformer = LLaDA(vocab_size, feature_width, depth, num_heads, mlp_width).to(getattr(torch, dtype))
-    if device != "meta":
-        transformer.to_empty(device=device)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            for module in transformer.modules():
-                if isinstance(module, (nn.Embedding, nn.Linear, nn.RMSNorm)):
-                    module.reset_parameters()
+    transformer = random_transformer(vocab_size, feature_width, depth, num_heads, mlp_width, dtype, device, seed)
     special = SpecialTokens()
     base = _RandomDiMOO(
         transformer,
-        _NoDecoder(),
+        NoDecoder(),
         Utf8Tokenizer(special.uncondition),
         special=special,
         height=height,
@@ -144,15 +133,39 @@ def random_weights(
     return base.to(device)
 
 
-class _RandomDiMOO(DiMOO):
-    @cached_property
-    def fingerprint(self) -> str:
-        return f"random-{super().fingerprint}"
+def random_transformer(
+    vocab_size: int,
+    width: int,
+    depth: int,
+    num_heads: int,
+    mlp_width: int,
+    dtype: Precision,
+    device: str,
+    seed: int,
+) -> LLaDA:
+    """A transformer of these sizes that has learned nothing, on ``device``; on ``meta`` it has no weights at all."""
+    with torch.device("meta"):
+        transformer = LLaDA(vocab_size, width, depth, num_heads, mlp_width).to(getattr(torch, dtype))
+    if device != "meta":
+        transformer.to_empty(device=device)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for module in transformer.modules():
+                if isinstance(module, (nn.Embedding, nn.Linear, nn.RMSNorm)):
+                    module.reset_parameters()
+    return transformer
 
 
-class _NoDecoder:
+class NoDecoder:
+    """Stands for the image decoder of a base that has learned nothing."""
+
     def decode(self, tokens: Tensor) -> Tensor:
+        """Raise ValueError: such a base draws no images."""
         raise ValueError("random weights draw no images: they have no decoder")
+
+
+class _RandomDiMOO(Untrained, DiMOO):
+    pass
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> LLaDA:
@@ -161,7 +174,7 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> LLaDA:
     Raises:
         WeightsError: if a file is missing or damaged, or tensors are missing, unknown or misshapen; all are named.
     """
-    sizes, state = read_sizes(folder / "config.json"), _read_shards(folder, dtype)
+    sizes, state = read_sizes(folder / "config.json"), unwrapped(read_weights(folder, TRANSFORMERS, dtype=dtype))
     if (table := state.get(f"{_PREFIX}wte.weight")) is not None:
         sizes["vocab_size"] = len(table)  # the release overrides what its configuration says of it
     with torch.device("meta"):
@@ -176,7 +189,7 @@ def read_sizes(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: if the file is missing or damaged, lacks a size, or describes a variant that is not implemented.
     """
-    config = _read_json(path)
+    config = read_json(path)
     for key, known in _VARIANTS.items():
         if key in config and config[key] not in known:
             raise WeightsError(f"{path}: {key}: expected {known[0]!r}, found {config[key]!r}, which is not implemented")
@@ -192,35 +205,3 @@ def read_sizes(path: Path) -> dict[str, Any]:
             )
         sizes[ours] = value
     return sizes
-
-
-def _read_shards(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    index = folder / _INDEX
-    places = _read_json(index).get("weight_map", {}) if index.is_file() else {"": _SINGLE}
-    shards = sorted(set(places.values()))
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing or not shards:
-        raise WeightsError(
-            f"{folder}: {len(missing)} of {len(shards)} weight files are missing: {', '.join(missing)}; expected "
-            f"{_SINGLE}, or all files that {_INDEX} names"
-        )
-    state: dict[str, Tensor] = {}
-    for name in shards:
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                state |= {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{folder / name}: not a readable safetensors file ({error})") from error
-    return state
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such file; expected a folder of the published checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values

@@ -1,19 +1,51 @@
-"""MaskGIT's answer to the base protocol."""
+"""The answer of class-conditional bases, MaskGIT and its kin, to the base protocol."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from lit_shortcut.bases.class_tokens import ClassContext, class_context
-from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.contracts import Clock, Conditions, Context, ImageTokenizer, TokenSpec
+from lit_shortcut.contracts import Clock, Conditions, Context, ImageDecoder, TokenSpec
+from lit_shortcut.interface import TokenInterface
 from lit_shortcut.weights import WeightsError, fingerprint, network_fingerprint
 
 
+class ClassTransformer(Protocol):
+    """A network from image tokens and a class to features.
+
+    Class k has the id ``first_class_id`` + k, the dropped class the one behind the last; ``sequence_length`` is S.
+    """
+
+    num_tokens: int
+    sequence_length: int
+    width: int
+    codebook_size: int
+    mask_id: int
+    num_classes: int
+    first_class_id: int
+
+    def __call__(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
+        """Features (B, S, C) of image ``tokens`` (B, L) under ``class_ids`` (B,)."""
+
+    def interface(self) -> TokenInterface:
+        """The cheap ends, sharing the network's parameters."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its weights."""
+
+
+class CountedDecoder(ImageDecoder, Protocol):
+    """An image decoder that knows the number of its codes."""
+
+    @property
+    def codebook_size(self) -> int:
+        """V, number of codes."""
+
+
 class MaskGIT(nn.Module):
-    """A frozen class-conditional MaskGIT with its image tokenizer.
+    """A frozen class-conditional MaskGIT with its image decoder.
 
     Args:
         transformer: the network that is accelerated.
@@ -23,7 +55,7 @@ class MaskGIT(nn.Module):
         WeightsError: if the tokenizer has another number of codes than the transformer.
     """
 
-    def __init__(self, transformer: MaskGITTransformer, tokenizer: ImageTokenizer) -> None:
+    def __init__(self, transformer: ClassTransformer, tokenizer: CountedDecoder) -> None:
         super().__init__()
         if tokenizer.codebook_size != transformer.codebook_size:
             raise WeightsError(
@@ -35,8 +67,8 @@ class MaskGIT(nn.Module):
         self.interface = transformer.interface()
         self.spec = TokenSpec(
             num_tokens=transformer.num_tokens,
-            sequence_length=transformer.num_tokens + 1,
-            width=transformer.token_embedding.embedding_dim,
+            sequence_length=transformer.sequence_length,
+            width=transformer.width,
             codebook_size=transformer.codebook_size,
             mask_id=transformer.mask_id,
             num_classes=transformer.num_classes,
@@ -64,7 +96,7 @@ class MaskGIT(nn.Module):
         return class_context(conditions, self.spec.num_classes, self.transformer.first_class_id, guided=guided)
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
-        """Features (G, B, L + 1, C), both branches in one batch; the last row belongs to the class token."""
+        """Features (G, B, S, C), both branches in one batch."""
         assert isinstance(context, ClassContext)
         branches = len(context.ids)
         stacked: Tensor = self.transformer(tokens.repeat(branches, 1), context.ids.flatten())

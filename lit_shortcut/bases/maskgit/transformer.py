@@ -64,7 +64,9 @@ class MaskGITTransformer(nn.Module):
             "num_heads": num_heads,
             "mlp_width": mlp_width,
         }
-        self.codebook_size, self.num_classes, self.num_tokens = codebook_size, num_classes, grid * grid
+        self.codebook_size, self.num_classes, self.width = codebook_size, num_classes, width
+        self.num_tokens = grid * grid
+        self.sequence_length = self.num_tokens + 1  # the last row belongs to the class token
         self.mask_id = codebook_size
         self.first_class_id = codebook_size + 1
         self.dropped_class_id = self.first_class_id + num_classes

@@ -12,6 +12,7 @@ import yaml
 from diffusers import VQModel
 from torch import Tensor, nn
 
+from lit_shortcut.bases.code_decoder import taming_pairs
 from lit_shortcut.published import Names, fill, load_state
 from lit_shortcut.weights import WeightsError
 
@@ -137,26 +138,5 @@ def read_sizes(path: Path) -> dict[str, Any]:
 
 
 def vqgan_names(num_levels: int) -> Names:
-    """Names of taming's VQGAN and of diffusers' model within :class:`VQGAN`, which counts the decoder's levels down."""
-    attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-    levels = [("encoder.down.#", "encoder.down_blocks.#")]
-    levels += [(f"decoder.up.{level}", f"decoder.up_blocks.{num_levels - 1 - level}") for level in range(num_levels)]
-    in_level = [
-        (".block.#.nin_shortcut.", ".resnets.#.conv_shortcut."),
-        (".block.#.", ".resnets.#."),
-        (".downsample.", ".downsamplers.0."),
-        (".upsample.", ".upsamplers.0."),
-        *((f".attn.#.{theirs}.", f".attentions.#.{ours}.") for theirs, ours in attention.items()),
-    ]
-    in_middle = [
-        ("block_1.", "resnets.0."),
-        ("block_2.", "resnets.1."),
-        *((f"attn_1.{theirs}.", f"attentions.0.{ours}.") for theirs, ours in attention.items()),
-    ]
-    pairs = [(a + b, c + d) for a, c in levels for b, d in in_level]
-    for half in ("encoder", "decoder"):
-        pairs += [(f"{half}.mid.{theirs}", f"{half}.mid_block.{ours}") for theirs, ours in in_middle]
-        pairs += [(f"{half}.norm_out.", f"{half}.conv_norm_out.")]
-    unchanged = ["encoder.conv_", "decoder.conv_", "quantize.", "quant_conv.", "post_quant_conv."]
-    pairs += [(name, name) for name in unchanged]
-    return Names((theirs, f"model.{ours}") for theirs, ours in pairs)
+    """Names of taming's VQGAN and of diffusers' model within :class:`VQGAN`."""
+    return Names((theirs, f"model.{ours}") for theirs, ours in taming_pairs(num_levels))

@@ -1,0 +1,76 @@
+"""Score a folder of images by a reward model, with the Python of an environment that holds the model's package.
+
+``ENV/bin/python benchmarks/rewards/score.py MODEL FOLDER`` reads the PNGs of FOLDER in the order of their names and,
+for a model that reads prompts, ``prompts.json``, a list with one for each; it writes ``scores_MODEL.json`` beside them.
+Imports nothing of this project: the packages cannot be installed beside it.
+
+imagereward: ImageReward-v1.0, how people like images made for a prompt (Xu et al., arXiv 2304.05977); it takes the
+first 35 tokens of a prompt. Package: ``pip install image-reward==1.5 'transformers>=4.27.4,<4.50'
+git+https://github.com/openai/CLIP.git``; weights: ``hf download THUDM/ImageReward ImageReward.pt med_config.json
+--local-dir WEIGHTS``.
+
+unipercept: UniPercept-IQA, image quality from 0 to 100 without prompts (Cao et al., arXiv 2512.21675). Package:
+``pip install unipercept-reward==1.0.3``; weights: ``hf download Thunderbolt215215/UniPercept --local-dir WEIGHTS``.
+
+Neither was run here with its published weights; the packages are called as their documentation says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+
+def imagereward(images: list[Path], prompts: list[str], weights: Path | None, device: str) -> Iterator[float]:
+    """Yield a score for each image and its prompt."""
+    own = {} if weights is None else {"med_config": str(weights / "med_config.json")}
+    name = "ImageReward-v1.0" if weights is None else str(weights / "ImageReward.pt")
+    model = import_module("ImageReward").load(name=name, device=device, **own)
+    for image, prompt in zip(images, prompts, strict=True):
+        yield float(model.score(prompt, str(image)))
+
+
+def unipercept(images: list[Path], prompts: list[str], weights: Path | None, device: str) -> Iterator[float]:
+    """Yield a quality for each image, asked for one at a time, so that a failure names its image."""
+    package = import_module("unipercept_reward")
+    model = package.UniPerceptRewardInferencer(model_path=None if weights is None else str(weights), device=device)
+    for image in images:
+        (reward,) = model.reward(image_paths=[str(image)])
+        if reward is None:  # the package prints why
+            raise SystemExit(f"{image}: unipercept-reward failed on it; see its output above")
+        yield float(reward["iqa"])
+
+
+MODELS = {"imagereward": imagereward, "unipercept": unipercept}
+
+
+def main() -> None:
+    """Read the command line, score, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--weights", type=Path, help="folder; by default the package downloads them")
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    images = sorted(path for path in args.folder.glob("*.png") if not path.name.startswith("."))
+    listed = args.folder / "prompts.json"
+    prompts = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+    if not images:
+        raise SystemExit(f"{args.folder}: expected PNG files, found none")
+    if args.model == "imagereward" and len(prompts) != len(images):
+        raise SystemExit(f"{listed}: expected a prompt for each of {len(images)} images, found {len(prompts)}")
+    scores = list(MODELS[args.model](images, prompts, args.weights, args.device))
+    found = {
+        "model": args.model,
+        "mean": sum(scores) / len(scores),
+        "scores": {image.name: score for image, score in zip(images, scores, strict=True)},
+    }
+    (args.folder / f"scores_{args.model}.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{args.model}: mean {found['mean']:.4f} of {len(scores)} images")  # noqa: T201 - what the command is for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Batches of an epoch in a fixed order, made ahead by threads, taken up again where a checkpoint was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import lightning as L
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lit_shortcut.background import Background
+from lit_shortcut.trajectory import TrajectoryError
+
+Batch = TypeVar("Batch")
+
+
+def epoch_of(module: L.LightningDataModule) -> int:
+    """The epoch of ``module``'s trainer; always the first under ``overfit_batches``, whose batches stay the same."""
+    if not module.trainer or module.trainer.overfit_batches:  # type: ignore[attr-defined]  # Lightning sets it late
+        return 0
+    return module.trainer.current_epoch
+
+
+class EpochLoader(Generic[Batch]):
+    """``length`` batches an epoch; taken up again where a checkpoint was saved, without reading what was seen.
+
+    Lightning saves and restores its state. It has a length also because without one Lightning fetches a batch ahead,
+    and the saved state would be off by one.
+
+    Batches are made ahead by threads. Reading, checksums and tensors' arithmetic hold no lock of Python, and what a
+    thread makes is where it is used: a process would copy each batch into shared memory first, which took 2 to 3 times
+    as long as reading it.
+
+    Args:
+        batches: item (epoch, number) is a batch, or None where it is left out; threads ask for several at a time.
+        length: batches in an epoch.
+        epoch: tells the epoch's number; asked when it begins.
+        layout: all that the order depends on, compared when a checkpoint is taken up.
+        num_workers: threads, each of which is two batches ahead at most, in pinned memory where there is a GPU; 0 makes
+            a batch when it is asked for.
+    """
+
+    def __init__(
+        self,
+        batches: Dataset[Batch | None],
+        length: int,
+        epoch: Callable[[], int] = lambda: 0,
+        layout: dict[str, int | str] | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        self._batches, self._length, self._epoch, self._layout = batches, length, epoch, layout or {}
+        self._num_workers = num_workers
+        self._position, self._resume = (0, 0), (0, 0)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self._epoch()
+        done = self._resume[1] if self._resume[0] == epoch else 0
+        self._resume = (0, 0)
+        places = [(epoch, number) for number in range(done, self._length)]
+        made = self._made_ahead(places) if self._num_workers else map(self._batches.__getitem__, places)
+        for number, batch in enumerate(made, start=done + 1):
+            self._position = (epoch, number)
+            if batch is not None:
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, how many of its batches are done, and the layout that makes this number mean something."""
+        epoch, done = self._position
+        return {"epoch": epoch, "done": done, "layout": self._layout}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up ``state`` at the next iteration.
+
+        Raises:
+            TrajectoryError: if batches would come in another order than when the checkpoint was saved.
+        """
+        changes = [
+            f"{name} was {state['layout'].get(name)}, is {value}"
+            for name, value in self._layout.items()
+            if state["layout"].get(name) != value
+        ]
+        if changes:
+            raise TrajectoryError(f"the checkpoint's place among the batches is lost: {', '.join(changes)}")
+        self._position = self._resume = (state["epoch"], state["done"])
+
+    def _made(self, place: tuple[int, int]) -> Batch | None:
+        """The batch at ``place``, where a GPU can copy it while it computes."""
+        batch = self._batches[place]
+        if not torch.cuda.is_available():
+            return batch
+        pinned: Batch | None = apply_to_collection(batch, Tensor, Tensor.pin_memory)
+        return pinned
+
+    def _made_ahead(self, places: Sequence[tuple[int, int]]) -> Iterator[Batch | None]:
+        jobs: Background[Batch | None] = Background(self._num_workers)
+        try:
+            for place in places:
+                jobs.submit(self._made, place)
+                yield from jobs.results(leave=2 * self._num_workers - 1)
+            yield from jobs.results()
+        finally:
+            jobs.close(cancel=True)

@@ -1,0 +1,182 @@
+"""Training windows of a recorded set: in which order an epoch goes through them, and batches of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from threading import Lock
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_shortcut.contracts import Prefix
+from lit_shortcut.trajectory import EncodedTransition, Head, Parts, Shard, Source, TrajectoryError, room_for
+
+OnCorrupt = Literal["raise", "skip"]
+_log = logging.getLogger(__name__)
+
+
+class Window(NamedTuple):
+    """Place of a training window: ``row`` in ``shard``, guidance ``branch``, ``start``, the step before it."""
+
+    shard: int
+    row: int
+    branch: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """The windows of full shards 0 … ``num_shards`` − 1, in an order that depends only on ``seed`` and epoch.
+
+    Shards are shuffled and taken ``group`` at a time; the windows of a group are shuffled among themselves. So
+    consecutive batches mix the trajectories of a group, and no more shards are needed at a time. The order is
+    arithmetic: any part of it is known without reading or going through what comes before.
+
+    Args:
+        num_shards: shards to draw from, all full.
+        rows: trajectories in a shard.
+        branches: G.
+        starts: windows in a trajectory's branch, N − R.
+        group: shards that are shuffled together.
+        seed: of the order.
+    """
+
+    num_shards: int
+    rows: int
+    branches: int
+    starts: int
+    group: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.num_shards * self._per_shard
+
+    def shards(self, epoch: int, group: int) -> list[int]:
+        """Shards of the ``group``-th group of ``epoch``; none behind the last."""
+        return _permutation(self.num_shards, self.seed, epoch)[group * self.group : (group + 1) * self.group].tolist()
+
+    def group_at(self, position: int) -> int:
+        """The group that the window at ``position`` of an epoch is in."""
+        return position // (self.group * self._per_shard)
+
+    def at(self, epoch: int, position: int) -> Window:
+        """The window at ``position`` in ``epoch``."""
+        group = self.group_at(position)
+        shards = self.shards(epoch, group)
+        shuffled = _permutation(len(shards) * self._per_shard, self.seed, epoch, group)
+        number, start = divmod(int(shuffled[position - group * self.group * self._per_shard]), self.starts)
+        number, branch = divmod(number, self.branches)
+        shard, row = divmod(number, self.rows)
+        return Window(shards[shard], row, branch, start)
+
+    def steps_before(self, epoch: int, positions: range) -> list[int]:
+        """``start`` of the windows at ``positions`` in ``epoch``."""
+        found: list[int] = []
+        size = self.group * self._per_shard
+        for group in range(self.group_at(positions[0]), self.group_at(positions[-1]) + 1):
+            count = len(self.shards(epoch, group)) * self._per_shard
+            own = slice(max(0, positions.start - group * size), positions.stop - group * size)
+            shuffled = _permutation(count, self.seed, epoch, group)
+            found += (shuffled[own] % self.starts).tolist()
+        return found
+
+    @property
+    def _per_shard(self) -> int:
+        return self.rows * self.branches * self.starts
+
+
+@lru_cache(maxsize=4)  # of the shards, and of the groups that a batch and its neighbours lie in
+def _permutation(count: int, *key: int) -> Tensor:
+    seed = int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big", signed=True)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+class WindowReader:
+    """Reads windows of ``window`` (R) steps in ``order``.
+
+    Of memory it holds the batch it makes, (B, R + 1, S, C) as stored, and what is small.
+
+    Args:
+        source: of the shards.
+        order: of the windows.
+        window: R.
+        on_corrupt: what a damaged window does: ``raise`` an error, or give its place in the batch to the next readable
+            one of the order (``skip``), which the batch then marks; each damaged sample is logged once.
+    """
+
+    def __init__(self, source: Source, order: Order, window: int, on_corrupt: OnCorrupt = "raise") -> None:
+        self.source, self.order, self.window, self.on_corrupt = source, order, window, on_corrupt
+        self._known: set[tuple[int, int]] = set()
+        self._ahead: list[int] = []
+        self._lock = Lock()
+
+    def read(self, epoch: int, positions: range) -> EncodedTransition:
+        """The windows at ``positions`` of ``epoch``, as one batch.
+
+        Raises:
+            TrajectoryError: if one is damaged, or with ``skip`` all are.
+            AccessError: if one cannot be fetched.
+        """
+        if self.source.is_remote:
+            self._fetch_ahead(epoch, positions[0])
+        card = self.source.card
+        parts = room_for(card, (len(positions), self.window + 1), card.spec["sequence_length"])
+        heads, windows, replaced = [], [], []
+        for slot, position in enumerate(positions):
+            room = {part: values[slot] for part, values in parts.items()}
+            window, head = self._read_one(room, epoch, position)
+            heads.append(head)
+            windows.append(window)
+            replaced.append(window != self.order.at(epoch, position))
+        prefix = None
+        if card.text_rows:
+            num_rows = max(head.rows[window.branch] for head, window in zip(heads, windows, strict=True))
+            parts = {part: values[:, :, :num_rows].contiguous() for part, values in parts.items()}
+            prefix = _prefix_of(heads, windows)
+        tokens, committed_at = (torch.stack(grids) for grids in zip(*(head[:2] for head in heads), strict=True))
+        step = torch.tensor([window.start for window in windows])
+        batch = EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, prefix)
+        return batch._replace(replaced=torch.tensor(replaced))
+
+    def _read_one(self, room: Parts, epoch: int, position: int) -> tuple[Window, Head]:
+        """Read the window at ``position``, or the next readable one, into ``room``."""
+        for number in range(len(self.order)):
+            window = self.order.at(epoch, (position + number) % len(self.order))
+
+            def read(shard: Shard, window: Window = window) -> Head:
+                shard.read_steps(window.row, window.branch, window.start, room)
+                return shard.head(window.row)
+
+            try:
+                return window, self.source.read(window.shard, read)
+            except TrajectoryError as error:
+                if self.on_corrupt == "raise":
+                    raise
+                if window[:2] not in self._known:
+                    self._known.add(window[:2])
+                    _log.warning("skipped: %s", error)
+            for values in room.values():
+                values.zero_()
+        raise TrajectoryError(f"{self.source.source}: no window is readable")
+
+    def _fetch_ahead(self, epoch: int, position: int) -> None:
+        """Fetch the shards of the group behind that of ``position`` beside what is read."""
+        group = self.order.group_at(position)
+        shards = self.order.shards(epoch, group + 1) or self.order.shards(epoch + 1, 0)
+        with self._lock:
+            if shards != self._ahead:
+                self._ahead = shards
+                self.source.fetch_ahead(shards)
+
+
+def _prefix_of(heads: list[Head], windows: list[Window]) -> Prefix:
+    """The texts of the windows' branches; only the first has control."""
+    branches = [window.branch for window in windows]
+    lengths = torch.stack([head.lengths[branch] for head, branch in zip(heads, branches, strict=True)])
+    controls = [head.control[: None if branch == 0 else 0] for head, branch in zip(heads, branches, strict=True)]
+    num_control = torch.tensor([len(control) for control in controls])
+    return Prefix(lengths, torch.nn.utils.rnn.pad_sequence(controls, batch_first=True), num_control)

@@ -1,0 +1,155 @@
+"""Calibrated plans: read from a file that a search on recorded trajectories wrote (``callbacks/plan_search.py``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from lit_shortcut.acceleration.accelerated import DecideFn, Plan, Predictor
+from lit_shortcut.acceleration.plans import Adaptive, Steps
+from lit_shortcut.files import replacing
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What was found for one number of steps.
+
+    Args:
+        counts: tokens committed at each of the N steps.
+        trajectories: how many the search ran on.
+        steps: full steps by budget.
+        kl: nats an image that they cost, by budget.
+        adaptive: arguments of :class:`~lit_shortcut.acceleration.plans.Adaptive` by budget.
+        mean_full_steps: what these made on the trajectories, by budget.
+    """
+
+    counts: list[int]
+    trajectories: int
+    steps: dict[str, list[int]]
+    kl: dict[str, float]
+    adaptive: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mean_full_steps: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """Calibrated plans of one predictor on one base.
+
+    Args:
+        predictor: its identity.
+        base_fingerprint: of the base that recorded the trajectories.
+        schedules: one for each N that was searched.
+    """
+
+    predictor: dict[str, Any]
+    base_fingerprint: str
+    schedules: list[Schedule]
+
+    @classmethod
+    def read(cls, path: Path) -> PlanFile:
+        """Return the file at ``path``.
+
+        Raises:
+            ValueError: if it is missing or no such file.
+        """
+        try:
+            content = json.loads(path.read_text())
+            return cls(**content | {"schedules": [Schedule(**one) for one in content["schedules"]]})
+        except OSError as error:
+            raise ValueError(f"{path}: not readable as a file of calibrated plans ({error.strerror})") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: expected a file of calibrated plans ({error})") from error
+
+    def write(self, path: Path) -> None:
+        """Write to ``path``, whole or not at all; schedules of other N found there for the same two are kept."""
+        schedules = self.schedules
+        if path.exists():
+            earlier = PlanFile.read(path)
+            if (earlier.predictor, earlier.base_fingerprint) == (self.predictor, self.base_fingerprint):
+                mine = [one.counts for one in schedules]
+                schedules = [one for one in earlier.schedules if one.counts not in mine] + schedules
+        content = asdict(self) | {"schedules": [asdict(one) for one in schedules]}
+        with replacing(path) as aside:
+            aside.write_text(json.dumps(content, indent=2) + "\n")
+
+
+class _FromFile(Plan):
+    """A plan of ``budget`` that is looked up when the steps are known."""
+
+    _name: str
+    _table: str
+
+    def __init__(self, budget: int, path: Path) -> None:
+        self.budget, self.path = budget, Path(path)
+        self._file = PlanFile.read(self.path)
+        self._digest = sha256(self.path.read_bytes()).hexdigest()[:16]
+
+    def identity(self) -> dict[str, Any]:
+        """Its name and budget, and a digest of the file."""
+        return {"plan": self._name, "budget": self.budget, "file": self._digest}
+
+    def _entry(self, counts: Sequence[int], predictor: Predictor) -> Any:
+        if (own := predictor.identity()) != self._file.predictor:
+            raise ValueError(f"{self.path}: its plans are for predictor {self._file.predictor}, not for {own}")
+        found = [one for one in self._file.schedules if one.counts == list(counts)]
+        if not found:
+            known = [(len(one.counts), one.counts) for one in self._file.schedules]
+            same = [held for num_steps, held in known if num_steps == len(counts)]
+            wanted = (
+                f"{list(counts)} tokens, its plans are for {same[0]}"
+                if same
+                else (f"{len(counts)} steps, its plans are for {', '.join(str(num_steps) for num_steps, _ in known)}")
+            )
+            raise ValueError(f"{self.path}: no plan for {wanted}")
+        table = getattr(found[0], self._table)
+        if str(self.budget) not in table:
+            raise ValueError(
+                f"{self.path}: no {self._name} plan of budget {self.budget} for {len(counts)} steps; it has budgets "
+                f"{', '.join(table) or 'none'}"
+            )
+        return table[str(self.budget)]
+
+
+class Calibrated(_FromFile):
+    """The full steps that a search found cheapest for this predictor, N and budget.
+
+    Args:
+        budget: b, number of full steps.
+        path: file that the search wrote.
+
+    Raises:
+        ValueError: if the file is missing or none of these.
+    """
+
+    _name, _table = "calibrated", "steps"
+
+    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
+        """Decide by the list in the file.
+
+        Raises:
+            ValueError: if the file is for other steps, token counts or another predictor, or lacks the budget.
+        """
+        return Steps(self._entry(counts, predictor)).start(counts, predictor)
+
+
+class CalibratedAdaptive(_FromFile):
+    """:class:`~lit_shortcut.acceleration.plans.Adaptive` with the threshold found for a mean of ``budget`` full steps.
+
+    Args:
+        budget: b, mean number of full steps.
+        path: file that the search wrote.
+
+    Raises:
+        ValueError: if the file is missing or none of these.
+    """
+
+    reads_features = True
+    _name, _table = "calibrated adaptive", "adaptive"
+
+    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
+        """Decide by the threshold in the file; refuses as :class:`Calibrated` does."""
+        return Adaptive(**self._entry(counts, predictor)).start(counts, predictor)

@@ -1,0 +1,162 @@
+"""A recorded batch in the place of its base, so that any acceleration can be replayed along recorded tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_shortcut.contracts import (
+    Acceleration,
+    BaseEnds,
+    Clock,
+    Conditions,
+    Context,
+    Control,
+    State,
+    TokenSpec,
+    Trajectories,
+)
+from lit_shortcut.decoding.unmasking import guide
+from lit_shortcut.interface import TokenInterface
+from lit_shortcut.metrics.functional import head_kl
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayContext(Context):
+    """Which recorded samples are replayed.
+
+    Args:
+        samples: their rows in the recorded batch, (G, B).
+    """
+
+    samples: Tensor
+
+
+@dataclass(eq=False)
+class RecordedEnds:
+    """What a recorded set tells of its base."""
+
+    spec: TokenSpec
+    interface: TokenInterface
+    fingerprint: str
+
+
+class Replay:
+    """Answers as the base did when the batch was recorded.
+
+    Trajectories stay where they are, usually in the host's memory; one step at a time is moved to the interface's
+    device, in float32 at least.
+
+    Args:
+        ends: what is known of the base that recorded the batch.
+        trajectories: the recorded batch, in which all samples commit as many tokens at a step.
+    """
+
+    def __init__(self, ends: BaseEnds, trajectories: Trajectories) -> None:
+        self.spec, self.interface, self.fingerprint = ends.spec, ends.interface, ends.fingerprint
+        num_steps = trajectories.features.shape[2]
+        self.counts = torch.bincount(trajectories.committed_at[0].long(), minlength=num_steps).tolist()
+        self._features = trajectories.features
+        device = self.interface.code_embedding.device
+        self._tokens, self._committed_at = (
+            part.to(device).long() for part in (trajectories.tokens, trajectories.committed_at)
+        )
+        self._order = self._committed_at.argsort(dim=1, stable=True)  # places as they were committed
+        self._loaded: tuple[int, Tensor] | None = None
+        batch, branches = self._features.shape[:2]
+        prefix = trajectories.prefix
+        self.recorded = ReplayContext(
+            prefix=prefix and prefix.map(lambda part: part.transpose(0, 1)),  # (B, G, …) to (G, B, …)
+            samples=torch.arange(batch, device=device).expand(branches, -1),
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """That of the base, as far as it is known."""
+        return {"base": self.fingerprint}
+
+    def context(self, conditions: Conditions, *, guided: bool) -> Context:
+        """The context of the recorded batch, whatever is asked for."""
+        return self.recorded
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Raise: a recorded set has no image decoder."""
+        raise NotImplementedError("recorded trajectories are replayed without an image decoder")
+
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
+        """Features (G, B, S, C) recorded at this step, whatever the tokens."""
+        assert isinstance(context, ReplayContext)
+        if self._loaded is None or self._loaded[0] != clock.step:
+            device, step = self._tokens.device, self._features[:, :, clock.step].transpose(0, 1)
+            dtype = torch.promote_types(step.dtype, torch.float32)
+            self._loaded = clock.step, step.to(device, non_blocking=True).to(dtype)
+        loaded = self._loaded[1]
+        return loaded if context is self.recorded else loaded[:, context.samples[0]]
+
+    def states(self, first: int = 0) -> Iterator[State]:
+        """States of the recorded run from step ``first`` on, with the tokens that were committed then."""
+        num_steps, batch = len(self.counts), len(self._tokens)
+        for step in range(first, num_steps):
+            known = sum(self.counts[:step])
+            masked = self._order[:, known:]
+            tokens = self._tokens.scatter(1, masked, self.spec.mask_id)
+            share = masked.shape[1] / self.spec.num_tokens
+            yield State(
+                Clock(step, num_steps),
+                tokens,
+                self.committed(step - 1) if step else Control(tokens[:, :0], masked[:, :0]),
+                torch.full((batch,), share, device=tokens.device),
+                masked,
+            )
+
+    def steps(self) -> Iterator[tuple[State, Tensor]]:
+        """Each state of the recorded run with the recorded features (G, B, S, C)."""
+        for state in self.states():
+            yield state, self.features(state.tokens, self.recorded, state.clock)
+
+    def committed(self, step: int) -> Control:
+        """Tokens (B, K) that ``step`` revealed."""
+        known = sum(self.counts[:step])
+        places = self._order[:, known : known + self.counts[step]]
+        return Control(self._tokens.gather(1, places), places)
+
+
+class Replayed(NamedTuple):
+    """What replaying one method costs each sample: nats lost, ``kl`` (B,), and ``full_steps`` (B,)."""
+
+    kl: Tensor
+    full_steps: Tensor
+
+
+def replayed(
+    replay: Replay, methods: Mapping[str, Acceleration], guidance: Sequence[float], *, with_kl: bool = True
+) -> dict[str, Replayed]:
+    """Replay ``methods`` side by side and sum over all steps the KL at the places each step committed.
+
+    Args:
+        replay: the recorded batch.
+        methods: by name.
+        guidance: scale at each of the N steps.
+        with_kl: false counts full steps only; the KL is 0 then.
+    """
+    runs = {name: method.start(replay, replay.recorded, replay.counts) for name, method in methods.items()}
+    nothing = torch.zeros(len(replay.recorded.samples[0]), device=replay.recorded.samples.device)
+    totals = {name: Replayed(nothing, nothing) for name in methods}
+    for state, truth in replay.steps():
+        for name, run in runs.items():
+            kl, full_steps = totals[name]
+            features, is_full = run(state)
+            if with_kl and is_full is not True:
+                kl = kl + committed_kl(replay, truth, features, state.clock.step, guidance)
+            totals[name] = Replayed(kl, full_steps + is_full)
+    return totals
+
+
+def committed_kl(replay: Replay, truth: Tensor, guess: Tensor, step: int, guidance: Sequence[float]) -> Tensor:
+    """Nats (B,) by which the guided head on ``guess`` (G, B, S, C) misses that on ``truth`` where ``step`` commits."""
+    places = replay.committed(step).positions
+    wanted, found = (guide(replay.interface.logits(part, places), guidance[step]) for part in (truth, guess))
+    return head_kl(wanted, found).sum(-1)

@@ -1,0 +1,262 @@
+"""aMUSEd (Patil et al., arXiv 2401.01808) from diffusers' own parts: published weights, or their sizes without."""
+
+from __future__ import annotations
+
+from copy import copy
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from diffusers import UVit2DModel, VQModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from lit_shortcut.bases.clip_text import Bytes, CLIPText, EncodedContext, TextEncoder, encoded_context
+from lit_shortcut.bases.saved import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    Precision,
+    Variant,
+    build,
+    cast,
+    file_patterns,
+    read_weights,
+    take,
+)
+from lit_shortcut.bases.vq import VQDecoder, load_vqvae, patch_size, random_vqvae
+from lit_shortcut.contracts import Clock, Conditions, Context, ImageDecoder, TokenSpec
+from lit_shortcut.hub import local_folder
+from lit_shortcut.interface import TokenInterface
+from lit_shortcut.weights import WeightsError, fingerprint, network_fingerprint
+
+Resolution = Literal[256, 512]
+
+_HEAD = "mlm_layer.conv2."
+
+
+class AMUSEd(nn.Module):
+    """A frozen aMUSEd with its text encoder and image decoder.
+
+    Features are the rows before the last 1×1 convolution, which is the head: one for each token, row by row. The base
+    has no position embedding; places differ by what convolutions see at the border of the grid.
+
+    Args:
+        transformer: left as it is; the base shares its weights.
+        tokenizer: decodes image tokens to images.
+        text_encoder: of prompts.
+        height: of the images in pixels; None takes the size that the transformer was trained for.
+        width: of the images in pixels, likewise.
+        patch_size: side in pixels of the square that a token stands for.
+        negative: prompt of the unconditional branch.
+
+    Raises:
+        ValueError: if height or width is no positive multiple of what the transformer can do.
+    """
+
+    def __init__(
+        self,
+        transformer: UVit2DModel,
+        tokenizer: ImageDecoder,
+        text_encoder: TextEncoder,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        patch_size: int = 16,
+        negative: str = "",
+    ) -> None:
+        super().__init__()
+        config = transformer.config
+        default = config.sample_size * patch_size
+        self.size = (default if height is None else height, default if width is None else width)
+        multiple = patch_size * (2 if config.downsample else 1)
+        for name, pixels in zip(("height", "width"), self.size, strict=True):
+            if pixels < 1 or pixels % multiple:
+                raise ValueError(f"{name} must be a positive multiple of {multiple} pixels, got {pixels}")
+        self.grid = (self.size[0] // patch_size, self.size[1] // patch_size)
+        self.transformer = _without_head(transformer)
+        self.tokenizer, self.text_encoder, self.negative = tokenizer, text_encoder, negative
+        transformer.eval().requires_grad_(False)
+        self.eval().requires_grad_(False)
+        head, embed = transformer.mlm_layer.conv2, transformer.embed
+        codes = embed.layer_norm(embed.embeddings.weight[: config.codebook_size])
+        if config.in_channels == config.block_out_channels:  # as published; otherwise only the features' width is here
+            codes = embed.conv(codes[..., None, None])[..., 0, 0]
+        self.interface = TokenInterface(
+            num_tokens=self.grid[0] * self.grid[1],
+            code_embedding=codes,
+            head_weight=head.weight[..., 0, 0],
+            head_bias=head.bias,
+        )
+        self.spec = TokenSpec(
+            num_tokens=self.interface.num_tokens,
+            sequence_length=self.interface.num_tokens,
+            width=config.in_channels,
+            codebook_size=config.codebook_size,
+            mask_id=config.vocab_size - 1,
+            num_classes=0,
+            grid_height=self.grid[0],
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the transformer's weights, head included; computed when first asked for, since it reads all of them."""
+        head = {f"{_HEAD}weight": self.interface.head_weight[..., None, None]}
+        if self.interface.head_bias is not None:
+            head[f"{_HEAD}bias"] = self.interface.head_bias
+        return fingerprint(self.transformer.state_dict() | head)
+
+    def train(self, mode: bool = True) -> AMUSEd:
+        """Stay in eval mode: a base is frozen."""
+        return super().train(False)
+
+    def identity(self) -> dict[str, Any]:
+        """Fingerprints of transformer, image decoder and text encoder, the negative prompt and the images' size."""
+        return {
+            "class": type(self).__name__,
+            "fingerprint": self.fingerprint,
+            "decoder": network_fingerprint(self.tokenizer),
+            "text_encoder": self.text_encoder.identity(),
+            "negative": self.negative,
+            "size": list(self.size),
+        }
+
+    def context(self, conditions: Conditions, *, guided: bool) -> Context:
+        """Encoded prompts; the unconditional branch has the negative one.
+
+        Raises:
+            ValueError: if there is not a prompt for each sample, or one is empty.
+        """
+        return encoded_context(self.text_encoder, conditions, self.negative, self.size, guided=guided)
+
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
+        """Features (G, B, L, C), both branches in one batch."""
+        assert isinstance(context, EncodedContext)
+        branches = len(context.states)
+        hidden: Tensor = self.transformer(
+            tokens.repeat(branches, 1).unflatten(1, self.grid),
+            encoder_hidden_states=context.states.flatten(0, 1).to(self.transformer.dtype),
+            pooled_text_emb=context.pooled.flatten(0, 1),
+            micro_conds=context.micro_conds.flatten(0, 1),
+        )
+        return hidden.flatten(2).transpose(1, 2).unflatten(0, (branches, -1))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images, uint8 (B, 3, height, width), of codes ``tokens`` (B, L)."""
+        return self.tokenizer.decode(tokens)
+
+
+def _without_head(transformer: UVit2DModel) -> UVit2DModel:
+    """A ``transformer`` of the same weights that returns what its last convolution would take."""
+    body, last = copy(transformer), copy(transformer.mlm_layer)
+    last._modules = last._modules | {"conv2": nn.Identity()}
+    body._modules = body._modules | {"mlm_layer": last}
+    return body
+
+
+def published(
+    source: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    negative: str = "",
+    variant: Variant | None = None,
+    dtype: Precision = "bfloat16",
+) -> AMUSEd:
+    """The base with published weights.
+
+    Args:
+        source: folder, or address on the hub: ``hf://amused/amused-256``, ``hf://amused/amused-512``.
+        height: of the images in pixels; None takes the size the weights were trained for.
+        width: of the images in pixels, likewise.
+        negative: prompt of the unconditional branch.
+        variant: ``fp16`` takes the files in half precision.
+        dtype: of transformer and text encoder; the image decoder runs in float32.
+
+    Raises:
+        WeightsError: if a file cannot be had, is damaged, or does not fit the others.
+        ValueError: if height or width does not fit the transformer.
+    """
+    folder = local_folder(
+        source,
+        [
+            *file_patterns("transformer", DIFFUSERS, variant),
+            *file_patterns("vqvae", DIFFUSERS, variant),
+            *file_patterns("text_encoder", TRANSFORMERS, variant),
+            "tokenizer/*",
+        ],
+    )
+    own_dtype = getattr(torch, dtype)
+    transformer = build(UVit2DModel, folder / "transformer", own_dtype)
+    take(transformer, read_weights(folder / "transformer", DIFFUSERS, variant, own_dtype), folder / "transformer")
+    vqvae = load_vqvae(folder / "vqvae", variant)
+    if vqvae.config.num_vq_embeddings != transformer.config.codebook_size:
+        raise WeightsError(
+            f"{folder}: transformer and vqvae do not belong together: the one draws "
+            f"{transformer.config.codebook_size} codes, the other has {vqvae.config.num_vq_embeddings}"
+        )
+    text_encoder = CLIPText.load(folder / "text_encoder", folder / "tokenizer", variant, own_dtype)
+    return _assembled(AMUSEd, transformer, vqvae, text_encoder, height, width, negative)
+
+
+def random_weights(
+    resolution: Resolution = 512,
+    *,
+    depth: int = 22,
+    text_depth: int = 12,
+    dtype: Precision = "bfloat16",
+    seed: int = 0,
+) -> AMUSEd:
+    """The base at published sizes that has learned nothing: for latency and memory, never for quality.
+
+    Its fingerprint begins with ``random-``. Bytes of a prompt stand for text tokens.
+
+    Args:
+        resolution: side of the images in pixels.
+        depth: transformer layers between the convolutions.
+        text_depth: layers of the text encoder.
+        dtype: of transformer and text encoder.
+        seed: of the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        resampled = resolution != 256
+        transformer = UVit2DModel(
+            sample_size=resolution // 16, downsample=resampled, upsample=resampled, num_hidden_layers=depth
+        )
+        text = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=768,
+                intermediate_size=3072,
+                projection_dim=768,
+                num_attention_heads=12,
+                num_hidden_layers=text_depth,
+            )
+        )
+        vqvae = random_vqvae()
+    words = Bytes(begin=text.config.bos_token_id, end=text.config.eos_token_id)
+    own_dtype = getattr(torch, dtype)
+    return _assembled(
+        _RandomAMUSEd, cast(transformer, own_dtype), vqvae, CLIPText(text.to(own_dtype), words), None, None, ""
+    )
+
+
+class _RandomAMUSEd(AMUSEd):
+    @cached_property
+    def fingerprint(self) -> str:
+        return f"random-{super().fingerprint}"
+
+
+def _assembled(
+    cls: type[AMUSEd],
+    transformer: UVit2DModel,
+    vqvae: VQModel,
+    text_encoder: CLIPText,
+    height: int | None,
+    width: int | None,
+    negative: str,
+) -> AMUSEd:
+    patch = patch_size(vqvae)
+    default = transformer.config.sample_size * patch
+    height, width = (default if size is None else size for size in (height, width))
+    decoder = VQDecoder(vqvae, height // patch, width // patch)
+    return cls(transformer, decoder, text_encoder, height=height, width=width, patch_size=patch, negative=negative)

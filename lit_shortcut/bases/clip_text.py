@@ -1,0 +1,213 @@
+"""CLIP's text encoder, as aMUSEd and Meissonic take prompts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lit_shortcut.bases.saved import TRANSFORMERS, Variant, read_json, read_weights, take
+from lit_shortcut.contracts import Conditions, Context
+from lit_shortcut.weights import WeightsError, network_fingerprint
+
+_POSITIONS = "text_model.embeddings.position_ids"  # 0, 1, 2 …, in files of old versions
+_NO_TEXT = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIP
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedContext(Context):
+    """Prompts as an encoder leaves them, and the size of the images.
+
+    Args:
+        states: (G, B, T, E) of the encoder's layer before the last.
+        pooled: (G, B, E'), the projected state at the end token.
+        micro_conds: (G, B, 5): width and height in pixels, crop (0, 0), aesthetic score 6.
+    """
+
+    states: Tensor
+    pooled: Tensor
+    micro_conds: Tensor
+
+
+class PromptTokenizer(Protocol):
+    """Texts to token ids."""
+
+    def ids(self, texts: Sequence[str], length: int) -> Tensor:
+        """Token ids (B, ``length``) of ``texts``, cut or padded to ``length``."""
+
+    def identity(self) -> str:
+        """Equal only for tokenizers that encode alike."""
+
+
+class CLIPWords:
+    """The tokenizer of a CLIP.
+
+    Args:
+        tokenizer: of transformers.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        self._tokenizer: Any = tokenizer
+
+    @classmethod
+    def load(cls, folder: Path) -> CLIPWords:
+        """The one saved to ``folder``: ``tokenizer.json``, or ``vocab.json`` with ``merges.txt``.
+
+        Raises:
+            WeightsError: if files are missing or damaged.
+        """
+        has_words = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+        if not has_words and not (folder / "tokenizer.json").is_file():
+            raise WeightsError(f"{folder}: expected tokenizer.json, or vocab.json and merges.txt, of a CLIP tokenizer")
+        try:
+            return cls(CLIPTokenizer.from_pretrained(str(folder), local_files_only=True))
+        except Exception as error:  # the libraries raise no narrower class
+            raise WeightsError(f"{folder}: not a CLIP tokenizer ({error})") from error
+
+    def ids(self, texts: Sequence[str], length: int) -> Tensor:
+        """Token ids (B, ``length``), with begin and end; longer texts are cut with a warning, as the base does."""
+        for text, whole in zip(texts, self._tokenizer(list(texts), verbose=False).input_ids, strict=True):
+            if len(whole) > length:
+                warnings.warn(
+                    f"prompt {text[:40]!r}… has {len(whole)} tokens, the text encoder takes {length}: the rest is cut",
+                    stacklevel=2,
+                )
+        padded = self._tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        ids: Tensor = padded.input_ids
+        return ids
+
+    def identity(self) -> str:
+        """Digest of vocabulary, merges and settings, and the padding."""
+        settings = f"{self._tokenizer.backend_tokenizer.to_str()}{self._tokenizer.pad_token_id}"
+        return sha256(settings.encode()).hexdigest()[:16]
+
+
+class Bytes:
+    """Bytes as tokens: for random weights, which ship no vocabulary.
+
+    Args:
+        begin: id of the token before a text.
+        end: id of the token behind it, and of padding.
+    """
+
+    def __init__(self, begin: int, end: int) -> None:
+        self.begin, self.end = begin, end
+
+    def ids(self, texts: Sequence[str], length: int) -> Tensor:
+        """Token ids (B, ``length``): begin, as many bytes as fit, end and padding."""
+        rows = [[self.begin, *text.encode()][: length - 1] for text in texts]
+        return torch.tensor([row + [self.end] * (length - len(row)) for row in rows])
+
+    def identity(self) -> str:
+        """Its name and the ids."""
+        return f"bytes:{self.begin}:{self.end}"
+
+
+class Encoded(NamedTuple):
+    """What a base takes of texts: ``states`` (B, T, E) before the last layer, ``pooled`` (B, E')."""
+
+    states: Tensor
+    pooled: Tensor
+
+
+class CLIPText(nn.Module):
+    """Texts to hidden states and a pooled state, frozen.
+
+    Args:
+        model: of transformers.
+        tokenizer: texts to its token ids.
+    """
+
+    def __init__(self, model: CLIPTextModelWithProjection, tokenizer: PromptTokenizer) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        tokenizer: Path,
+        variant: Variant | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> CLIPText:
+        """The encoder saved to ``folder``, alone or as part of a whole CLIP, with that of ``tokenizer``.
+
+        Raises:
+            WeightsError: if a file is missing or damaged, or tensors are missing, unknown or misshapen.
+        """
+        path, state = folder / "config.json", read_weights(folder, TRANSFORMERS, variant)
+        config = read_json(path)
+        if "text_config" in config:  # the whole model's configuration decides on the projection's width
+            config = config["text_config"] | {"projection_dim": config.get("projection_dim", 512)}
+        try:
+            model = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)).to(dtype)
+        except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, StrictDataclassError) as error:
+            raise WeightsError(f"{path}: not the configuration of a CLIP text encoder ({error})") from error
+        take(model, state, folder, but_for=(_POSITIONS, *_NO_TEXT))
+        return cls(model, CLIPWords.load(tokenizer))
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Hidden states and pooled state of ``texts``, each cut or padded to the length that the model takes."""
+        length = self.model.config.max_position_embeddings
+        ids = self.tokenizer.ids(texts, length).to(self.model.device)
+        output = self.model(ids, output_hidden_states=True)
+        return Encoded(output.hidden_states[-2], output.text_embeds)
+
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of model and tokenizer; equal weights under another end token pool elsewhere."""
+        end = self.model.config.eos_token_id
+        return {"weights": f"{network_fingerprint(self.model)}:{end}", "tokenizer": self.tokenizer.identity()}
+
+
+class TextEncoder(Protocol):
+    """What encodes prompts for a base."""
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Hidden states and pooled state of ``texts``."""
+
+    def identity(self) -> dict[str, str]:
+        """JSON values that differ between encoders that encode differently."""
+
+
+def encoded_context(
+    encoder: TextEncoder, conditions: Conditions, negative: str, size: tuple[int, int], *, guided: bool
+) -> EncodedContext:
+    """Encode the prompts of ``conditions`` and, where ``guided``, the ``negative`` prompt for the second branch.
+
+    Args:
+        encoder: of texts.
+        conditions: with prompts.
+        negative: prompt of the unconditional branch.
+        size: height and width of the images in pixels.
+        guided: whether there is an unconditional branch.
+
+    Raises:
+        ValueError: if there is not a prompt for each sample, or one is empty.
+    """
+    prompts = conditions.prompts
+    if len(prompts) != len(conditions.ids):
+        raise ValueError(
+            f"expected a prompt for each of {len(conditions.ids)} samples, got {len(prompts)}; "
+            "datamodules.prompts.Prompts makes such conditions"
+        )
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("expected a prompt, got an empty one")
+    states, pooled = encoder.encode([*prompts, negative] if guided else prompts)
+    count, height, width = len(prompts), *size
+    branches = [slice(0, count)] + ([slice(count, None)] if guided else [])
+    return EncodedContext(
+        states=torch.stack([states[branch].expand(count, -1, -1) for branch in branches]),
+        pooled=torch.stack([pooled[branch].expand(count, -1) for branch in branches]),
+        micro_conds=states.new_tensor([width, height, 0, 0, 6]).expand(len(branches), count, -1),
+    )

@@ -1,0 +1,1 @@
+"""Halton-MaskGIT."""

@@ -1,0 +1,81 @@
+"""Halton-MaskGIT for ImageNet as published (llvictorll/Halton-Maskgit): with its weights, or at its sizes without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lit_shortcut.bases.halton.llamagen import llamagen_decoder, load_llamagen
+from lit_shortcut.bases.halton.transformer import HaltonTransformer, swiglu_width
+from lit_shortcut.bases.maskgit.adapter import MaskGIT
+from lit_shortcut.hub import local_file
+
+Size = Literal["tiny", "small", "base", "large", "xlarge"]
+Resolution = Literal[256, 384]
+SIZES: dict[Size, dict[str, int]] = {
+    "tiny": {"width": 384, "depth": 6, "num_heads": 6},
+    "small": {"width": 512, "depth": 12, "num_heads": 6},
+    "base": {"width": 768, "depth": 12, "num_heads": 12},
+    "large": {"width": 1024, "depth": 24, "num_heads": 16},
+    "xlarge": {"width": 1152, "depth": 28, "num_heads": 16},
+}
+PATCH_SIZE = 16
+
+
+def published(source: str, vq: str, size: Size = "large", resolution: Resolution = 384) -> MaskGIT:
+    """The base with published weights.
+
+    Files that :mod:`lit_shortcut.convert` made, of the same names but for ``.safetensors``, go first in a folder.
+
+    Args:
+        source: folder of ``ImageNet_<resolution>_<size>.pth``, or ``hf://llvictorll/Halton-Maskgit``.
+        vq: folder of LlamaGen's ``vq_ds16_c2i.pt``, or ``hf://FoundationVision/LlamaGen``.
+        size: of the transformer.
+        resolution: side of the images in pixels.
+
+    Raises:
+        WeightsError: if a file cannot be had, is damaged, or is of other sizes.
+    """
+    transformer = _file(source, f"ImageNet_{resolution}_{size}.pth")
+    decoder = load_llamagen(_file(vq, "vq_ds16_c2i.pt"))
+    return MaskGIT(HaltonTransformer.load_published(transformer, **imagenet_sizes(size, resolution)), decoder)
+
+
+def random_weights(size: Size = "large", resolution: Resolution = 384, seed: int = 0) -> MaskGIT:
+    """The base at published sizes that has learned nothing: for latency and tests, never for quality.
+
+    Its fingerprint begins with ``random-``, and so do the entries for it in cards and result rows.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = MaskGIT(HaltonTransformer(**imagenet_sizes(size, resolution)), llamagen_decoder())
+    base.fingerprint = f"random-{base.fingerprint}"
+    return base
+
+
+def imagenet_sizes(size: Size, resolution: Resolution) -> dict[str, Any]:
+    """Arguments of :class:`HaltonTransformer`.
+
+    Raises:
+        ValueError: if there is no such size or resolution.
+    """
+    if size not in SIZES or resolution not in (256, 384):
+        raise ValueError(
+            f"expected one of the sizes {', '.join(SIZES)} at resolution 256 or 384, got {size!r} at {resolution!r}"
+        )
+    return {
+        "codebook_size": 16384,
+        "num_classes": 1000,
+        "grid": resolution // PATCH_SIZE,
+        "mlp_width": swiglu_width(SIZES[size]["width"]),
+    } | SIZES[size]
+
+
+def _file(source: str, name: str) -> Path:
+    if not source.startswith("hf://"):
+        converted = (Path(source) / name).with_suffix(".safetensors")
+        if converted.exists():
+            return converted
+    return local_file(f"{source}/{name}")

@@ -1,0 +1,1 @@
+"""Meissonic and Monetico."""

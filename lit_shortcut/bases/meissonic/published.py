@@ -1,0 +1,191 @@
+"""Meissonic and Monetico as published: their folders' weights, or their sizes without."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from lit_shortcut.bases.clip_text import Bytes, CLIPText
+from lit_shortcut.bases.meissonic.adapter import NEGATIVE, Meissonic
+from lit_shortcut.bases.meissonic.transformer import MeissonicTransformer
+from lit_shortcut.bases.saved import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    Precision,
+    Variant,
+    file_patterns,
+    read_json,
+    read_weights,
+    take,
+)
+from lit_shortcut.bases.vq import VQDecoder, load_vqvae, patch_size, random_vqvae
+from lit_shortcut.hub import local_folder
+from lit_shortcut.weights import WeightsError
+
+Resolution = Literal[512, 1024]
+
+_SIZES = (
+    "num_layers",
+    "num_single_layers",
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "vocab_size",
+    "codebook_size",
+)
+_DEFAULT_PIXELS = {1: 512, 2: 1024}  # by the transformer's stride
+
+
+def published(
+    source: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    negative: str = NEGATIVE,
+    text_encoder: str | None = None,
+    variant: Variant | None = None,
+    dtype: Precision = "bfloat16",
+) -> Meissonic:
+    """The base with published weights.
+
+    Args:
+        source: folder, or address on the hub: ``hf://MeissonFlow/Meissonic``, ``hf://Collov-Labs/Monetico``.
+        height: of the images in pixels; None takes 1024 where the transformer resamples (Meissonic), else 512.
+        width: of the images in pixels, likewise.
+        negative: prompt of the unconditional branch.
+        text_encoder: folder or address of another one than the source's own, alone or within a whole CLIP. The authors
+            call ``hf://laion/CLIP-ViT-H-14-laion2B-s32B-b79K`` more stable for some prompts.
+        variant: ``fp16`` takes the source's files in half precision.
+        dtype: of transformer and text encoder; the image decoder runs in float32. Meissonic's time is rounded to it.
+
+    Raises:
+        WeightsError: if a file cannot be had, is damaged, or does not fit the others.
+        ValueError: if height or width does not fit the transformer.
+    """
+    patterns = [*file_patterns("transformer", DIFFUSERS, variant), *file_patterns("vqvae", DIFFUSERS, variant)]
+    own_text = file_patterns("text_encoder", TRANSFORMERS, variant) if text_encoder is None else []
+    folder, own_dtype = local_folder(source, [*patterns, *own_text, "tokenizer/*"]), getattr(torch, dtype)
+    transformer = load_transformer(folder / "transformer", variant, own_dtype)
+    vqvae = load_vqvae(folder / "vqvae", variant)
+    if vqvae.config.num_vq_embeddings != transformer.codebook_size:
+        raise WeightsError(
+            f"{folder}: transformer and vqvae do not belong together: the one draws {transformer.codebook_size} codes, "
+            f"the other has {vqvae.config.num_vq_embeddings}"
+        )
+    if text_encoder is None:
+        text = CLIPText.load(folder / "text_encoder", folder / "tokenizer", variant, own_dtype)
+    else:
+        text_folder = local_folder(text_encoder, file_patterns("", TRANSFORMERS, None))
+        text = CLIPText.load(text_folder, folder / "tokenizer", None, own_dtype)
+    found = (text.model.config.hidden_size, text.model.config.projection_dim)
+    wanted = (transformer.hparams["joint_attention_dim"], transformer.hparams["pooled_projection_dim"])
+    if found != wanted:
+        raise WeightsError(
+            f"{text_encoder or folder / 'text_encoder'}: expected states of width {wanted[0]} and pooled ones of width "
+            f"{wanted[1]}, found {found[0]} and {found[1]}"
+        )
+    patch, default = patch_size(vqvae), _DEFAULT_PIXELS[transformer.stride]
+    height, width = (default if size is None else size for size in (height, width))
+    decoder = VQDecoder(vqvae, height // patch, width // patch)
+    return Meissonic(transformer, decoder, text, height=height, width=width, patch_size=patch, negative=negative)
+
+
+def random_weights(
+    resolution: Resolution = 1024,
+    *,
+    depth: int = 14,
+    single_depth: int = 28,
+    text_depth: int = 24,
+    dtype: Precision = "bfloat16",
+    seed: int = 0,
+) -> Meissonic:
+    """The base at published sizes that has learned nothing: for latency and memory, never for quality.
+
+    Its fingerprint begins with ``random-``. Bytes of a prompt stand for text tokens.
+
+    Args:
+        resolution: side of the images in pixels: 1024 is Meissonic, 512 Monetico.
+        depth: blocks of two streams.
+        single_depth: blocks of one stream.
+        text_depth: layers of the text encoder.
+        dtype: of transformer and text encoder.
+        seed: of the weights.
+    """
+    resampled = resolution != _DEFAULT_PIXELS[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = MeissonicTransformer(depth, single_depth, downsample=resampled, upsample=resampled)
+        text = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                projection_dim=1024,
+                num_attention_heads=16,
+                num_hidden_layers=text_depth,
+                hidden_act="gelu",
+            )
+        )
+        vqvae = random_vqvae()
+    words = Bytes(begin=text.config.bos_token_id, end=text.config.eos_token_id)
+    own_dtype, patch = getattr(torch, dtype), patch_size(vqvae)
+    return _RandomMeissonic(
+        transformer.to(own_dtype),
+        VQDecoder(vqvae, resolution // patch, resolution // patch),
+        CLIPText(text.to(own_dtype), words),
+        height=resolution,
+        width=resolution,
+        patch_size=patch,
+    )
+
+
+class _RandomMeissonic(Meissonic):
+    @cached_property
+    def fingerprint(self) -> str:
+        return f"random-{super().fingerprint}"
+
+
+def load_transformer(
+    folder: Path, variant: Variant | None = None, dtype: torch.dtype = torch.float32
+) -> MeissonicTransformer:
+    """The frozen transformer of the checkpoint in ``folder``; weights stored in ``dtype`` are mapped from the files.
+
+    Raises:
+        WeightsError: if a file is missing or damaged, or tensors are missing, unknown or misshapen; all are named.
+    """
+    path = folder / "config.json"
+    sizes = read_sizes(path)
+    try:
+        with torch.device("meta"):
+            transformer = MeissonicTransformer(**sizes).to(dtype)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    take(transformer, read_weights(folder, DIFFUSERS, variant, dtype), folder)
+    return transformer
+
+
+def read_sizes(path: Path) -> dict[str, Any]:
+    """Arguments of :class:`MeissonicTransformer` in the checkpoint's ``config.json`` at ``path``.
+
+    Raises:
+        WeightsError: if the file is missing or damaged, lacks a size, or describes a variant that is not implemented.
+    """
+    config = read_json(path)
+    if config.get("guidance_embeds"):
+        raise WeightsError(f"{path}: guidance_embeds: expected false, found {config['guidance_embeds']!r}")
+    sizes: dict[str, Any] = {name: config.get(name) for name in _SIZES}
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise WeightsError(f"{path}: {name}: expected a whole number, found {value!r}")
+    axes = config.get("axes_dims_rope")
+    if not isinstance(axes, list) or not all(type(axis) is int for axis in axes):
+        raise WeightsError(f"{path}: axes_dims_rope: expected whole numbers, found {axes!r}")
+    resampling = {name: config.get(name, False) for name in ("downsample", "upsample")}
+    for name, value in resampling.items():
+        if not isinstance(value, bool):
+            raise WeightsError(f"{path}: {name}: expected a bool, found {value!r}")
+    return sizes | {"axes_dims_rope": axes} | resampling

@@ -1,0 +1,117 @@
+"""The published MMaDA (Gen-Verse/MMaDA-8B): its weights and tokenizers, or its sizes without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lit_shortcut.bases.dimoo.prompt import TextTokenizer, Utf8Tokenizer
+from lit_shortcut.bases.dimoo.published import PATCH_SIZE, NoDecoder, load_transformer, random_transformer
+from lit_shortcut.bases.mmada.adapter import MMaDA, MMaDATokens
+from lit_shortcut.bases.mmada.magvit import FILES as VQ_FILES
+from lit_shortcut.bases.mmada.magvit import load_magvit
+from lit_shortcut.bases.prompted_llada import Untrained
+from lit_shortcut.bases.saved import Precision, read_json
+from lit_shortcut.hub import local_folder
+from lit_shortcut.weights import WeightsError
+
+VOCAB_SIZE = 134_656  # 126,464 rows of LLaDA, 8,192 more; codes begin before the added rows
+FILES = ("config.json", "model*.safetensors*", "tokenizer*")
+
+
+def published(
+    source: str,
+    vq: str,
+    size: int = 512,
+    *,
+    max_text_tokens: int = 512,
+    dtype: Precision = "bfloat16",
+    special: MMaDATokens | None = None,
+) -> MMaDA:
+    """The base with published weights.
+
+    Args:
+        source: folder, or address on the hub: ``hf://Gen-Verse/MMaDA-8B-Base``, ``hf://Gen-Verse/MMaDA-8B-MixCoT``.
+        vq: folder of the image decoder's weights, or ``hf://showlab/magvitv2``.
+        size: side of the images in pixels, a multiple of 16.
+        max_text_tokens: longest text, with t2i and bos; a longer one is cut.
+        dtype: of the transformer's weights; those stored in it are mapped from the files and not copied.
+        special: ids of the tokens that are no text; None are the published ones, with bos, eos and the first code of
+            the folder's tokenizer.
+
+    Raises:
+        WeightsError: if a file cannot be had, is damaged, or does not fit the others.
+        ValueError: if ``size`` is no multiple of 16.
+    """
+    folder = local_folder(source, FILES)
+    text = TextTokenizer(folder / "tokenizer.json", None)
+    decoder = load_magvit(local_folder(vq, VQ_FILES))
+    return MMaDA(
+        load_transformer(folder, getattr(torch, dtype)),
+        decoder,
+        text,
+        special=special or tokens_of(text, folder / "tokenizer_config.json"),
+        codebook_size=decoder.codebook_size,
+        height=size,
+        width=size,
+        patch_size=PATCH_SIZE,
+        max_text_tokens=max_text_tokens,
+    )
+
+
+def tokens_of(text: TextTokenizer, path: Path) -> MMaDATokens:
+    """The published ids, with bos and eos that the configuration at ``path`` names, and codes behind all of ``text``.
+
+    Raises:
+        WeightsError: if the file is missing or damaged, or names no such token.
+    """
+    config, ids = read_json(path), {}
+    for name in ("bos", "eos"):
+        token = config.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        id_ = text.id_of(token) if isinstance(token, str) else None
+        if id_ is None:
+            raise WeightsError(f"{path}: {name}_token: expected a token of tokenizer.json beside it, found {token!r}")
+        ids[name] = id_
+    return MMaDATokens(first_code=len(text), **ids)
+
+
+def random_weights(
+    depth: int = 32,
+    size: int = 512,
+    *,
+    feature_width: int = 4096,
+    num_heads: int = 32,
+    mlp_width: int = 12288,
+    vocab_size: int = VOCAB_SIZE,
+    dtype: Precision = "bfloat16",
+    device: str = "cpu",
+    seed: int = 0,
+) -> MMaDA:
+    """The base at published sizes that has learned nothing: for latency and memory, never for quality.
+
+    Its fingerprint begins with ``random-``. Bytes of a prompt stand for text tokens, and there is no image decoder.
+
+    Args:
+        depth: transformer blocks; fewer than published make a base that fits anywhere.
+        size: side of the images in pixels, a multiple of 16.
+        feature_width: C.
+        num_heads: attention heads.
+        mlp_width: hidden width of the SwiGLUs.
+        vocab_size: tokens of text and codes.
+        dtype: of the transformer's weights.
+        device: that they are made on; on ``meta`` they have shapes only and take no memory.
+        seed: of the weights.
+
+    Raises:
+        ValueError: if ``size`` is no multiple of 16, or sizes do not fit one another.
+    """
+    transformer = random_transformer(vocab_size, feature_width, depth, num_heads, mlp_width, dtype, device, seed)
+    text = Utf8Tokenizer(uncondition=-1)
+    base = _RandomMMaDA(transformer, NoDecoder(), text, height=size, width=size, patch_size=PATCH_SIZE)
+    return base.to(device)
+
+
+class _RandomMMaDA(Untrained, MMaDA):
+    pass

@@ -1,0 +1,132 @@
+"""Search full steps and thresholds on the validation trajectories, and write them beside the shortcut."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_shortcut.acceleration.accelerated import Accelerated, Predictor
+from lit_shortcut.acceleration.calibrated import PlanFile, Schedule
+from lit_shortcut.acceleration.calibration import Segments, best_plan, cost_of, threshold_for
+from lit_shortcut.acceleration.plans import Adaptive, even_steps
+from lit_shortcut.acceleration.replay import replayed
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.tasks.ranks import sum_over_ranks
+from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.weights import require_writable
+
+_TOLERANCE = 0.25  # full steps, between the mean wanted and the nearest there is
+
+
+class PlanSearch(L.Callback):
+    """Write the plans that :class:`~lit_shortcut.acceleration.calibrated.Calibrated` and ``CalibratedAdaptive`` read.
+
+    Run by ``lightning validate``. Thresholds are found by replaying the whole validation set some twenty times a
+    budget.
+
+    Args:
+        path: of the file.
+        budgets: b, full steps; below N.
+        predictor: in between; None takes the task's network.
+        adaptive: decide for each ``sample`` or ``batch``; None searches no thresholds.
+        max_gap: of the adaptive plans, steps without the base at most.
+
+    Raises:
+        ValueError: if there is no budget.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        budgets: list[int],
+        predictor: Predictor | None = None,
+        adaptive: Literal["sample", "batch"] | None = "batch",
+        max_gap: int | None = None,
+    ) -> None:
+        if not budgets:
+            raise ValueError("budgets must name at least one number of full steps")
+        self.path, self.budgets, self.predictor = path, budgets, predictor
+        self.adaptive, self.max_gap = adaptive, max_gap
+        self._segments: Segments | None = None
+        self._samples = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse budgets that the set's N does not allow, and a place that cannot be written."""
+        assert isinstance(pl_module, ShortcutTask)
+        num_steps = trainer.datamodule.card.num_steps  # type: ignore[attr-defined]
+        if not all(1 <= budget < num_steps for budget in self.budgets):
+            raise ValueError(f"budgets must lie in 1..{num_steps - 1}, below the set's steps; got {self.budgets}")
+        if trainer.is_global_zero:
+            require_writable(self.path.parent)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int
+    ) -> None:
+        """Add what every segment costs on this batch."""
+        assert isinstance(pl_module, ShortcutTask)
+        if trainer.sanity_checking:
+            return
+        predictor, replay = self._of(pl_module), pl_module.replay(batch)
+        if self._segments is None:
+            self._segments = Segments.none(len(replay.counts), predictor.memory, pl_module.device)
+        with trainer.precision_plugin.val_step_context():
+            self._segments = self._segments.measured(replay, predictor, pl_module.guidance)
+        self._samples += len(batch.tokens)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Search over all ranks' trajectories, and write on the first rank.
+
+        Raises:
+            ValueError: if a rank has no trajectories.
+        """
+        assert isinstance(pl_module, ShortcutTask)
+        if trainer.sanity_checking:
+            return
+        if self._segments is None:
+            raise ValueError("there are fewer validation batches than ranks; lower data.validation_batch_size")
+        samples = int(sum_over_ranks(torch.tensor(float(self._samples), device=pl_module.device)))
+        costs = {nodes: sum_over_ranks(cost) / samples for nodes, cost in self._segments.costs.items()}
+        segments = self._segments._replace(costs=costs)
+        found = Schedule(counts=pl_module.counts, trajectories=samples, steps={}, kl={})
+        for budget in self.budgets:
+            plan, even = best_plan(segments, budget), even_steps(segments.num_steps, budget)
+            found.steps[str(budget)], found.kl[str(budget)] = plan.steps, plan.kl
+            rank_zero_info(
+                f"b = {budget}: {plan.steps} costs {plan.kl:.3f} nats an image, "
+                f"the even plan {even} {cost_of(segments, even):.3f}"
+            )
+            if self.adaptive is not None and 1 < budget:
+                self._add_threshold(found, budget, trainer, pl_module)
+        if trainer.is_global_zero:
+            file = PlanFile(self._of(pl_module).identity(), pl_module.ends.fingerprint, [found])
+            file.write(self.path)
+        self._segments, self._samples = None, 0
+
+    def _add_threshold(self, found: Schedule, budget: int, trainer: L.Trainer, pl_module: ShortcutTask) -> None:
+        arguments: dict[str, Any] = {"per": self.adaptive, "max_gap": self.max_gap, "budget": budget}
+
+        def mean_full_steps(threshold: float) -> float:
+            method = Accelerated(Adaptive(threshold, **arguments), self._of(pl_module))
+            total = torch.zeros((), device=pl_module.device)
+            batches: Any = trainer.val_dataloaders
+            for batch in islice(batches, int(trainer.num_val_batches[0])):
+                with trainer.precision_plugin.val_step_context():
+                    replay = pl_module.replay(batch)
+                    total = total + replayed(replay, {"": method}, [], with_kl=False)[""].full_steps.sum()
+            return float(sum_over_ranks(total)) / found.trajectories
+
+        threshold, mean = threshold_for(mean_full_steps, budget)
+        if abs(mean - budget) > _TOLERANCE:
+            rank_zero_info(f"b = {budget}: no threshold does that, the nearest makes {mean:.2f} full steps in the mean")
+            return
+        found.adaptive[str(budget)] = arguments | {"threshold": threshold}
+        found.mean_full_steps[str(budget)] = mean
+        rank_zero_info(f"b = {budget}: threshold {threshold:.4g} makes {mean:.2f} full steps in the mean")
+
+    def _of(self, pl_module: ShortcutTask) -> Predictor:
+        return self.predictor or Shortcut(pl_module.network)

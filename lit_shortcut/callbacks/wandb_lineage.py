@@ -1,0 +1,69 @@
+"""Where a run's inputs and outputs come from, as artifacts on W&B."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.callbacks.export import ExportWeights
+from lit_shortcut.loggers import carry_on, log_artifact
+from lit_shortcut.tasks.evaluation import EvaluationTask
+from lit_shortcut.weights import fingerprint, load_tensors
+
+_SHORTCUT = "shortcut"
+_SET = "trajectories"
+
+
+class WandbLineage(L.Callback):
+    """Log the card of the set and the exported network as artifacts, and say which of them a run used.
+
+    An artifact's name ends in the fingerprint of what it holds, so that ``test`` finds the shortcut that ``fit`` logged
+    wherever its file lies now. What a run uses is looked up online only; offline it stands in the run's configuration,
+    under ``uses``. Does nothing where W&B is not among the loggers.
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the set's card, and use it."""
+        card: Any = getattr(getattr(trainer, "datamodule", None), "card", None)
+        if card is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with TemporaryDirectory() as folder, carry_on("logging the set's card"):
+            card.write(Path(folder))
+            name = f"{_SET}-{card.digest}"
+            path = Path(folder, "card.json")
+            log_artifact(trainer, name, _SET, [path], json.loads(path.read_text()))
+            _use(trainer, [name])
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Log the network that this run exported. Not at ``on_fit_end``, where the export may come later."""
+        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ExportWeights) and callback.path.is_file():
+                with carry_on(f"logging {callback.path}"):
+                    tensors, metadata = load_tensors(callback.path)
+                    log_artifact(trainer, f"{_SHORTCUT}-{fingerprint(tensors)}", "model", [callback.path], metadata)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Use the shortcuts of all rows."""
+        if not isinstance(pl_module, EvaluationTask) or not trainer.is_global_zero:
+            return
+        accelerations = [row.acceleration for row in pl_module.rows if isinstance(row.acceleration, Accelerated)]
+        weights = [acceleration.predictor.identity().get("weights") for acceleration in accelerations]
+        _use(trainer, [f"{_SHORTCUT}-{each}" for each in dict.fromkeys(weights) if each])
+
+
+def _use(trainer: L.Trainer, names: list[str]) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and names:
+            run = logger.experiment
+            run.config.update({"uses": names}, allow_val_change=True)
+            for name in [] if run.offline or run.disabled else names:
+                with carry_on(f"looking up the artifact {name}"):
+                    run.use_artifact(f"{name}:latest")

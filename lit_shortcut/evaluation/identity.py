@@ -1,0 +1,83 @@
+"""All that a row's values depend on, as JSON values that can be compared and shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from lit_shortcut.contracts import MaskedImageModel
+from lit_shortcut.evaluation.rows import Row
+from lit_shortcut.metrics.images import ImageMetric
+
+_MISSING = "nothing"
+
+
+def loop_identities(
+    base: MaskedImageModel, rows: Sequence[Row], *, precision: str, compiled: bool
+) -> dict[str, dict[str, Any]]:
+    """Return, by row name, what its decoding loop depends on, and so its latency.
+
+    Args:
+        base: the frozen model, in the precision that it runs in.
+        rows: ways to decode.
+        precision: the trainer's.
+        compiled: whether networks run through ``torch.compile``.
+    """
+    shared = {"base": base.identity(), "dtype": dtype_of(base), "precision": precision, "compiled": compiled}
+    return {
+        row.name: _as_json(
+            shared | {"decoding": asdict(row.decoding), "acceleration": row.acceleration.identity()},
+        )
+        for row in rows
+    }
+
+
+def row_identity(
+    loop: Mapping[str, Any], conditions: Mapping[str, Any], metrics: Mapping[str, ImageMetric]
+) -> dict[str, Any]:
+    """Return all that a row's values depend on besides the run seed.
+
+    Args:
+        loop: of the row, by :func:`loop_identities`.
+        conditions: identity of what is asked for.
+        metrics: measures of images by name.
+    """
+    measured = {name: metric.identity() for name, metric in metrics.items()}
+    return dict(loop) | _as_json({"conditions": dict(conditions), "metrics": measured})
+
+
+def dtype_of(base: MaskedImageModel) -> str:
+    """Return the dtypes of the base's weights as its tensors have them, such as ``bfloat16``."""
+    tensors = base.parameters() if isinstance(base, nn.Module) else ()
+    found = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    return "+".join(sorted(found)) or str(base.interface.code_embedding.dtype).removeprefix("torch.")
+
+
+def differences(before: object, after: object, path: str = "") -> list[str]:
+    """Return where two identities differ, path and both values.
+
+    >>> differences({"base": {"template": "{}"}, "n": 1}, {"base": {"template": "a {}"}, "n": 1})
+    ["base.template was '{}' and is 'a {}'"]
+    """
+    if isinstance(before, dict) and isinstance(after, dict):
+        found = []
+        for key in dict.fromkeys([*before, *after]):
+            inside = f"{path}.{key}" if path else str(key)
+            found += differences(before.get(key, _MISSING), after.get(key, _MISSING), inside)
+        return found
+    return [] if before == after else [f"{path} was {_short(before)} and is {_short(after)}"]
+
+
+def _short(value: object, most: int = 80) -> str:
+    text = value if value == _MISSING else repr(value)
+    return str(text) if len(str(text)) <= most else f"{str(text)[:most]}…"
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """As it is read back from a file: tuples are lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(value))
+    return plain

@@ -1,0 +1,184 @@
+"""Ways to decode, read like lines of a table: ``[8]``, ``[16, 4, shortcut]``, ``[16, 4, hold, {guidance: 1}]``."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import nn
+
+from lit_shortcut.acceleration.accelerated import Accelerated, Plan, Predictor, Vanilla
+from lit_shortcut.acceleration.plans import Even, EvenTokens, Steps
+from lit_shortcut.contracts import Acceleration
+from lit_shortcut.sampling import Decoding
+
+NamedPlan = Plan | Callable[[int], Plan]
+"""A plan whose budget is its own, or one that takes the budget of each row."""
+
+RowEntry = tuple[Any, ...]
+"""A row as YAML spells it. A tuple, since ``rows+:`` in a second YAML would append to inner lists, too."""
+
+VANILLA = "vanilla"
+EVEN = "even"
+KNOWN_PLANS: dict[str, NamedPlan] = {EVEN: Even, "even_tokens": EvenTokens}
+
+_FORM = (
+    "expected [N] for vanilla, [N, b, method], [N, b, method, plan] or [N, [0, …], method] with the full steps, "
+    "each with a mapping of decoding fields at its end where they differ"
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to decode.
+
+    Args:
+        name: as in logs and file names: ``vanilla_n8``, ``shortcut_n16_b4_even_tokens``.
+        method: its label in tables.
+        decoding: how tokens are drawn.
+        acceleration: what computes the features of each step.
+        budget: b, full steps that the row asks for; N itself for vanilla.
+        plan: name of the plan; empty for vanilla.
+        overrides: fields of the decoding that are the row's own, by name.
+    """
+
+    name: str
+    method: str
+    decoding: Decoding
+    acceleration: Acceleration = field(default_factory=Vanilla)
+    budget: int = 0
+    plan: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> str:
+        """What the decoding has of its own, for a table: ``halton, guidance 1``."""
+        return ", ".join(
+            str(value) if name == "order" else f"{name} {_shown(value)}" for name, value in self.overrides.items()
+        )
+
+    def entry(self) -> dict[str, Any]:
+        """Return what a table says of the row, as JSON values."""
+        return {
+            "name": self.name,
+            "method": self.method,
+            "num_steps": self.decoding.num_steps,
+            "budget": self.budget,
+            "plan": self.plan,
+            "decoding": self.settings,
+        }
+
+
+def build_rows(
+    rows: Sequence[Sequence[Any]],
+    decoding: Decoding,
+    methods: Mapping[str, Predictor] | None = None,
+    plans: Mapping[str, NamedPlan] | None = None,
+) -> list[Row]:
+    """Return the rows that ``rows`` spell.
+
+    Args:
+        rows: ``[N]`` is vanilla in N steps; ``[N, b, method]`` runs the base at b of them, spread evenly, and the
+            method at the others; a fourth entry names another plan; a list in place of b lists the full steps. A
+            mapping at the end overrides fields of ``decoding``.
+        decoding: of all rows, but for the number of steps.
+        methods: predictors by name.
+        plans: plans by name; ``even`` and ``even_tokens`` are always known.
+
+    Raises:
+        ValueError: if a row is malformed, names an unknown method, plan or field, or asks for a budget outside 1..N; if
+            two rows are one; or if a name cannot be part of a file name.
+    """
+    methods, plans = methods or {}, KNOWN_PLANS | dict(plans or {})
+    for name in (*methods, *plans):
+        if not _NAME.fullmatch(name) or name == VANILLA:
+            raise ValueError(
+                f"methods and plans are named by letters, digits and _ . -, and vanilla is known already; got {name!r}"
+            )
+    built = [_build(entry, decoding, methods, plans) for entry in rows]
+    twice = [name for name, count in Counter(row.name for row in built).items() if count > 1]
+    if twice:
+        raise ValueError(f"rows must differ from one another; more than one is {', '.join(twice)}")
+    return built
+
+
+def modules_of(rows: Iterable[Row]) -> nn.ModuleList:
+    """Return the accelerations that are modules, so that a task that holds them moves their networks."""
+    return nn.ModuleList(row.acceleration for row in rows if isinstance(row.acceleration, nn.Module))
+
+
+def _build(
+    entry: Sequence[Any], decoding: Decoding, methods: Mapping[str, Predictor], plans: Mapping[str, NamedPlan]
+) -> Row:
+    if isinstance(entry, str) or not isinstance(entry, Sequence):
+        raise ValueError(f"row {entry!r}: {_FORM}")
+    parts, overrides = list(entry), {}
+    if parts and isinstance(parts[-1], Mapping):
+        overrides = dict(parts.pop())
+    match parts:
+        case [int(num_steps)]:
+            own = _override(entry, decoding.at(num_steps), overrides)
+            return Row(_name(VANILLA, num_steps, "", overrides), VANILLA, own, Vanilla(), num_steps, "", overrides)
+        case [int(num_steps), int() | list() as budget, str(method)]:
+            plan = "" if isinstance(budget, list) else EVEN
+        case [int(num_steps), int(budget), str(method), str(plan)]:
+            pass
+        case _:
+            raise ValueError(f"row {list(entry)}: {_FORM}")
+    if method not in methods:
+        raise ValueError(f"row {list(entry)}: no method is named {method!r}; known are {_list(methods)}")
+    if plan and plan not in plans:
+        raise ValueError(f"row {list(entry)}: no plan is named {plan!r}; known are {_list(plans)}")
+    if not isinstance(budget, list) and not 1 <= budget <= num_steps:
+        raise ValueError(f"row {list(entry)}: budget must lie in 1..{num_steps}, the number of steps; got {budget}")
+    own = _override(entry, decoding.at(num_steps), overrides)
+    made: Plan
+    if isinstance(budget, list):
+        label, count, made = f"steps{'-'.join(map(str, budget))}", len(budget), _steps(entry, budget)
+    else:
+        known = plans[plan]
+        label, count, made = plan, budget, known if isinstance(known, Plan) else known(budget)
+    suffix = f"_b{count}" + (f"_{label}" if label != EVEN else "")
+    name = _name(method, num_steps, suffix, overrides)
+    return Row(name, method, own, Accelerated(made, methods[method]), count, plan or "steps", overrides)
+
+
+def _steps(entry: Sequence[Any], steps: list[Any]) -> Steps:
+    if not all(type(step) is int for step in steps):
+        raise ValueError(f"row {list(entry)}: steps must be whole numbers, got {steps}")
+    try:
+        return Steps(steps)
+    except ValueError as error:
+        raise ValueError(f"row {list(entry)}: {error}") from error
+
+
+def _override(entry: Sequence[Any], decoding: Decoding, overrides: dict[str, Any]) -> Decoding:
+    known = [field.name for field in fields(Decoding) if field.name != "num_steps"]
+    for name, value in overrides.items():
+        if name not in known:
+            raise ValueError(f"row {list(entry)}: decoding has no field {name!r} to override; known are {_list(known)}")
+        is_text, is_number = isinstance(value, str), type(value) in (int, float)
+        if not (is_text if isinstance(getattr(decoding, name), str) else is_number):
+            kind = "a word" if isinstance(getattr(decoding, name), str) else "a number"
+            raise ValueError(f"row {list(entry)}: {name} must be {kind}, got {value!r}")
+    try:
+        return replace(decoding, **overrides)
+    except ValueError as error:
+        raise ValueError(f"row {list(entry)}: {error}") from error
+
+
+def _name(method: str, num_steps: int, suffix: str, overrides: Mapping[str, Any]) -> str:
+    own = (f"_{'' if name == 'order' else name}{_shown(value)}" for name, value in overrides.items())
+    return f"{method}_n{num_steps}{suffix}{''.join(own)}"
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,74 @@
+"""Latency of rows, and of one pass of the base beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_shortcut.contracts import Clock, Conditions, MaskedImageModel
+from lit_shortcut.evaluation.rows import Row
+from lit_shortcut.metrics.latency import measure_latency
+from lit_shortcut.sampling import Decoding, generate
+
+_BASE = "one pass of the base"
+
+
+def time_rows(
+    base: MaskedImageModel, rows: Sequence[Row], decoding: Decoding, conditions: Conditions, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Time each row's decoding loop in turns, without the image decoder: synchronised, after a warm-up.
+
+    Args:
+        base: the frozen model.
+        rows: ways to decode.
+        decoding: says whether the pass of the base that costs are measured in is guided.
+        conditions: of the images that are drawn, on the device to measure.
+        rounds: times each row is timed.
+
+    Returns:
+        By row name ``median_ms`` and ``iqr_ms`` for an image, ``passes`` (median in passes of the base), ``rounds``,
+        ``batch_size``, ``device``, and on a GPU ``memory_mb``, the most that was allocated (10⁶ bytes).
+    """
+    device, batch_size = conditions.seeds.device, len(conditions.ids)
+    rank_zero_info(f"timing {len(rows)} rows, {rounds} rounds in turns")
+    runs: dict[str, Callable[[], object]] = {
+        row.name: partial(generate, base, conditions, row.decoding, row.acceleration) for row in rows
+    }
+    memory = {name: _peak_mb(run, device) for name, run in runs.items()}
+    runs[_BASE] = _one_pass(base, decoding, conditions)
+    latencies = measure_latency(
+        runs,
+        device,
+        batch_size,
+        rounds,
+        after_round=lambda done: rank_zero_info(f"timed {done} of {rounds} rounds"),
+    )
+    one_pass = latencies.pop(_BASE).median_ms
+    return {
+        name: latency._asdict() | {"passes": latency.median_ms / one_pass} | memory[name]
+        for name, latency in latencies.items()
+    }
+
+
+def _one_pass(base: MaskedImageModel, decoding: Decoding, conditions: Conditions) -> Callable[[], object]:
+    shape = (len(conditions.ids), base.spec.num_tokens)
+    tokens = torch.full(shape, base.spec.mask_id, device=conditions.seeds.device)
+    context = base.context(conditions, guided=decoding.is_guided)
+
+    @torch.inference_mode()
+    def run() -> object:
+        return base.features(tokens, context, Clock(0, decoding.num_steps))
+
+    return run
+
+
+def _peak_mb(run: Callable[[], object], device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return {}
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return {"memory_mb": round(torch.cuda.max_memory_allocated(device) / 1e6)}

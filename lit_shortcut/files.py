@@ -1,0 +1,106 @@
+"""Files anywhere: written whole or not at all, read from paths and URLs, folders held against others."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+
+
+class AccessError(OSError):
+    """A file cannot be fetched or written; this says nothing of what is in it."""
+
+
+def is_remote(where: str | Path) -> bool:
+    """Whether ``where`` is a URL and no path."""
+    return "://" in str(where)
+
+
+def read_bytes(where: str) -> bytes:
+    """Content of the small file at path or URL ``where``.
+
+    Raises:
+        OSError: if it is a path and cannot be read.
+        AccessError: if it is a URL and cannot be fetched.
+    """
+    if not is_remote(where):
+        return Path(where).read_bytes()
+    with _remote(where) as (files, path):
+        content: bytes = files.cat_file(path)
+    return content
+
+
+def fetch(url: str, path: Path) -> None:
+    """Copy the file at ``url`` to ``path``, whole or not at all; an :class:`AccessError` if that fails."""
+    with _remote(url) as (files, name), replacing(path) as aside:
+        files.get_file(name, str(aside))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside ``path``, whose folder is made; it takes that name once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that is at ``path`` once the block has ended well, and leaves nothing otherwise.
+
+    Written aside, synchronised to the disk and renamed, so that a process killed at any moment, or a power failure,
+    leaves no part of it under its name.
+
+    Raises:
+        AccessError: if it cannot be written.
+    """
+    try:
+        with replacing(path) as aside, aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except AccessError:  # of another file, written meanwhile
+        raise
+    except OSError as error:
+        raise AccessError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold ``folder`` against all that ask for it in this way, until a kill at the latest.
+
+    Raises:
+        BlockingIOError: if another process or thread holds it and ``wait`` is false.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+@contextmanager
+def _remote(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
+    """The file system that ``url`` belongs to, and the path in it."""
+    protocol = url.partition("://")[0]
+    try:
+        yield url_to_fs(url)
+    except ImportError as error:
+        way_out = f"pip install 'lit-shortcut[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else error
+        raise AccessError(f"{url}: {protocol}:// needs a package that is not installed: {way_out}") from error
+    except Exception as error:  # every file system has its own
+        raise AccessError(f"{url}: cannot be fetched ({type(error).__name__}: {error})") from error

@@ -1,0 +1,118 @@
+"""Losses of a shortcut network, by name in YAML: each compares predicted features with recorded ones."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lit_shortcut.interface import TokenInterface
+from lit_shortcut.metrics.functional import head_kl, masked_mse
+
+LossRows = Literal["masked", "all"]
+Places = Literal["masked", "all", "tokens"]
+
+
+class Loss(ABC):
+    """A mean over rows of the features, and its weight in the sum that is minimised.
+
+    Args:
+        weight: in the sum of all losses.
+        places: what counts: image rows of tokens still ``masked``, ``all`` rows that are not padding, or the masked
+            ``tokens`` themselves, which are as many as their rows in most bases.
+
+    Raises:
+        ValueError: if the weight is not positive or ``places`` is none of these.
+    """
+
+    def __init__(self, weight: float = 1.0, places: Places = "masked") -> None:
+        if not weight > 0:
+            raise ValueError(f"weight must be above 0, got {weight}; leave a loss out by its absence")
+        if places not in get_args(Places):
+            raise ValueError(f"rows must be one of {', '.join(get_args(Places))}; got {places!r}")
+        self.weight, self.places = weight, places
+
+    def prepare(self, data: Any) -> None:  # noqa: B027 - most losses need nothing
+        """Take what it needs beside the batches from the datamodule ``data``.
+
+        Raises:
+            ValueError: if that is missing.
+        """
+
+    @abstractmethod
+    def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:
+        """Return the mean, a scalar, over the places that count.
+
+        Args:
+            prediction: features (B, S, C).
+            target: recorded features (B, S, C).
+            where: places that count: a mask of the first rows, or (B, L) of the tokens.
+            interface: of the base.
+        """
+
+
+class MaskedMSE(Loss):
+    """Mean squared error of the features, the published loss (arXiv 2602.23996, section 3).
+
+    Args:
+        weight: in the sum of all losses.
+        rows: ``masked`` as published for MaskGIT, ``all`` as for DiMOO.
+        standardised: divide each channel by the standard deviation of its velocity before squaring, so that loud
+            channels do not drown the others; false is the published raw error.
+    """
+
+    def __init__(self, weight: float = 1.0, rows: LossRows = "masked", standardised: bool = False) -> None:
+        super().__init__(weight, rows)
+        self.standardised = standardised
+        self._scale: Tensor | None = None
+
+    def prepare(self, data: Any) -> None:
+        """Measure the scale of each channel on the recorded features."""
+        if self.standardised:
+            if not hasattr(data, "velocity_scale"):
+                raise ValueError(f"standardised needs velocity_scale, which {type(data).__name__} does not offer")
+            self._scale = data.velocity_scale()
+
+    def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:
+        """Mean over channels and rows."""
+        if self._scale is not None:
+            self._scale = self._scale.to(prediction.device)
+            prediction, target = prediction / self._scale, target / self._scale
+        return masked_mse(prediction, target, where)
+
+
+class HeadKL(Loss):
+    """T²·KL(head(target)/T ‖ head(prediction)/T) in nats, at image tokens still masked.
+
+    An addition of this project: the squared error leaves the head surer than the base is, and images vary less.
+
+    Args:
+        weight: in the sum of all losses.
+        temperature: T.
+
+    Raises:
+        ValueError: if the temperature is not positive.
+    """
+
+    def __init__(self, weight: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__(weight, "tokens")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.temperature = temperature
+
+    def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:
+        """Mean over places; the head runs only there."""
+        samples, places = where.nonzero(as_tuple=True)
+        rows = interface.rows_of(places)
+        wanted, found = (
+            interface.row_logits(features[samples, rows], places)
+            for features in (target.to(prediction.dtype), prediction)
+        )
+        return head_kl(wanted, found, self.temperature).sum() / max(1, len(places))
+
+
+def weighted_sum(losses: dict[str, Loss], terms: dict[str, Tensor]) -> Tensor:
+    """Return the sum of ``terms`` by the weights of ``losses``."""
+    return torch.stack([losses[name].weight * term for name, term in terms.items()]).sum()

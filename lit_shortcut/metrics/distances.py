@@ -1,0 +1,255 @@
+"""How far generated images are from real ones, in the features of a network, by torch-fidelity's own arithmetic.
+
+All depend on the number of images: compare values at equal numbers only. With
+:class:`~lit_shortcut.metrics.inception.InceptionFeatures` they are the published FID, KID, Inception Score, precision
+and recall; with other networks they take those networks' names and are not comparable with published values.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.metric_fid import fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lit_shortcut.contracts import Conditions
+from lit_shortcut.metrics.images import FrozenNetwork, ImageMetric
+from lit_shortcut.metrics.reference import load_reference
+from lit_shortcut.weights import fingerprint
+
+
+class FeatureMetric(ImageMetric):
+    """A measure of all features at once: those of generated images are gathered.
+
+    They are put into the order of the images' ids, so that neither batches nor ranks change a value. The state is flat,
+    so that a rank without images fits the others.
+
+    Args:
+        extractor: network from uint8 images (B, 3, H, W) to features (B, F).
+    """
+
+    features: list[Tensor]
+    ids: list[Tensor]
+
+    def __init__(self, extractor: nn.Module) -> None:
+        super().__init__()
+        self.extractor = FrozenNetwork(extractor)
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("ids", [], dist_reduce_fx="cat")
+
+    def update(self, images: Tensor, conditions: Conditions) -> None:
+        """Take in uint8 ``images`` (B, 3, H, W)."""
+        self.features.append(self.extractor(images).float().flatten())
+        self.ids.append(conditions.ids)
+
+    def gathers(self) -> object:
+        """Metrics with equal extractors gather the same."""
+        return json.dumps(self.extractor.identity, sort_keys=True)
+
+    def gathered(self) -> Tensor:
+        """Return the features (number of images, F) of all ranks, on the CPU.
+
+        Raises:
+            ValueError: if there are fewer than 2 images.
+        """
+        ids = dim_zero_cat(self.ids) if len(self.ids) else torch.empty(0)
+        if len(ids) < 2:
+            raise ValueError(f"{type(self).__name__} needs 2 images or more, got {len(ids)}")
+        return dim_zero_cat(self.features).view(len(ids), -1)[ids.argsort(stable=True)].cpu()
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        if not self.ids:  # a rank without images: torchmetrics would take the type of the ids for granted
+            self.features.append(torch.zeros(0, device=self.device))
+            self.ids.append(torch.zeros(0, dtype=torch.long, device=self.device))
+        super()._sync_dist(*args, **kwargs)
+
+
+class ReferenceMetric(FeatureMetric):
+    """A measure of generated features against those of real images in a reference file.
+
+    Args:
+        extractor: network with ``num_features`` (F), from uint8 images (B, 3, H, W) to features (B, F).
+        reference: file that :class:`~lit_shortcut.tasks.reference.ReferenceTask` wrote with the same ``extractor``.
+
+    Raises:
+        WeightsError: if the file is missing or damaged, was made with another extractor, or lacks what is needed.
+    """
+
+    needed: tuple[str, ...] = ("features",)
+
+    def __init__(self, extractor: nn.Module, reference: Path) -> None:
+        super().__init__(extractor)
+        self.reference = load_reference(Path(reference), extractor, self.needed)
+
+    def identity(self) -> dict[str, Any]:
+        """As :class:`ImageMetric`, with a fingerprint of what is used of the reference file."""
+        return super().identity() | {"reference": fingerprint(self.reference)}
+
+
+class FrechetDistance(ReferenceMetric):
+    """Fréchet distance between Gaussians fitted to generated and real features (Heusel et al., arXiv 1706.08500).
+
+    With Inception's 2048 features this is FID. It is biased upwards at few images. For arguments see
+    :class:`ReferenceMetric`.
+    """
+
+    higher_is_better = False
+    needed = ("mean", "covariance")
+
+    def compute(self) -> Tensor:
+        """Return the distance."""
+        features = self.gathered().double()
+        generated = {"mu": features.mean(0).numpy(), "sigma": features.T.cov().reshape(features.shape[1], -1).numpy()}
+        real = {"mu": self.reference["mean"].numpy(), "sigma": self.reference["covariance"].numpy()}
+        found = fid_statistics_to_metric(generated, real, verbose=False)["frechet_inception_distance"]
+        return torch.tensor(found, device=self.device)
+
+
+class KernelDistance(ReferenceMetric):
+    """Squared maximum mean discrepancy of features under a cubic kernel, KID (Bińkowski et al., arXiv 1801.01401).
+
+    It is unbiased at any number of images. The value is the mean over random subsets, always the same ones. Needs
+    reference features.
+
+    Args:
+        extractor: as :class:`ReferenceMetric`.
+        reference: as :class:`ReferenceMetric`, with features.
+        subsets: over which the mean is taken.
+        subset_size: images of each, generated and real.
+
+    Raises:
+        WeightsError: as :class:`ReferenceMetric`.
+        ValueError: if ``subset_size`` is below 2 or above the number of reference features, or ``subsets`` is below 1.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, extractor: nn.Module, reference: Path, subsets: int = 100, subset_size: int = 1000) -> None:
+        super().__init__(extractor, reference)
+        if subsets < 1 or subset_size < 2:
+            raise ValueError(f"subsets must be at least 1 and subset_size at least 2, got {subsets} and {subset_size}")
+        self.subsets, self.subset_size = subsets, subset_size
+        self._require(len(self.reference["features"]), f"reference features in {reference}")
+
+    def identity(self) -> dict[str, Any]:
+        """As :class:`ReferenceMetric`, with the subsets."""
+        return super().identity() | {"subsets": self.subsets, "subset_size": self.subset_size}
+
+    def compute(self) -> Tensor:
+        """Return the mean over subsets; raises ValueError if there are fewer images than ``subset_size``."""
+        features = self.gathered()
+        self._require(len(features), "generated images")
+        found = kid_features_to_metric(
+            features,
+            self.reference["features"],
+            kid_subsets=self.subsets,
+            kid_subset_size=self.subset_size,
+            verbose=False,
+        )
+        return torch.tensor(float(found["kernel_inception_distance_mean"]), device=self.device)
+
+    def _require(self, found: int, what: str) -> None:
+        if found < self.subset_size:
+            raise ValueError(f"subset_size must be at most the number of {what}, {found}; got {self.subset_size}")
+
+
+class Coverage(ReferenceMetric):
+    """Precision or recall by nearest neighbours in features (Kynkäänniemi et al., arXiv 1904.06991).
+
+    Needs reference features; take about as many generated images.
+
+    Args:
+        extractor: as :class:`ReferenceMetric`.
+        reference: as :class:`ReferenceMetric`, with features.
+        neighbours: k; an image's neighbourhood reaches to its k-th nearest neighbour.
+
+    Raises:
+        WeightsError: as :class:`ReferenceMetric`.
+        ValueError: if ``neighbours`` is not below the number of reference features, or below 1.
+    """
+
+    higher_is_better = True
+    key: str
+
+    def __init__(self, extractor: nn.Module, reference: Path, neighbours: int = 3) -> None:
+        super().__init__(extractor, reference)
+        self.neighbours = neighbours
+        self._require(len(self.reference["features"]), f"reference features in {reference}")
+
+    def identity(self) -> dict[str, Any]:
+        """As :class:`ReferenceMetric`, with the number of neighbours."""
+        return super().identity() | {"neighbours": self.neighbours}
+
+    def compute(self) -> Tensor:
+        """Return the share; raises ValueError if there are no more images than ``neighbours``."""
+        features = self.gathered()
+        self._require(len(features), "generated images")
+        found = prc_features_to_metric(
+            features,
+            self.reference["features"],
+            prc_neighborhood=self.neighbours,
+            prc_batch_size=1000,
+            save_cpu_ram=True,
+            verbose=False,
+        )
+        return torch.tensor(float(found[self.key]), device=self.device)
+
+    def _require(self, found: int, what: str) -> None:
+        if not 1 <= self.neighbours < found:
+            raise ValueError(
+                f"neighbours must lie in 1..{found - 1}, below the number of {what}; got {self.neighbours}"
+            )
+
+
+class Precision(Coverage):
+    """Share of generated images within the neighbourhood of a real one: fidelity; see :class:`Coverage`."""
+
+    key = "precision"
+
+
+class Recall(Coverage):
+    """Share of real images within the neighbourhood of a generated one: diversity; see :class:`Coverage`."""
+
+    key = "recall"
+
+
+class InceptionScore(FeatureMetric):
+    """exp of the mean KL between an image's class probabilities and their mean (Salimans et al., arXiv 1606.03498).
+
+    It needs no reference. The value is the mean over equal parts of the images, shuffled always alike.
+
+    Args:
+        classifier: network from uint8 images (B, 3, H, W) to class logits (B, classes); for the published score
+            ``InceptionFeatures`` with ``feature: logits_unbiased``.
+        splits: parts.
+
+    Raises:
+        ValueError: if ``splits`` is below 1.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, classifier: nn.Module, splits: int = 10) -> None:
+        super().__init__(classifier)
+        if splits < 1:
+            raise ValueError(f"splits must be at least 1, got {splits}")
+        self.splits = splits
+
+    def identity(self) -> dict[str, Any]:
+        """As :class:`ImageMetric`, with the number of parts."""
+        return super().identity() | {"splits": self.splits}
+
+    def compute(self) -> Tensor:
+        """Return the score; raises ValueError if there are fewer images than ``splits``."""
+        features = self.gathered()
+        if len(features) < self.splits:
+            raise ValueError(f"splits must be at most the number of images, {len(features)}; got {self.splits}")
+        found = isc_features_to_metric(features, self.splits)["inception_score_mean"]
+        return torch.tensor(found, device=self.device)

@@ -1,0 +1,92 @@
+"""Statistics and features of real images, in a file that distances of generated images are measured from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lit_shortcut.metrics.images import FrozenNetwork
+from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
+
+
+class FeatureStatistics:
+    """Mean and covariance of the features of images, gathered batch by batch in double precision.
+
+    Features of a random subset are kept as they are for measures that need more than two moments. Which images it holds
+    depends on ``seed`` and the order of the images, not on their batches.
+
+    Args:
+        extractor: from uint8 images (B, 1 or 3, H, W) to features (B, F); put into eval mode and frozen.
+        num_features: images whose features are kept, at most.
+        seed: of the subset.
+    """
+
+    def __init__(self, extractor: nn.Module, num_features: int = 0, seed: int = 0) -> None:
+        if num_features < 0:
+            raise ValueError(f"num_features must be at least 0, got {num_features}")
+        self.extractor, self.count, self.num_features = FrozenNetwork(extractor), 0, num_features
+        self.total = self.products = torch.zeros((), dtype=torch.float64)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.draws = torch.empty(0, dtype=torch.float64)  # the subset is the images of the smallest draws
+        self.kept: Tensor | None = None
+
+    def update(self, images: Tensor) -> None:
+        """Take in uint8 ``images`` (B, 1 or 3, H, W) on the extractor's device."""
+        features = self.extractor(images).cpu()
+        draws = torch.rand(len(features), generator=self.generator, dtype=torch.float64)
+        draws = torch.cat([self.draws, draws])
+        self.draws, chosen = draws.sort()
+        self.draws, chosen = self.draws[: self.num_features], chosen[: self.num_features]
+        self.kept = (features if self.kept is None else torch.cat([self.kept, features]))[chosen]
+        exact = features.double()
+        self.count += len(exact)
+        self.total, self.products = self.total + exact.sum(0), self.products + exact.T @ exact
+
+    def save(self, path: Path, images: str) -> None:
+        """Write the reference file; ``images`` says which images they are.
+
+        Raises:
+            ValueError: if there are fewer than 2 images.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs 2 images or more, got {self.count}")
+        mean = self.total / self.count
+        covariance = (self.products - self.count * mean.outer(mean)) / (self.count - 1)
+        tensors = {"mean": mean, "covariance": covariance}
+        if self.kept is not None and self.num_features:
+            tensors["features"] = self.kept.float()
+        extractor = fingerprint(self.extractor.module.state_dict())
+        save_tensors(path, tensors, {"extractor": extractor, "num_images": self.count, "images": images})
+
+
+def load_reference(path: Path, extractor: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the tensors ``names`` (``mean`` (F,), ``covariance`` (F, F), ``features`` (K, F)) of the file at ``path``.
+
+    Args:
+        path: file that :class:`FeatureStatistics` wrote.
+        extractor: has ``num_features`` (F); the network that generated images are judged by.
+        names: of the tensors that are needed.
+
+    Raises:
+        WeightsError: if the file is missing or damaged, was made with another extractor, or lacks one of ``names``.
+    """
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: no such file of reference statistics; `lightning predict` with "
+            "lit_shortcut.tasks.reference.ReferenceTask makes it, for ImageNet by configs/maskgit/reference.yaml"
+        )
+    tensors, metadata = load_tensors(path)
+    own, width = fingerprint(extractor.state_dict()), int(extractor.num_features)  # type: ignore[arg-type]
+    if metadata.get("extractor") != own or tensors.get("mean", torch.empty(0)).shape != (width,):
+        raise WeightsError(
+            f"{path}: expected statistics of extractor {own} with {width} features, found "
+            f"{metadata.get('extractor')} with {len(tensors.get('mean', []))}; ReferenceTask makes them"
+        )
+    if missing := [name for name in names if name not in tensors]:
+        raise WeightsError(
+            f"{path}: holds no {missing[0]} of reference images, which this metric needs; make the file again with "
+            "num_reference_features of ReferenceTask set, such as 10000"
+        )
+    return {name: tensors[name] for name in names}

@@ -1,0 +1,104 @@
+"""Which rows a shortcut network predicts, and the options that all such networks have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+RowChoice = Literal["all", "masked"]
+
+
+class Rows:
+    """All rows of (B, S, c). Subclasses choose some of them, which change while the others are only attended to."""
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return the rows to compute, in an order of their own."""
+        return x
+
+    def put(self, x: Tensor, taken: Tensor) -> Tensor:
+        """Return ``x`` (B, S, c) with the chosen rows replaced by ``taken``, which :meth:`take` gave."""
+        return taken
+
+
+ALL_ROWS = Rows()
+
+
+class RowsAt(Rows):
+    """The rows at ``index`` (B, M), all different: what is computed shrinks to M rows."""
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+
+    def take(self, x: Tensor) -> Tensor:
+        """(B, M, c)."""
+        return x.gather(1, self._index(x))
+
+    def put(self, x: Tensor, taken: Tensor) -> Tensor:
+        """(B, S, c)."""
+        return x.scatter(1, self._index(x), taken)
+
+    def _index(self, x: Tensor) -> Tensor:
+        return self.index[..., None].expand(-1, -1, x.shape[-1])
+
+
+class RowsWhere(Rows):
+    """Rows where ``mask`` (B, L) is true, among the first L: all are computed, as samples may differ in number."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def put(self, x: Tensor, taken: Tensor) -> Tensor:
+        """(B, S, c)."""
+        mask = torch.nn.functional.pad(self.mask, (0, x.shape[1] - self.mask.shape[1]))
+        return torch.where(mask[..., None], taken, x)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes and switches of every shortcut network.
+
+    Args:
+        width: C, width of the base's features.
+        bottleneck_ratio: C over the network's own width c, at least 1; at 1 there are no projections.
+        num_blocks: blocks in a row, at least 1.
+        uses_time: condition on the masked share r.
+        uses_control: attend to the tokens committed since the features were computed.
+        uses_prefix: the tokens of a text prefix are control tokens, too.
+        rows: predict ``all`` rows of the features, as published, or only those still ``masked``; keys are always all.
+        anchored: predict from the last full step, all tokens committed since, and the number of steps since, in place
+            of one step after another.
+
+    Raises:
+        ValueError: if a size is below 1 or switches do not go together.
+    """
+
+    width: int
+    bottleneck_ratio: float
+    num_blocks: int
+    uses_time: bool = True
+    uses_control: bool = True
+    uses_prefix: bool = True
+    rows: RowChoice = "all"
+    anchored: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bottleneck_ratio < 1:
+            raise ValueError(f"bottleneck_ratio must be at least 1, got {self.bottleneck_ratio}")
+        if self.num_blocks < 1:
+            raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}")
+        if self.rows not in ("all", "masked"):
+            raise ValueError(f"rows must be all or masked, got {self.rows!r}")
+        if self.anchored and not self.uses_time:
+            raise ValueError("anchored networks learn the gap through the time embedding; set uses_time to true")
+
+    @property
+    def inner(self) -> int:
+        """The network's own width c."""
+        return int(self.width / self.bottleneck_ratio)
+
+    def hparams(self) -> dict[str, Any]:
+        """The options as constructor arguments."""
+        return dict(vars(self))

@@ -1,0 +1,93 @@
+"""The report's text, and all of it as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pandas as pd
+
+from lit_shortcut.report.table import dominated, markdown
+
+FEW_IMAGES = 5_000  # below, a Fréchet distance depends visibly on their number
+
+_RANDOM = "Random weights: latency only. No images were drawn, and no figure of quality comes from here."
+_PACKAGES = ("lit-shortcut", "torch", "lightning", "torchmetrics", "torch-fidelity", "diffusers", "transformers")
+
+
+def text_of(
+    table: pd.DataFrame,
+    quality: str | None,
+    latency: Mapping[str, Any] | None,
+    *,
+    higher_is_better: bool,
+    num_steps: int,
+    precision: str,
+    incomplete: Sequence[str] = (),
+) -> str:
+    """Return the report in Markdown.
+
+    Args:
+        table: made by :func:`~lit_shortcut.report.table.collect`.
+        quality: the metric that rows are compared by; None where no images were drawn.
+        latency: what was stored of one row's; None if latency was not measured.
+        higher_is_better: of ``quality``.
+        num_steps: N of the vanilla that speed-ups refer to.
+        precision: the trainer's.
+        incomplete: names of rows without a latency of their own.
+    """
+    lines = [markdown(table), ""]
+    if "images" in table:
+        images, seeds = (sorted(set(table[name].dropna().astype(int))) for name in ("images", "seeds"))
+        lines += [
+            f"{_several(images)} images a row and seed, {_several(seeds)} seed(s); ± is a 95 % interval of the mean "
+            "over seeds (Student's t). b are base passes for an image as counted: the mean, and 5–95 % where they vary."
+        ]
+        if max(images, default=0) < FEW_IMAGES:
+            lines += [
+                f"Fewer than {FEW_IMAGES:,} images: distances are biased upwards, compare these rows with one another."
+            ]
+    else:
+        lines += [_RANDOM]
+    if latency is not None:
+        lines += [
+            f"Latency: decoding loop only, median (interquartile range) of {latency['rounds']} rounds in turns, batch "
+            f"{latency['batch_size']}, precision {precision}, {latency['device']}; its cost is also given in passes of "
+            f"the base, timed beside it. Speed-ups refer to vanilla at N = {num_steps}."
+        ]
+        if incomplete:
+            lines += [f"No latency was measured of {', '.join(incomplete)} as they are now; latency_rounds does so."]
+        pairs = dominated(table, quality, higher_is_better=higher_is_better) if quality else []
+        lines += [""] * bool(pairs) + [
+            f"- {winner} dominates {loser}: {'higher' if higher_is_better else 'lower'} {quality} at no more latency"
+            for winner, loser in pairs
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def json_of(table: pd.DataFrame, **provenance: Any) -> str:
+    """Return all figures of ``table`` as JSON, with ``provenance``, the versions of packages and the command."""
+    rows = [{name: value for name, value in line.items() if not _is_nan(value)} for line in table.to_dict("records")]
+    found = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    command = " ".join(["lightning", *sys.argv[1:]])
+    return json.dumps({"rows": rows, "versions": found, "command": command} | provenance, indent=1) + "\n"
+
+
+def _several(numbers: Sequence[int]) -> str:
+    return " or ".join(f"{number:,}" for number in numbers)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)

@@ -1,0 +1,48 @@
+"""Images of all rows under one another."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import torchvision
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lit_shortcut.evaluation.results import Results
+from lit_shortcut.evaluation.rows import Row
+
+
+def grids(images: Mapping[str, Tensor], captions: Sequence[str] = ()) -> Figure:
+    """Show strips of images under one another, each with its name at the left; columns share seed and condition.
+
+    ``images`` maps a row's name to uint8 (3, H, W), as :func:`torchvision.utils.make_grid` lays them out. ``captions``,
+    one a column, stand under the last strip; they are any text.
+    """
+    captions = [textwrap.fill(caption, width=max(8, 150 // len(captions))) for caption in captions]
+    room = 0.15 * max((caption.count("\n") + 1 for caption in captions), default=0)  # inches
+    across = 10.2  # inches that a strip takes of the figure's 12
+    heights = [max(0.3, across * strip.shape[1] / strip.shape[2]) for strip in images.values()]
+    height = sum(heights) + 0.06 * len(heights) + 0.2 + room
+    figure, axes = plt.subplots(
+        len(images), 1, figsize=(12, height), squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    figure.subplots_adjust(left=0.145, right=0.995, top=1 - 0.1 / height, bottom=(0.1 + room) / height, hspace=0.06)
+    label = {"rotation": 0, "ha": "right", "va": "center", "fontsize": 9, "parse_math": False}
+    for axis, (name, strip) in zip(axes[:, 0], images.items(), strict=True):
+        axis.imshow(strip.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(name.replace("_", " "), **label)
+    below = {"transform": axes[-1, 0].transAxes, "ha": "center", "va": "top", "fontsize": 8, "linespacing": 1.1}
+    for column, caption in enumerate(captions):
+        axes[-1, 0].text((column + 0.5) / len(captions), -0.04, caption, parse_math=False, **below)
+    return figure
+
+
+def read_strips(results: Results, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Return the strips of images stored for ``rows`` by name, uint8 (3, H, W) each."""
+    paths = {row.name: results.images_path(row) for row in rows}
+    mode = torchvision.io.ImageReadMode.RGB
+    return {name: torchvision.io.read_image(str(path), mode) for name, path in paths.items() if path.exists()}

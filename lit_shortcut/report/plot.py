@@ -1,0 +1,104 @@
+"""Quality against latency."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lit_shortcut.evaluation.rows import VANILLA
+from lit_shortcut.report.table import metric_names, shown_passes
+
+_FAINT = 0.35
+
+
+def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figure:
+    """Plot ``metric`` against latency, with intervals over seeds.
+
+    Each method, plan and decoding has a line through its best points: those that no other of its own beats in both.
+    The others are faint.
+
+    Raises:
+        ValueError: if ``table`` has no such metric.
+    """
+    if metric not in metric_names(table):
+        raise ValueError(f"the plot's metric must be one of {metric_names(table)}, got {metric!r}")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    corners = cycle([(5, 5, "left"), (-5, -12, "right"), (-5, 5, "right"), (5, -12, "left")])  # points; line by line
+    colours = cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
+    series = table.dropna(subset=["latency_ms", metric]).copy()
+    series["series"] = [series_name(line) for _, line in series.iterrows()]
+    for name, lines in series.groupby("series", sort=False):
+        best = front(lines, metric, higher_is_better=higher_is_better)
+        colour, corner = next(colours), next(corners)
+        _draw(axes, lines[lines["name"].isin(best)], metric, colour, corner, str(name))
+        _draw(axes, lines[~lines["name"].isin(best)], metric, colour, corner, "")
+    axes.margins(x=0.08)
+    axes.set_xlabel("latency of the decoding loop, ms per image")
+    axes.set_ylabel(f"{metric} ({'higher' if higher_is_better else 'lower'} is better)", parse_math=False)
+    legend = axes.legend(title="at a point: N or (N, base passes)")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def series_name(line: pd.Series[Any]) -> str:
+    """Return what the points of one line have in common: method, plan if it is not the even one, and decoding."""
+    plan = "" if line["plan"] == "even" else line["plan"]
+    return " ".join(part for part in (line["method"], plan, line["decoding"]) if part)
+
+
+def front(lines: pd.DataFrame, metric: str, *, higher_is_better: bool) -> list[str]:
+    """Return names of the rows that no other is better than at no more latency, the fastest first."""
+    sign, names, best = -1 if higher_is_better else 1, [], float("inf")
+    for _, line in lines.assign(_rank=sign * lines[metric]).sort_values(["latency_ms", "_rank"]).iterrows():
+        if sign * line[metric] < best:
+            names.append(line["name"])
+            best = sign * line[metric]
+    return names
+
+
+def _draw(axes: Axes, lines: pd.DataFrame, metric: str, colour: str, corner: tuple[int, int, str], label: str) -> None:
+    """Draw points, joined by a line if they have a ``label``, else faint."""
+    if lines.empty:
+        return
+    lines, (x, y, side) = lines.sort_values("latency_ms"), corner
+    alpha = 1.0 if label else _FAINT
+    axes.errorbar(
+        lines["latency_ms"],
+        lines[metric],
+        yerr=lines[f"{metric}_interval"].fillna(0),
+        fmt="o-" if label else "o",
+        capsize=3,
+        color=colour,
+        alpha=alpha,
+        label=label or "_others",
+    )
+    for _, line in lines.iterrows():
+        axes.annotate(
+            f"N={line['N']}" if line["method"] == VANILLA else f"({line['N']}, {shown_passes(line)})",
+            (line["latency_ms"], line[metric]),
+            textcoords="offset points",
+            xytext=(x, y),
+            ha=side,
+            fontsize=8,
+            color=colour,
+            alpha=alpha,
+            parse_math=False,
+        )
+
+
+def pixels(figure: Figure) -> Tensor:
+    """Return ``figure`` as uint8 (3, H, W), and close it."""
+    figure.canvas.draw()
+    rgba = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)  # type: ignore[attr-defined]
+    width, height = figure.canvas.get_width_height()
+    plt.close(figure)
+    return rgba.view(height, width, 4)[..., :3].permute(2, 0, 1).contiguous()

@@ -1,0 +1,128 @@
+"""Finished rows as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from lit_shortcut.evaluation.results import Results
+from lit_shortcut.evaluation.rows import VANILLA, Row
+from lit_shortcut.metrics.functional import mean_interval
+
+_ABSENT = "–"
+
+
+def collect(
+    results: Results, rows: Sequence[Row], seeds: Sequence[int], loops: Mapping[str, Any], reference: str
+) -> pd.DataFrame:
+    """Return one line for each of ``rows``, in that order, with means and 95 % intervals over run ``seeds``.
+
+    Columns: ``name``, ``method``, ``N``, ``budget`` as asked for, ``plan``, ``decoding`` (what a row has of its own),
+    and where there is any value: ``images``, ``seeds``; base passes ``b``, ``b_low`` and ``b_high`` (mean, 5 % and
+    95 % of the images); ``latency_ms``, ``latency_iqr_ms``, ``passes``, ``speedup``, ``memory_mb``; for each metric its
+    mean under its name and half an interval under ``<name>_interval`` (NaN with one seed). What was not measured of a
+    row is NaN.
+
+    Args:
+        results: of an evaluation.
+        rows: ways to decode.
+        seeds: run seeds that count.
+        loops: what the latency of each row depends on now, by its name; a latency measured under anything else is left
+            out.
+        reference: name of the row that speed-ups refer to.
+    """
+    latencies = current_latencies(results, loops)
+    return pd.DataFrame([_line(results, row, seeds, latencies, reference) for row in rows])
+
+
+def current_latencies(results: Results, loops: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the stored latencies, by row name, that were measured under ``loops``."""
+    stored = results.latency()
+    before = stored["identity"]["rows"]
+    valid = isinstance(before, dict)  # a list was stored before rows had identities
+    return {name: found for name, found in stored["measured"].items() if valid and before.get(name) == loops.get(name)}
+
+
+def _line(
+    results: Results, row: Row, seeds: Sequence[int], latencies: Mapping[str, dict[str, Any]], reference: str
+) -> dict[str, Any]:
+    entry = row.entry()
+    line: dict[str, Any] = {"name": row.name, "method": row.method, "N": entry["num_steps"], "budget": row.budget}
+    line |= {"plan": row.plan, "decoding": row.settings}
+    found = [stored for seed in seeds if (stored := results.stored(row, seed)) is not None]
+    if found:
+        line |= {"images": found[0]["identity"]["conditions"]["num_images"], "seeds": len(found)}
+        passes = [stored["full_steps"] for stored in found]
+        line |= {"b": sum(each["mean"] for each in passes) / len(passes)}
+        line |= {"b_low": min(each["low"] for each in passes), "b_high": max(each["high"] for each in passes)}
+    if row.name in latencies:
+        own = latencies[row.name]
+        line |= {"latency_ms": own["median_ms"], "latency_iqr_ms": own["iqr_ms"], "passes": own["passes"]}
+        if reference in latencies:
+            line["speedup"] = latencies[reference]["median_ms"] / own["median_ms"]
+        if "memory_mb" in own:
+            line["memory_mb"] = own["memory_mb"]
+    for metric in found[0]["values"] if found else ():
+        line[metric], line[f"{metric}_interval"] = mean_interval([stored["values"][metric] for stored in found])
+    return line
+
+
+def metric_names(table: pd.DataFrame) -> list[str]:
+    """Return the metrics of a table made by :func:`collect`, in order."""
+    return [name for name in table.columns if f"{name}_interval" in table.columns]
+
+
+def shown_passes(line: Mapping[str, Any]) -> str:
+    """Return the base passes of a line as measured: the mean, with 5–95 % where they vary; else as asked for.
+
+    >>> shown_passes({"budget": 4, "b": 4.25, "b_low": 3, "b_high": 6}), shown_passes({"budget": 4})
+    ('4.25 (3–6)', '4')
+    """
+    mean = line.get("b", math.nan)
+    if math.isnan(mean):
+        return f"{line['budget']}"
+    low, high = line["b_low"], line["b_high"]
+    return f"{mean:.4g}" if low == high else f"{mean:.4g} ({low:.0f}–{high:.0f})"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return ``table`` for people: units in the header, intervals behind ±, and a dash where nothing was measured."""
+    shown = table[["method", "N"]].copy()
+    shown["b"] = [shown_passes(line) for line in table.to_dict("records")]
+    if set(table["plan"]) - {"", "even"}:
+        shown["plan"] = table["plan"]
+    if table["decoding"].any():
+        shown["decoding"] = table["decoding"]
+    if "latency_ms" in table:
+        shown["latency ms/image"] = _cells(table, "{:.1f} ({:.1f})", "latency_ms", "latency_iqr_ms")
+        shown["cost in passes"] = _cells(table, "{:.2f}", "passes")
+    if "speedup" in table:
+        shown["speed-up"] = _cells(table, "{:.2f}×", "speedup")
+    if "memory_mb" in table:
+        shown["memory MB"] = _cells(table, "{:.0f}", "memory_mb")
+    for name in metric_names(table):
+        several = _cells(table, "{:.3f} ± {:.3f}", name, f"{name}_interval")
+        one = _cells(table, "{:.3f}", name)
+        shown[name] = [both if both != _ABSENT else mean for both, mean in zip(several, one, strict=True)]
+    text: str = shown.to_markdown(index=False, disable_numparse=True)
+    return text
+
+
+def _cells(table: pd.DataFrame, form: str, *columns: str) -> list[str]:
+    rows = zip(*(table[column] for column in columns), strict=True)
+    return [_ABSENT if any(pd.isna(value) for value in values) else form.format(*values) for values in rows]
+
+
+def dominated(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> list[tuple[str, str]]:
+    """Return pairs (winner, loser) of row names: better ``metric`` at no more latency, vanilla against accelerated."""
+    sign = -1 if higher_is_better else 1
+    pairs = []
+    for _, winner in table.iterrows():
+        for _, loser in table.iterrows():
+            crosses = (winner["method"] == VANILLA) != (loser["method"] == VANILLA)
+            if crosses and sign * winner[metric] < sign * loser[metric] and winner["latency_ms"] <= loser["latency_ms"]:
+                pairs.append((winner["name"], loser["name"]))
+    return pairs

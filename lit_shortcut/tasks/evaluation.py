@@ -1,0 +1,207 @@
+"""Measure generated images: ``test`` draws the rows of a table, measures each and times all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lit_shortcut.acceleration.accelerated import Predictor
+from lit_shortcut.acceleration.compilation import Mode, compile_networks
+from lit_shortcut.contracts import Conditions, MaskedImageModel
+from lit_shortcut.evaluation.drawing import draw, require_feasible
+from lit_shortcut.evaluation.identity import loop_identities, row_identity
+from lit_shortcut.evaluation.results import Results
+from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, modules_of
+from lit_shortcut.evaluation.tally import Tally
+from lit_shortcut.evaluation.timing import time_rows
+from lit_shortcut.metrics.images import ImageMetric
+from lit_shortcut.metrics.latency import device_name
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.trials import is_trial
+from lit_shortcut.weights import require_writable
+
+
+class EvaluationTask(L.LightningModule):
+    """Vanilla and accelerated generation with a frozen base, side by side; nothing is trained.
+
+    ``test`` draws each batch of conditions for every row that is not finished yet and feeds the row's metrics; after
+    the last batch of a run seed it stores all rows. What was measured is kept batch by batch, so that a run that was
+    stopped goes on where it was. Last, all rows' latencies are measured in turns, so that a change of the machine's
+    speed meets all alike.
+
+    Args:
+        base: the frozen model.
+        decoding: how tokens are drawn; its ``num_steps`` is the vanilla that speed-ups refer to.
+        methods: predictors by name.
+        plans: plans by name, besides ``even`` and ``even_tokens``.
+        rows: ways to decode, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them; one of them is vanilla at
+            ``decoding.num_steps``.
+        metrics: measures of images by the name they are logged under.
+        results: folder for finished rows.
+        latency_rounds: times each row is timed; 0 leaves latency out.
+        latency_batch_size: images decoded at once when timing.
+        grid_images: images kept of each row for side-by-side grids; 0 leaves grids out.
+        random_weights: the weights are random, at published sizes: ``test`` measures latency only, draws no images and
+            gives no figure of quality.
+        compiled: run base and predictors' networks through ``torch.compile``.
+        compile_mode: ``reduce-overhead`` replays CUDA graphs, for plans that are fixed before a run.
+
+    Raises:
+        ValueError: if a row is malformed or given twice, the reference is missing, or a number is too small; or if
+            latency, all there is to random weights, is left out, too.
+    """
+
+    def __init__(
+        self,
+        base: MaskedImageModel,
+        *,
+        rows: list[RowEntry],
+        decoding: Decoding | None = None,
+        methods: dict[str, Predictor] | None = None,
+        plans: dict[str, NamedPlan] | None = None,
+        metrics: dict[str, ImageMetric] | None = None,
+        results: Path = Path("runs/results"),
+        latency_rounds: int = 5,
+        latency_batch_size: int = 32,
+        grid_images: int = 20,
+        random_weights: bool = False,
+        compiled: bool = False,
+        compile_mode: Mode = "default",
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("latency_rounds", latency_rounds, 1 if random_weights else 0),
+            ("latency_batch_size", latency_batch_size, 1),
+            ("grid_images", grid_images, 0),
+        ):
+            if value < least:
+                reason = " for random weights, which have a latency only" if random_weights else ""
+                raise ValueError(f"{name} must be at least {least}{reason}, got {value}")
+        assert isinstance(base, nn.Module)
+        self.base: MaskedImageModel = base
+        self.decoding = decoding or Decoding()
+        self.rows, self.metrics, self.results = build_rows(rows, self.decoding, methods, plans), metrics or {}, results
+        self.methods = modules_of(self.rows)
+        self.latency_rounds, self.latency_batch_size = latency_rounds, latency_batch_size
+        self.grid_images, self.random_weights = grid_images, random_weights
+        self.compiled, self.compile_mode = compiled, compile_mode
+        (self.reference,) = build_rows([[self.decoding.num_steps]], self.decoding)
+        if self.reference.name not in (names := [row.name for row in self.rows]):
+            raise ValueError(f"rows must hold {self.reference.name}, which speed-up refers to; got {names}")
+        self.stored = Results(results)
+        self.trial_folder: TemporaryDirectory[str] | None = None
+
+    @property
+    def run_seeds(self) -> list[int]:
+        """Seeds that each row is measured under."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return list(data.run_seeds)
+
+    def setup(self, stage: str) -> None:
+        """Check rows and conditions before anything is run.
+
+        Raises:
+            ValueError: if the base does not know a condition, or a row cannot be run.
+            OSError: if the results' folder cannot be written.
+        """
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        require_feasible(self.base, self.rows, data)
+        if is_trial(self.trainer, "test"):
+            self.trial_folder = TemporaryDirectory()
+            self.stored = Results(Path(self.trial_folder.name))
+            rank_zero_info(f"a trial run: not all images are drawn, and nothing is written to {self.results}")
+        else:
+            require_writable(self.results)
+
+    def on_test_start(self) -> None:
+        """Compile where that is asked for, and look at what is finished."""
+        if self.compiled:
+            compile_networks(self.base, self.methods, self.compile_mode)
+        self.loops = loop_identities(
+            self.base, self.rows, precision=str(self.trainer.precision), compiled=self.compiled
+        )
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        asked = data.identity()
+        self.identities = {row.name: row_identity(self.loops[row.name], asked, self.metrics) for row in self.rows}
+        self.unfinished: dict[int, list[str]] = self.trainer.strategy.broadcast(self._unfinished())
+
+    def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Draw one batch for every row that is not finished."""
+        if dataloader_idx == 0 and batch_idx == 0:
+            self.timed = batch.first(self.latency_batch_size)
+        seed = self.run_seeds[dataloader_idx]
+        rows = [row for row in self.rows if row.name in self.unfinished[seed]]
+        if batch_idx == 0:
+            self.tallies = {row.name: self._tally(row, seed) for row in rows}
+        for row in rows:
+            tally = self.tallies[row.name]
+            if batch_idx < tally.batches:
+                continue
+            drawn = draw(self.base, batch, row)
+            is_shown = batch_idx == 0 and dataloader_idx == 0 and self.trainer.is_global_zero
+            if is_shown and self.grid_images:
+                count = self.grid_images
+                self.stored.add_images(row, drawn.images[:count], batch.prompts[:count])
+            tally.add(drawn, batch)
+        if batch_idx == int(self.trainer.num_test_batches[dataloader_idx]) - 1:
+            for row in rows:
+                self._finish(row, seed)
+
+    def on_test_epoch_end(self) -> None:
+        """Measure latency, on the first conditions of the first run seed."""
+        if not self.latency_rounds or not hasattr(self, "timed"):
+            return
+        identity = {
+            "rows": self.loops,
+            "rounds": self.latency_rounds,
+            "batch_size": len(self.timed.ids),
+            "device": device_name(self.device),
+        }
+        if self.trainer.strategy.broadcast(self.stored.latency()["identity"] == identity):
+            return
+        with self.trainer.precision_plugin.forward_context():
+            measured = time_rows(self.base, self.rows, self.decoding, self.timed, self.latency_rounds)
+        if self.trainer.is_global_zero:
+            self.stored.set_latency(identity, measured)
+
+    def teardown(self, stage: str) -> None:
+        """Delete what a trial run wrote."""
+        if self.trial_folder is not None:
+            self.trial_folder.cleanup()
+
+    def _unfinished(self) -> dict[int, list[str]]:
+        """Return names of the rows to be drawn, by run seed."""
+        seeds = self.run_seeds
+        if self.random_weights:
+            return {seed: [] for seed in seeds}
+        left = {
+            seed: [row.name for row in self.rows if self.stored.find(row, seed, self.identities[row.name]) is None]
+            for seed in seeds
+        }
+        total, missing = len(seeds) * len(self.rows), sum(map(len, left.values()))
+        if missing < total:
+            rank_zero_info(f"{total - missing} of {total} rows are finished already")
+        return left
+
+    def _tally(self, row: Row, seed: int) -> Tally:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        key = {"seed": seed, "rank": rank, "world_size": world_size, "batch_size": data.batch_size}
+        key |= self.identities[row.name]
+        path = self.stored.unfinished_path(row, seed, rank)
+        return Tally(self.metrics, row.decoding.num_steps, self.device, path, key)
+
+    def _finish(self, row: Row, seed: int) -> None:
+        tally = self.tallies.pop(row.name)
+        values, full_steps = tally.compute()
+        if self.trainer.is_global_zero:
+            self.stored.add(row, seed, self.identities[row.name], values, full_steps)
+        self.trainer.strategy.barrier(f"{row.name} is stored")  # before a rank drops what it holds of the row
+        tally.drop()
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        rank_zero_info(f"{row.name}, seed {seed}: {shown}, {full_steps['mean']:.4g} base passes")

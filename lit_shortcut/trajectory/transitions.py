@@ -1,0 +1,92 @@
+"""Transitions: what is in a training window, and how batches of them come about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_shortcut.contracts import Conditions, Control, Prefix, Trajectories, Transition
+from lit_shortcut.trajectory.encoding import ENCODINGS, Parts
+
+
+class EncodedTransition(NamedTuple):
+    """A :class:`Transition` as it leaves the loader: ``features``, of all R + 1 steps, still encoded (B, R + 1, S, …).
+
+    ``replaced`` (B,) marks windows that stand in for damaged ones.
+    """
+
+    encoding: str
+    features: Parts
+    control: Control
+    masked_share: Tensor
+    is_masked: Tensor
+    step: Tensor
+    prefix: Prefix | None
+    replaced: Tensor
+
+    @classmethod
+    def of(
+        cls, encoding: str, features: Parts, tokens: Tensor, committed_at: Tensor, step: Tensor, prefix: Prefix | None
+    ) -> EncodedTransition:
+        """The windows from ``step`` (B,) on, out of trajectories ``tokens``, ``committed_at`` (B, L)."""
+        window = next(iter(features.values())).shape[1] - 1
+        steps = step[:, None, None] + torch.arange(window, device=step.device)[:, None]
+        committed_at = committed_at[:, None]
+        is_masked, is_now = committed_at > steps, committed_at == steps
+        counts = is_now.sum(-1, keepdim=True)
+        is_real = torch.arange(int(counts.max()), device=step.device) < counts
+        positions = torch.zeros(is_real.shape, dtype=torch.long, device=step.device)
+        positions[is_real] = is_now.nonzero()[:, -1]
+        codes = tokens.long()[:, None].expand(-1, window, -1).gather(2, positions).where(is_real, 0)
+        control = Control(codes, positions, None if bool(is_real.all()) else is_real)
+        none = torch.zeros(len(step), dtype=torch.bool)
+        return cls(encoding, features, control, is_masked.float().mean(-1), is_masked, step, prefix, none)
+
+    def decode(self) -> Transition:
+        """The batch with its features as numbers, on the device it lies on."""
+        features = ENCODINGS[self.encoding].decode(self.features)
+        before, targets = features[:, 0], features[:, 1:]
+        return Transition(before, self.control, self.masked_share, targets, self.is_masked, self.step, self.prefix)
+
+
+def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], window: int = 1) -> Transition:
+    """The windows of ``window`` (R) steps at ``places``: row, branch and the step before the window."""
+    row, branch, step = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
+    features, prefix = trajectories.features, None
+    if trajectories.prefix is not None:  # rows that are padding to all are left out, others set to 0
+        frame = features.shape[3] - trajectories.prefix.control.shape[-2]
+        prefix = Prefix(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.prefix))
+        prefix = prefix._replace(control=prefix.control[:, : int(prefix.num_control.max())])
+        features = features[:, :, :, : frame + int(prefix.lengths.max())]
+    steps = step[:, None] + torch.arange(window + 1, device=step.device)
+    features = features[row[:, None], branch[:, None], steps]
+    if prefix is not None:
+        is_real = torch.arange(features.shape[2], device=step.device) < frame + prefix.lengths.to(step.device)[:, None]
+        features = features.where(is_real[:, None, :, None], 0)
+    tokens, committed_at = trajectories.tokens[row], trajectories.committed_at[row]
+    encoding = str(features.dtype).removeprefix("torch.")
+    return EncodedTransition.of(encoding, {"npy": features}, tokens, committed_at, step, prefix).decode()
+
+
+def concatenated(batches: Sequence[Trajectories]) -> Trajectories:
+    """``batches`` as one, rows padded by zeros to the longest."""
+    if len(batches) == 1:
+        return batches[0]
+    ids, seeds, labels = (torch.cat(column) for column in zip(*(one.conditions[:3] for one in batches), strict=True))
+    prompts = tuple(chain.from_iterable(one.conditions.prompts for one in batches))
+    features, tokens, committed_at = zip(*(one[1:4] for one in batches), strict=True)
+    prefixes = [one.prefix for one in batches if one.prefix is not None]
+    prefix = Prefix(*map(_joined, zip(*prefixes, strict=True))) if prefixes else None
+    conditions = Conditions(ids, seeds, labels, prompts)
+    return Trajectories(conditions, _joined(features), torch.cat(tokens), torch.cat(committed_at), prefix)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` (B, …, S, C), or (B, G), one behind the other; S is padded by zeros to the longest."""
+    longest = max(part.shape[-2] for part in parts)
+    return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[-2])) if part.ndim > 2 else part for part in parts])

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from datamodules.trajectories import TrajectoryDataModule
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.calibrated import Calibrated, CalibratedAdaptive, PlanFile
+from lit_shortcut.acceleration.plans import even_steps
+from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.callbacks.plan_search import PlanSearch
+from lit_shortcut.callbacks.replay_table import ReplayTable
+from lit_shortcut.tasks.shortcut import ShortcutTask
+from tests.acceleration.recorded import network
+from tests.command_line import TOY, lightning, record_toy
+from tests.tiny_trajectories import write_set
+
+QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_set(tmp_path / "set", num_samples=30)
+    return tmp_path
+
+
+def validate(folder: Path, *callbacks: L.Callback, **strategy: Any) -> dict[str, float]:
+    trainer = L.Trainer(**QUIET, callbacks=list(callbacks), **strategy)
+    data = TrajectoryDataModule(str(folder / "set"), validation_shards=9, validation_batch_size=4)
+    trainer.validate(ShortcutTask(network()), datamodule=data, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_table_shows_each_method_at_each_budget(folder: Path) -> None:
+    logged = validate(folder, ReplayTable([1, 2, 4]))
+    names = ("shortcut", "hold", "taylor_1", "taylor_2")
+    found = {name: [logged[f"val/kl/{name}_b{budget}"] for budget in (1, 2, 4)] for name in names}
+    assert {values[2] for values in found.values()} == {0}
+    assert found["hold"][0] == found["taylor_1"][0] > found["hold"][1] > 0
+
+
+def test_table_of_two_ranks_is_that_of_one(folder: Path) -> None:
+    one = validate(folder, ReplayTable([1, 2]))
+    two = validate(folder, ReplayTable([1, 2]), strategy="ddp_fork", devices=2)
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_written_plan_is_at_least_as_good_as_the_even_one_in_the_table(folder: Path) -> None:
+    path = folder / "plan.json"
+    validate(folder, PlanSearch(path, [1, 2, 3], adaptive="sample"))
+    (schedule,) = PlanFile.read(path).schedules
+    assert schedule.trajectories == 27
+    made = Shortcut(network())
+    methods = {
+        "calibrated": Accelerated(Calibrated(2, path), made),
+        "adaptive": Accelerated(CalibratedAdaptive(2, path), made),
+    }
+    logged = validate(folder, ReplayTable([2], predictors={}, others=methods))
+    assert logged["val/kl/calibrated"] == pytest.approx(schedule.kl["2"], rel=1e-4)
+    assert logged["val/kl/calibrated"] <= logged["val/kl/shortcut_b2"] + 1e-4
+    if schedule.steps["2"] == even_steps(4, 2):
+        assert logged["val/kl/calibrated"] == pytest.approx(logged["val/kl/shortcut_b2"])
+    assert schedule.mean_full_steps["2"] == pytest.approx(2, abs=0.25)
+    assert logged["val/kl/adaptive"] > 0
+
+
+def test_features_that_do_not_change_get_no_threshold(folder: Path) -> None:
+    validate(folder, PlanSearch(folder / "plan.json", [2], predictor=Hold()))
+    (schedule,) = PlanFile.read(folder / "plan.json").schedules
+    assert schedule.adaptive == {}
+
+
+@pytest.mark.parametrize("budgets", [[0], [2, 4], []])
+def test_budgets_out_of_range_are_refused(folder: Path, budgets: list[int]) -> None:
+    with pytest.raises(ValueError, match="budgets"):
+        validate(folder, PlanSearch(folder / "plan.json", budgets))
+
+
+def test_budget_of_the_table_out_of_range_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"budgets.*1\.\.4"):
+        validate(folder, ReplayTable([5]))
+
+
+def test_command_searches_plans_of_a_trained_shortcut(tmp_path: Path) -> None:
+    record_toy(tmp_path)
+    lightning(tmp_path, "fit", "--config", TOY / "fit.yaml", "--trainer.logger=false")
+    checkpoint = "runs/toy/shortcut/last.ckpt"
+    configs = ("--config", TOY / "fit.yaml", "--config", TOY / "calibrate.yaml")
+    lightning(tmp_path, "validate", *configs, "--ckpt_path", checkpoint, "--trainer.logger=false")
+    content = json.loads((tmp_path / "runs/toy/shortcut/plan.json").read_text())
+    exported = Shortcut.load(tmp_path / "runs/toy/shortcut/shortcut.safetensors")
+    assert content["predictor"] == exported.identity()
+    assert set(content["schedules"][0]["steps"]) == {"2", "3"}
