@@ -229,8 +229,15 @@ def _choose(
 def _draw(
     base: MaskedImageModel, features: Tensor, places: Tensor, decoding: Decoding, noise: _Noise, index: int
 ) -> Choice:
-    """Codes at ``places`` (B, M) from the guided logits of ``features``."""
-    logits = guide(base.interface.logits(features, places), decoding.guidance_at(index))
+    """Codes at ``places`` (B, M) from the guided logits of ``features``.
+
+    A linear head runs once, on guided features: their logits are the guided logits, and rounding is not magnified.
+    """
+    interface, scale = base.interface, decoding.guidance_at(index)
+    if interface.is_linear:
+        logits = interface.row_logits(guide(interface.rows_at(features, places), scale), places)
+    else:
+        logits = guide(interface.logits(features, places), scale)
     if noise.codes is None:
         return sample_codes(logits, None)
     if (sharpness := decoding.sharpness_at(index)) != 1:

@@ -154,6 +154,7 @@ class CalibratedAdaptive(_FromFile):
         ValueError: if the file is missing or none of these.
     """
 
+    reads_features = True
     _name, _table = "calibrated adaptive", "adaptive"
 
     def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
