@@ -20,6 +20,7 @@ from lit_shortcut.acceleration.card import write_card
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
 from lit_shortcut.callbacks.wandb_lineage import WandbLineage
 from lit_shortcut.checkpoints import WholeCheckpointIO
+from lit_shortcut.precision import require_precision
 from lit_shortcut.trainer import Trainer
 from lit_shortcut.trajectory import problems
 from lit_shortcut.weights import read_pickle
@@ -91,8 +92,13 @@ class ShortcutCLI(LightningCLI):
             raise own from own.__cause__
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """As Lightning does, with checkpoints that a kill cannot halve, unless the YAML has a ``CheckpointIO``."""
+        """As Lightning does, with checkpoints that a kill cannot halve, unless the YAML has a ``CheckpointIO``.
+
+        Raises:
+            ValueError: if the device lacks the precision.
+        """
         trainer = super().instantiate_trainer(**kwargs)
+        require_precision(str(trainer.precision), trainer.strategy.root_device)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer

@@ -85,6 +85,24 @@ class Prefix(NamedTuple):
         return Prefix(*(function(part) for part in self))
 
 
+class PrefixSize(NamedTuple):
+    """Plain numbers for the shapes of one guidance branch's prefixes, so that no shape waits for a device.
+
+    ``longest`` and ``longest_control`` bound ``lengths`` and ``num_control``; ``is_padded`` is false only where all
+    prefixes of the branch reach both bounds, and nothing needs a mask.
+    """
+
+    longest: int
+    longest_control: int
+    is_padded: bool
+
+    @classmethod
+    def of(cls, lengths: list[int], num_control: list[int]) -> PrefixSize:
+        """Return the size of one branch's prefixes, from the numbers of each sample."""
+        is_padded = min(lengths) < max(lengths) or min(num_control) < max(num_control)
+        return cls(max(lengths), max(num_control), is_padded)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a base computes once per batch from the conditions. Only the base looks inside.
@@ -95,9 +113,11 @@ class Context:
     Args:
         prefix: the text prefix, for a base whose features have rows of it; other bases leave it out, with or without
             prompts.
+        prefix_sizes: of the prefix, one for each guidance branch; read off its tensors if a base leaves them out.
     """
 
     prefix: Prefix | None = None
+    prefix_sizes: tuple[PrefixSize, ...] = ()
 
     def first(self, count: int) -> Self:
         """Return the context of the first ``count`` samples."""

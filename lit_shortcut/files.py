@@ -12,6 +12,7 @@ from typing import BinaryIO
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
+_BUFFER = 2**20  # bytes; archives are written in small pieces
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
@@ -67,7 +68,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         AccessError: if it cannot be written.
     """
     try:
-        with replacing(path) as aside, aside.open("wb") as file:
+        with replacing(path) as aside, aside.open("wb", buffering=_BUFFER) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -63,13 +63,12 @@ class Decoding:
     order: Order = "confidence"
 
     def __post_init__(self) -> None:
-        if self.order not in get_args(Order):
-            raise ValueError(f"order must be one of {', '.join(get_args(Order))}; got {self.order!r}")
         for name in ("temperature", "confidence_noise"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name, known in (("guidance_course", get_args(Course)), ("noise_course", get_args(NoiseCourse))):
-            if getattr(self, name) not in known:
+        words = {"schedule": Schedule, "guidance_course": Course, "noise_course": NoiseCourse, "order": Order}
+        for name, kind in words.items():
+            if getattr(self, name) not in (known := get_args(kind)):
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
 
     @property
@@ -258,8 +257,15 @@ def _choose(
 def _draw(
     base: MaskedImageModel, features: Tensor, places: Tensor, decoding: Decoding, noise: _Noise, index: int
 ) -> Choice:
-    """Codes at ``places`` (B, M) from the guided logits of ``features``."""
-    logits = guide(base.interface.logits(features, places), decoding.guidance_at(index))
+    """Codes at ``places`` (B, M) from the guided logits of ``features``.
+
+    A linear head runs once, on guided features: their logits are the guided logits, and rounding is not magnified.
+    """
+    interface, scale = base.interface, decoding.guidance_at(index)
+    if interface.is_linear:
+        logits = interface.row_logits(guide(interface.rows_at(features, places), scale), places)
+    else:
+        logits = guide(interface.logits(features, places), scale)
     if noise.codes is None:
         return sample_codes(logits, None)
     if (sharpness := decoding.sharpness_at(index)) != 1:

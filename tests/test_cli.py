@@ -218,7 +218,7 @@ def test_fit_on_a_truncated_set_names_the_shard(folder: Path) -> None:
 def test_fit_on_another_format_version_names_both(folder: Path) -> None:
     card = folder / "runs/toy/trajectories/card.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"format_version": 99}))
-    with pytest.raises(TrajectoryError, match="format_version: expected 2, found 99"):
+    with pytest.raises(TrajectoryError, match="format_version: expected 3, found 99"):
         lightning(folder, *FIT, NO_LOGGER)
 
 
@@ -332,7 +332,7 @@ def test_class_out_of_range_is_refused_by_every_verb(folder: Path) -> None:
 
 def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(TrajectoryError, match=r"file/set.*cannot be written"):
+    with pytest.raises(OSError, match=r"file/set.*cannot be written"):
         lightning(tmp_path, *PREDICT, "--trainer.callbacks.folder=file/set")
 
 

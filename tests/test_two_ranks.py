@@ -229,5 +229,5 @@ def test_ranks_measure_images_to_the_values_of_one_process(trained: Path, tmp_pa
     assert one.keys() == two.keys()
     for name, row in one.items():
         assert row["values"]["fid"] > 0
-        assert two[name]["facts"] == row["facts"]
+        assert two[name]["identity"] == row["identity"]
         assert two[name]["values"] == pytest.approx(row["values"], rel=1e-9), name

@@ -23,9 +23,9 @@ from lit_shortcut.acceleration.origin import (
     read_config,
     write_config,
 )
-from lit_shortcut.contracts import BaseEnds, Context, Control, Prefix, State
+from lit_shortcut.contracts import BaseEnds, Context, Control, State
 from lit_shortcut.hub import local_file
-from lit_shortcut.networks.control import advance, prefix_of_branch, require_kind
+from lit_shortcut.networks.control import Layout, advance, lay_out_branches, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.weights import (
@@ -212,9 +212,11 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
             WeightsError: if the network was trained for another base, or does not fit this one.
         """
         self.require_fit(base)
-        interface = base.interface
-        network = self.network.to(interface.code_embedding.device)
-        dtype, anchored = next(network.parameters()).dtype, network.options.anchored
+        interface, network = base.interface, self.network
+        if (weight := next(network.parameters())).device != interface.code_embedding.device:
+            network.to(interface.code_embedding.device)
+        dtype, anchored = weight.dtype, network.options.anchored
+        layouts = lay_out_branches(network, interface, context)
         since: list[Control] = []  # an anchored network's control, step by step
         anchor = -1
 
@@ -230,26 +232,24 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
             return features, _joined(since), torch.full_like(state.masked_share, state.clock.step - step)
 
         def following(
-            features: Tensor, control: Control, state: State, gap: Tensor | None, prefix: Prefix | None
+            features: Tensor, control: Control, state: State, gap: Tensor | None, layout: Layout | None
         ) -> Tensor:
             share, masked = state.masked_share, state.masked
-            predicted = advance(network, interface, features.to(dtype), control, share, prefix, masked=masked, gap=gap)
+            predicted = advance(network, interface, features.to(dtype), control, share, layout, masked=masked, gap=gap)
             return predicted.to(features.dtype)
 
         def predict(past: Past, state: State) -> Tensor:
             features, control, gap = source(past, state)
             branches, num_rows = features.shape[0], features.shape[-2]
-            if context.prefix is None:
+            if not layouts:
                 control = _repeated(control, branches)
                 share, masked = state.masked_share.repeat(branches), state.masked.repeat(branches, 1)
                 repeated = state._replace(masked_share=share, masked=masked)
                 gap = None if gap is None else gap.repeat(branches)
                 return following(features.flatten(0, 1), control, repeated, gap, None).unflatten(0, (branches, -1))
-            frame = num_rows - context.prefix.control.shape[-2]
             predicted = []
-            for branch, rows in enumerate(features):
-                prefix = prefix_of_branch(context.prefix, branch)
-                own = following(rows[:, : frame + int(prefix.lengths.max())], control, state, gap, prefix)
+            for rows, layout in zip(features, layouts, strict=True):
+                own = following(rows[:, : layout.rows.shape[1]], control, state, gap, layout)
                 predicted.append(pad(own, (0, 0, 0, num_rows - own.shape[1])))
             return torch.stack(predicted)
 

@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from diffusers import UVit2DModel, VQModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from lit_shortcut.bases.clip_text import Bytes, CLIPText, EncodedContext, TextEncoder, encoded_context
+from lit_shortcut.bases.clip_text import CLIPText, EncodedContext, TextEncoder, encoded_context
 from lit_shortcut.bases.saved import (
     DIFFUSERS,
     TRANSFORMERS,
@@ -27,7 +26,7 @@ from lit_shortcut.bases.vq import VQDecoder, load_vqvae, patch_size, random_vqva
 from lit_shortcut.contracts import Clock, Conditions, Context, ImageDecoder, TokenSpec
 from lit_shortcut.hub import local_folder
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.weights import WeightsError, fingerprint, network_fingerprint
+from lit_shortcut.weights import fingerprint, network_fingerprint
 
 Resolution = Literal[256, 512]
 
@@ -41,7 +40,7 @@ class AMUSEd(nn.Module):
     has no position embedding; places differ by what convolutions see at the border of the grid.
 
     Args:
-        transformer: left as it is; the base shares its weights.
+        transformer: its modules are left as they are; the base shares its weights and freezes them.
         tokenizer: decodes image tokens to images.
         text_encoder: of prompts.
         height: of the images in pixels; None takes the size that the transformer was trained for.
@@ -188,14 +187,17 @@ def published(
     own_dtype = getattr(torch, dtype)
     transformer = build(UVit2DModel, folder / "transformer", own_dtype)
     take(transformer, read_weights(folder / "transformer", DIFFUSERS, variant, own_dtype), folder / "transformer")
-    vqvae = load_vqvae(folder / "vqvae", variant)
-    if vqvae.config.num_vq_embeddings != transformer.config.codebook_size:
-        raise WeightsError(
-            f"{folder}: transformer and vqvae do not belong together: the one draws "
-            f"{transformer.config.codebook_size} codes, the other has {vqvae.config.num_vq_embeddings}"
-        )
-    text_encoder = CLIPText.load(folder / "text_encoder", folder / "tokenizer", variant, own_dtype)
-    return _assembled(AMUSEd, transformer, vqvae, text_encoder, height, width, negative)
+    config = transformer.config
+    widths = (config.encoder_hidden_size, config.cond_embed_dim)
+    return _assembled(
+        AMUSEd,
+        transformer,
+        load_vqvae(folder / "vqvae", variant, config.codebook_size),
+        CLIPText.load(folder / "text_encoder", folder / "tokenizer", variant, own_dtype, widths),
+        height=height,
+        width=width,
+        negative=negative,
+    )
 
 
 def random_weights(
@@ -217,27 +219,15 @@ def random_weights(
         dtype: of transformer and text encoder.
         seed: of the weights.
     """
+    own_dtype, resampled = getattr(torch, dtype), resolution != 256
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        resampled = resolution != 256
         transformer = UVit2DModel(
             sample_size=resolution // 16, downsample=resampled, upsample=resampled, num_hidden_layers=depth
         )
-        text = CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                hidden_size=768,
-                intermediate_size=3072,
-                projection_dim=768,
-                num_attention_heads=12,
-                num_hidden_layers=text_depth,
-            )
-        )
+        text_encoder = CLIPText.random(768, text_depth, num_heads=12, activation="quick_gelu", dtype=own_dtype)
         vqvae = random_vqvae()
-    words = Bytes(begin=text.config.bos_token_id, end=text.config.eos_token_id)
-    own_dtype = getattr(torch, dtype)
-    return _assembled(
-        _RandomAMUSEd, cast(transformer, own_dtype), vqvae, CLIPText(text.to(own_dtype), words), None, None, ""
-    )
+    return _assembled(_RandomAMUSEd, cast(transformer, own_dtype), vqvae, text_encoder)
 
 
 class _RandomAMUSEd(AMUSEd):
@@ -251,9 +241,10 @@ def _assembled(
     transformer: UVit2DModel,
     vqvae: VQModel,
     text_encoder: CLIPText,
-    height: int | None,
-    width: int | None,
-    negative: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    negative: str = "",
 ) -> AMUSEd:
     patch = patch_size(vqvae)
     default = transformer.config.sample_size * patch

@@ -140,22 +140,48 @@ class CLIPText(nn.Module):
         tokenizer: Path,
         variant: Variant | None = None,
         dtype: torch.dtype = torch.float32,
+        widths: tuple[int, int] | None = None,
     ) -> CLIPText:
-        """The encoder saved to ``folder``, alone or as part of a whole CLIP, with that of ``tokenizer``.
+        """The encoder saved to ``folder``, alone or as part of a whole CLIP, with the words of ``tokenizer``.
+
+        Args:
+            folder: of the model.
+            tokenizer: folder of the tokenizer.
+            variant: of the weights' files.
+            dtype: of the model.
+            widths: of states and pooled state that the base takes; None takes any.
 
         Raises:
-            WeightsError: if a file is missing or damaged, or tensors are missing, unknown or misshapen.
+            WeightsError: if a file is missing or damaged, tensors are missing, unknown or misshapen, or widths differ.
         """
         path, state = folder / "config.json", read_weights(folder, TRANSFORMERS, variant)
         config = read_json(path)
-        if "text_config" in config:  # the whole model's configuration decides on the projection's width
-            config = config["text_config"] | {"projection_dim": config.get("projection_dim", 512)}
         try:
+            if "text_config" in config:  # the whole model's configuration decides on the projection's width
+                config = config["text_config"] | {"projection_dim": config["projection_dim"]}
             model = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)).to(dtype)
         except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, StrictDataclassError) as error:
             raise WeightsError(f"{path}: not the configuration of a CLIP text encoder ({error})") from error
         take(model, state, folder, but_for=(_POSITIONS, *_NO_TEXT))
+        found = (model.config.hidden_size, model.config.projection_dim)
+        if widths not in (None, found):
+            raise WeightsError(f"{folder}: expected states and a pooled state of widths {widths}, found {found}")
         return cls(model, CLIPWords.load(tokenizer))
+
+    @classmethod
+    def random(cls, width: int, depth: int, num_heads: int, activation: str, dtype: torch.dtype) -> CLIPText:
+        """An encoder of CLIP's sizes that has learned nothing, and takes a prompt's bytes for tokens."""
+        config = CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_attention_heads=num_heads,
+            num_hidden_layers=depth,
+            hidden_act=activation,
+        )
+        return cls(
+            CLIPTextModelWithProjection(config).to(dtype), Bytes(begin=config.bos_token_id, end=config.eos_token_id)
+        )
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Hidden states and pooled state of ``texts``, each cut or padded to the length that the model takes."""

@@ -73,7 +73,9 @@ class CodeDecoder(nn.Module):
             layers_per_block=max(num_blocks) - 1,  # diffusers adds one at every level
         )
         for block, count in zip(self.decoder.up_blocks, reversed(num_blocks), strict=True):
-            block.resnets = block.resnets[:count]
+            for name in ("resnets", "attentions"):
+                if (parts := getattr(block, name, None)) is not None:
+                    setattr(block, name, parts[:count])
         self.codebook_size, self.chunk = codebook_size, chunk
         self.is_normalised, self.is_rounded = is_normalised, is_rounded
         self.eval().requires_grad_(False)

@@ -104,7 +104,7 @@ def build(cls: type[ModelMixin], folder: Path, dtype: torch.dtype = torch.float3
     try:
         with torch.device("meta"):
             return cast(cls.from_config(config), dtype)
-    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise WeightsError(f"{path}: not the configuration of a {cls.__name__} ({error})") from error
 
 

@@ -9,6 +9,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from lit_shortcut.bases.saved import DIFFUSERS, Variant, build, read_weights, take
+from lit_shortcut.weights import WeightsError
 
 
 class VQDecoder(nn.Module):
@@ -58,13 +59,17 @@ class VQDecoder(nn.Module):
         return pixels
 
 
-def load_vqvae(folder: Path, variant: Variant | None = None) -> VQModel:
+def load_vqvae(folder: Path, variant: Variant | None = None, codebook_size: int | None = None) -> VQModel:
     """The model that diffusers saved to ``folder``, in float32 and without its encoder.
 
     Raises:
-        WeightsError: if a file is missing or damaged, or tensors are missing, unknown or misshapen.
+        WeightsError: if a file is missing or damaged, tensors are missing, unknown or misshapen, or there are not
+            ``codebook_size`` codes (None takes any number).
     """
     vqvae = build(VQModel, folder)
+    found = vqvae.config.num_vq_embeddings
+    if codebook_size not in (None, found):
+        raise WeightsError(f"{folder}: expected the {codebook_size} codes that the transformer draws, found {found}")
     del vqvae.encoder, vqvae.quant_conv
     take(vqvae, read_weights(folder, DIFFUSERS, variant), folder, but_for=("encoder.", "quant_conv."))
     return vqvae

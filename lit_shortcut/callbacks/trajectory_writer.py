@@ -28,6 +28,7 @@ from lit_shortcut.trajectory import (
     save_interface,
     write_shard,
 )
+from lit_shortcut.weights import require_writable
 
 _GB = 1e9
 _log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class TrajectoryWriter(BasePredictionWriter):
         Raises:
             TrajectoryError: if the folder holds another set, another predict records into it, or the disk has too
                 little space.
+            OSError: if the folder cannot be written.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
@@ -100,6 +102,7 @@ class TrajectoryWriter(BasePredictionWriter):
             base_identity=module.base.identity(),
         )
         if trainer.is_global_zero:
+            require_writable(self.folder)
             self._hold()
         replace = self._is_replaced()
         trainer.strategy.barrier("looked at the set")  # before the first rank may delete what others look at

@@ -23,7 +23,7 @@ from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.losses import Loss, MaskedMSE, Places, weighted_sum
 from lit_shortcut.metrics.functional import gain_over_hold, masked_cosine, masked_mse
 from lit_shortcut.metrics.places import Masked, Seen, place_means
-from lit_shortcut.networks.control import advance, require_kind
+from lit_shortcut.networks.control import advance, lay_out, require_kind
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.optimized import OptimizedTask
@@ -56,6 +56,7 @@ class ShortcutTask(OptimizedTask):
     """
 
     network: ShortcutNetwork
+    monitor = "val/mse"
 
     def __init__(
         self,
@@ -77,7 +78,9 @@ class ShortcutTask(OptimizedTask):
             raise ValueError(f"losses must not be named {', '.join(taken)}: train/{taken[0]} is logged already")
         self.network, self.rollout_depth = network, rollout_depth
         if compiled:
-            network.compile()  # in place: weights keep their names, and what samples with the network is faster, too
+            network.compile(
+                fullgraph=True
+            )  # in place: weights keep their names, and what samples with the network is faster, too
         self.card: Card | None = None
         self.measures: Any = nn.ModuleDict()  # of a list by depth
         self._ends: tuple[RecordedEnds, ...] = ()
@@ -178,7 +181,8 @@ class ShortcutTask(OptimizedTask):
         """Predict features (B, S, C); see :func:`~lit_shortcut.networks.control.advance`."""
         dtype, interface = next(self.network.parameters()).dtype, self.ends.interface
         features = features.to(dtype)
-        return advance(self.network, interface, features, control, masked_share, prefix, masked=masked, gap=gap)
+        layout = None if prefix is None else lay_out(self.network, interface, prefix, features.shape[-2])
+        return advance(self.network, interface, features, control, masked_share, layout, masked=masked, gap=gap)
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
         """Loss of one batch of windows, after a depth drawn from 1 to their length.

@@ -17,8 +17,7 @@ from lit_shortcut.trajectory.encoding import ENCODINGS, Encoding
 FORMAT_VERSION = 3
 _CARD = "card.json"
 _MOST_SHARDS = 10**7  # 80 MB for their order
-_BLOCK, _HEADERS = 512, 640  # of a tar; bytes before an array: headers of the member and of numpy
-_OTHERS = 8192  # bytes of a sample's other members beyond their arrays
+_BLOCK, _HEADERS, _OTHERS = 512, 640, 8192  # bytes: of a tar's block, before an array, of a sample's other members
 
 
 class TrajectoryError(ValueError):
@@ -41,8 +40,7 @@ class Card:
 
     Args:
         format_version: of this schema.
-        base: identity of the base that computed the features, all that they depend on; ``fingerprint`` is of its
-            weights.
+        base: identity of the base, everything that the features depend on; its ``fingerprint`` is of the weights.
         interface: fingerprint of the interface kept beside the shards.
         spec: fields of the base's :class:`TokenSpec`.
         decoding: how tokens were drawn.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from xxhash import xxh3_64
@@ -32,7 +32,7 @@ class Index:
     def write(self, shard: Path) -> None:
         """Write it beside ``shard``, whole or not at all."""
         with whole(shard.with_suffix(".json")) as file:
-            file.write(json.dumps(asdict(self)).encode())
+            file.write(json.dumps(vars(self)).encode())
 
     @classmethod
     def read(cls, shard: Path, index: int, card: Card) -> Index:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +44,7 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
     with whole(path) as file:
         hashing = _Hashing(file)
         with TarWriter(hashing, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
+            tar.tarstream.format = tarfile.USTAR_FORMAT  # WebDataset's choice, too; the same bytes, sooner
             for row, key in enumerate(f"{number:08d}" for number in ids):
                 samples[key] = {}
                 try:
@@ -52,8 +54,8 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
                         samples[key][ending] = (end - len(content), len(content), checksum(content))
                 except ValueError as error:
                     raise TrajectoryError(f"{path}: sample {key}: {error}") from error
-        made = Index(card.digest, hashing.size, hashing.digest.hexdigest(), samples)
-        made.write(path)  # before the shard, whose presence says that both are there
+        # before the shard, whose presence says that both are there
+        Index(card.digest, hashing.size, hashing.digest.hexdigest(), samples).write(path)
 
 
 def require_values(grids: dict[str, Tensor], rows: list[int], lengths: list[int], card: Card) -> None:

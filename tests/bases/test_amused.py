@@ -225,7 +225,7 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
 
 def test_image_decoder_of_another_codebook_is_refused(folder: Path) -> None:
     vqvae(codes=9).save_pretrained(folder / "vqvae")
-    with pytest.raises(WeightsError, match="the one draws 8 codes, the other has 9"):
+    with pytest.raises(WeightsError, match="vqvae: expected the 8 codes that the transformer draws, found 9"):
         published(str(folder))
 
 
@@ -285,6 +285,12 @@ def test_text_encoder_may_be_part_of_a_whole_clip(folder: Path) -> None:
         },
     )
     assert CLIPText.load(folder / "text_encoder", folder / "tokenizer").identity() == before
+
+
+def test_text_encoder_of_other_widths_is_refused(folder: Path) -> None:
+    text_model(projection_dim=13).save_pretrained(folder / "text_encoder")
+    with pytest.raises(WeightsError, match=r"text_encoder: expected .* widths \(16, 12\), found \(16, 13\)"):
+        published(str(folder))
 
 
 def test_prompts_missing_or_empty_are_refused(prompted: Prompted) -> None:

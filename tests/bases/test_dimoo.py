@@ -66,7 +66,7 @@ def by_sequence(base: DiMOO, tokens: Tensor, prompt: str, grid: Frame) -> Tensor
         places += range(len(ids), len(ids) + grid.width)
         ids += [*codes[row * grid.width : (row + 1) * grid.width], special.newline]
     ids += [special.eoi, special.answer_end]
-    features: Tensor = base.transformer(torch.tensor([ids]), torch.arange(len(ids))[None])
+    features: Tensor = base.transformer(torch.tensor([ids]), base.transformer.rotation(torch.arange(len(ids))[None]))
     return features[0, places]
 
 
@@ -199,6 +199,14 @@ def test_prompt_longer_than_the_context_is_refused(dimoo: DiMOO, prompted: MakeC
     dimoo.context(prompted(1)._replace(prompts=("x" * 30,)), guided=False)
     with pytest.raises(ValueError, match=r"at most 32 tokens, template included; 'x+'… has 33"):
         dimoo.context(prompted(1)._replace(prompts=("x" * 31,)), guided=False)
+
+
+def test_negative_prompt_takes_the_place_of_the_unconditional_one(prompted: MakeConditions) -> None:
+    context = remade(negative="blurry").context(prompted(2), guided=True)
+    assert isinstance(context, PromptContext)
+    assert bytes(context.ids[1, 0, : len("<blurry>")].tolist()) == b"<blurry>"
+    with pytest.raises(ValueError, match=r"at most 32 tokens, template included; 'x+'… has 33"):
+        remade(negative="x" * 31)
 
 
 def test_classes_in_place_of_prompts_are_refused(dimoo: DiMOO, conditions: MakeConditions) -> None:

@@ -16,22 +16,17 @@ from torch.nn import functional as F
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.bases.halton import imagenet, llamagen
-from lit_shortcut.bases.halton.llamagen import llamagen_decoder
-from lit_shortcut.bases.halton.transformer import NAMES, HaltonTransformer
+from lit_shortcut.bases.halton import imagenet
+from lit_shortcut.bases.halton.transformer import HaltonTransformer
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.convert import to_safetensors
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.weights import WeightsError, load_module, save_module
+from tests.published_halton import make_release, published_state, shrink
 
 SIZES = {"codebook_size": 20, "num_classes": 4, "grid": 3, "width": 16, "depth": 2, "num_heads": 2, "mlp_width": 24}
-
-
-def published_state(network: HaltonTransformer) -> dict[str, Tensor]:
-    state = {NAMES.published(name): tensor for name, tensor in network.state_dict().items()}
-    return {"head.weight": state["tok_emb.weight"]} | state
 
 
 def made(**sizes: Any) -> HaltonTransformer:
@@ -131,21 +126,11 @@ def test_checkpoint_that_does_not_fit_is_refused_by_name(
 
 @pytest.fixture
 def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with both published files, narrow and shallow, of the true numbers of codes and classes."""
-    monkeypatch.setitem(imagenet.SIZES, "small", {"width": 16, "depth": 1, "num_heads": 3})
-    for name, value in (("width", 32), ("multipliers", [1, 1]), ("num_blocks", [1, 1]), ("latent_width", 4)):
-        monkeypatch.setitem(llamagen._SIZES, name, value)
-    torch.manual_seed(0)
-    folder = tmp_path / "release"
-    folder.mkdir()
-    for resolution in (256, 384):
-        network = HaltonTransformer(**imagenet.imagenet_sizes("small", resolution))
-        state = {f"module.{name}": tensor for name, tensor in published_state(network).items()}
-        torch.save({"model_state_dict": state, "iter": 1, "epoch": 2}, folder / f"ImageNet_{resolution}_small.pth")
-    state = {llamagen.NAMES.published(name): tensor for name, tensor in llamagen_decoder().state_dict().items()}
-    state |= {"encoder.conv_in.weight": torch.ones(1), "quant_conv.bias": torch.ones(1)}
-    torch.save({"model": state | {"quantize.codebook_used": torch.zeros(65536)}}, folder / "vq_ds16_c2i.pt")
-    return folder
+    """A folder of both resolutions and the decoder."""
+    shrink(monkeypatch, "small")
+    (tmp_path / "release").mkdir()
+    make_release(tmp_path / "release", "small", 256, 384)
+    return tmp_path / "release"
 
 
 def drawn(base: MaskGIT, guidance: float = 0.5) -> Tensor:

@@ -168,7 +168,7 @@ def test_text_encoder_may_come_from_elsewhere(folder: Path, tmp_path: Path) -> N
     expected = other.eval().requires_grad_(False)(base.text_encoder.tokenizer.ids(texts, 20)).text_embeds  # type: ignore[attr-defined]
     torch.testing.assert_close(base.text_encoder.encode(texts).pooled, expected)
     text_model().save_pretrained(tmp_path / "narrow")
-    with pytest.raises(WeightsError, match=r"narrow: expected .* pooled ones of width 24, found 16 and 12"):
+    with pytest.raises(WeightsError, match=r"narrow: expected .* widths \(16, 24\), found \(16, 12\)"):
         published(str(folder), text_encoder=str(tmp_path / "narrow"))
 
 

@@ -18,18 +18,15 @@ from torch import Tensor
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.bases.code_decoder import CodeDecoder
-from lit_shortcut.bases.dimoo.llada import LLaDA
-from lit_shortcut.bases.mmada import magvit
 from lit_shortcut.bases.mmada.adapter import MMaDA, MMaDATokens
-from lit_shortcut.bases.mmada.magvit import bits_of_codes, magvit_decoder
+from lit_shortcut.bases.mmada.magvit import bits_of_codes
 from lit_shortcut.bases.mmada.published import published, random_weights
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
-from lit_shortcut.published import Names
 from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.weights import WeightsError
-from tests.published_dimoo import CONFIG, tokenizer
+from tests.published_dimoo import CONFIG
+from tests.published_mmada import make_release, shrink
 
 RESERVED = {"mask": 258, "t2i": 2, "soi": 3, "eoi": 4}  # within the tokenizer's ids, as the published ones are
 DECODING = Decoding(
@@ -41,32 +38,12 @@ def special(**changes: int) -> MMaDATokens:
     return MMaDATokens(**{"bos": 256, "eos": 257, "first_code": 259} | RESERVED | changes)
 
 
-def vq_state(decoder: CodeDecoder) -> dict[str, Tensor]:
-    """``decoder``'s tensors under their published names, with those beside them that are not used."""
-    pairs = [("decoder.post_quant_conv.", "post_quant_conv."), ("quantize.embedding", "codes.weight")]
-    names = Names(pairs + magvit.taming_pairs(len(decoder.hparams["multipliers"])))
-    state = {names.published(name): tensor.contiguous() for name, tensor in decoder.state_dict().items()}
-    return state | {"encoder.conv_in.bias": torch.ones(1), "quantize.power_vals": torch.tensor([4096])}
-
-
 @pytest.fixture
 def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of the transformer and text tokenizer, with the image decoder's in ``vq``."""
-    for name, value in (("width", 32), ("multipliers", [1, 1]), ("num_blocks", [2, 1])):
-        monkeypatch.setitem(magvit._SIZES, name, value)
-    folder = tmp_path / "release"
-    (folder / "vq").mkdir(parents=True)
-    torch.manual_seed(0)
-    config = CONFIG | {"vocab_size": 100, "embedding_size": 200}  # of before the codes were added
-    (folder / "config.json").write_text(json.dumps(config))
-    transformer = LLaDA(vocab_size=259 + 8192 + 5, width=16, depth=2, num_heads=2, mlp_width=24)
-    state = {f"model.transformer.{name}": tensor for name, tensor in transformer.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    tokenizer("bos", "eos", "mask").save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<bos>", "eos_token": {"content": "<eos>", "lstrip": False}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    torch.save(vq_state(magvit_decoder()), folder / "vq" / "pytorch_model.bin")
-    return folder
+    shrink(monkeypatch)
+    make_release(tmp_path / "release")
+    return tmp_path / "release"
 
 
 def loaded(release: Path, **changes: Any) -> MMaDA:
@@ -256,8 +233,10 @@ def test_tokenizer_that_names_no_such_token_is_refused(release: Path, config: di
 def test_sizes_that_do_not_fit_are_refused(release: Path) -> None:
     with pytest.raises(ValueError, match=r"max_text_tokens must be at least 3.*got 2"):
         loaded(release, max_text_tokens=2)
-    with pytest.raises(ValueError, match=r"codes 300\.\.8491 lie outside the transformer's vocabulary of 8456"):
-        loaded(release, special=special(first_code=300))
+    with pytest.raises(ValueError, match=r"codes 120000\.\.128191 lie outside the transformer's vocabulary of 126400"):
+        loaded(release, special=special(first_code=120_000))
+    with pytest.raises(ValueError, match=r"special tokens \{'soi': 126400\} lie outside"):
+        loaded(release, special=special(soi=126_400))
     with pytest.raises(ValueError, match="height must be a positive multiple of 16 pixels, got 40"):
         published(str(release), str(release / "vq"), size=40)
 

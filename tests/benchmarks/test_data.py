@@ -19,7 +19,7 @@ def test_recording_is_compared_with_sampling_of_the_same_images(monkeypatch: pyt
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reference way leaves its tar open
 def test_shards_are_read_beside_the_reference_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "SPEC", TokenSpec(16, 17, 32, 8, 8, 10))
+    monkeypatch.setattr(loader, "SPEC", TokenSpec(16, 17, 256, 8, 8, 10))
     for name, value in {"NUM_STEPS": 9, "BUFFER": 20, "PAIRS": 8, "ROUNDS": 1}.items():
         monkeypatch.setattr(loader, name, value)
     rows = loader.measure().rows

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_shortcut.callbacks.ema import ModuleEMA
+from tests.reads import Reads
 
 BATCHES = 4  # per epoch
 Weights = dict[str, Tensor]
@@ -110,6 +111,34 @@ def test_average_equals_the_one_computed_by_hand(tmp_path: Path, decay: float, w
     expected = averages(recorder.raw, decay, warmup)[-1]
     assert_close(weights(task), expected)  # after fit the network holds the average
     assert not torch.allclose(expected["0.weight"].float(), recorder.raw[-1]["0.weight"], atol=1e-4)
+
+
+def test_update_waits_for_no_device(tmp_path: Path) -> None:
+    task, ema = Task(), ModuleEMA(decay=0.9)
+    run = trainer(tmp_path, ema)
+    ema.setup(run, task, "fit")
+    ema.on_fit_start(run, task)
+    for _ in range(3):
+        with Reads() as mode:
+            ema._update(task)
+        assert mode.count == 0
+
+
+def test_average_of_bfloat16_weights_is_kept_in_float32(tmp_path: Path) -> None:
+    class Half(Task):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.network(batch).square().mean()
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None: ...
+
+    ema = ModuleEMA(decay=0.9)
+    task, recorder, _ = fit(tmp_path, ema, task=Half(), precision="bf16-true", val_check_interval=2)
+    expected = averages(recorder.raw, 0.9, warmup=True)[-1]
+    assert ema._average_model is not None
+    average = dict(ema._average_model.module.named_parameters())
+    assert {parameter.dtype for parameter in average.values()} == {torch.float32}
+    assert_close({name: parameter.detach() for name, parameter in average.items()}, expected)
+    assert {weight.dtype for weight in weights(task).values()} == {torch.bfloat16}
 
 
 def test_validation_sees_the_average_and_training_goes_on_with_the_raw_weights(tmp_path: Path) -> None:

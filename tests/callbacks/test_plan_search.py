@@ -86,6 +86,7 @@ def test_budget_of_the_table_out_of_range_is_refused(folder: Path) -> None:
         validate(folder, ReplayTable([5]))
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # calibrating leaves out fit's callbacks
 def test_command_searches_plans_of_a_trained_shortcut(tmp_path: Path) -> None:
     record_toy(tmp_path)
     lightning(tmp_path, "fit", "--config", TOY / "fit.yaml", "--trainer.logger=false")

@@ -49,7 +49,8 @@ class Reference:
         z = self.w["quantize.embedding.weight"][ids].movedim(-1, 1)
         h = self.middle(self.conv(self.conv(z, "post_quant_conv"), "decoder.conv_in"), "decoder")
         for level in reversed(range(len(self.sizes.ch_mult))):
-            for block in range(self.sizes.num_res_blocks + 1):
+            own = [name for name in self.w if name.startswith(f"decoder.up.{level}.") and name.endswith("conv1.bias")]
+            for block in range(len(own)):  # what a level has, since some decoders have a number for each
                 h = self.level_block(h, f"decoder.up.{level}", level, block)
             if level:
                 h = h.repeat_interleave(2, -1).repeat_interleave(2, -2)

@@ -29,6 +29,7 @@ from lit_shortcut.trajectory import (
     write_shard,
 )
 from lit_shortcut.weights import WeightsError, load_module_with_metadata
+from tests.reads import Reads
 from tests.tiny_trajectories import SPEC, card, interface, trajectories, transitions, write_set
 
 QUIET: dict[str, Any] = {
@@ -418,6 +419,20 @@ def test_diagnostics_run_at_log_steps_only(folder: Path, monkeypatch: pytest.Mon
         task.training_step(batch, step)
         assert bool(task.logged) == (step in (3, 7))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"rows": "masked"}, {"anchored": True}])
+@pytest.mark.parametrize(("losses", "reads"), [(None, 0), ({"mse": MaskedMSE(standardised=True), "kl": HeadKL()}, 1)])
+def test_training_step_waits_for_no_device_but_where_the_head_runs(
+    folder: Path, options: dict[str, Any], losses: dict[str, Loss] | None, reads: int
+) -> None:
+    made = ShortcutNet(width=6, num_heads=1, **options)
+    task, batch = Task(folder, made, losses=losses), batch_of(folder, window=2)
+    task.stand_in.global_step = 0
+    with Reads() as mode:
+        task.training_step(batch, 0).backward()
+    assert mode.count == reads
+    assert not task.logged
 
 
 @pytest.mark.parametrize("name", ["loss", "gain"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
@@ -31,9 +30,12 @@ class DiMOO(PromptedLLaDA):
         negative: prompt of the unconditional branch.
 
     Raises:
-        ValueError: if height or width is no positive multiple of the patch size, a code lies outside the vocabulary, or
-            the prompt tokenizer does not know ``<uncondition>`` by its id.
+        ValueError: if height or width is no positive multiple of the patch size, a code or special token lies outside
+            the vocabulary, the prompt tokenizer does not know ``<uncondition>`` by its id, or the negative prompt is
+            too long.
     """
+
+    special: SpecialTokens
 
     def __init__(
         self,
@@ -50,13 +52,13 @@ class DiMOO(PromptedLLaDA):
         template: str = TEMPLATE,
         negative: str = UNCONDITION,
     ) -> None:
-        self.special = special = special or SpecialTokens()
+        special = special or SpecialTokens()
         grid = grid_of(height, width, patch_size)
         frame = Frame(*grid)
         image = ImageTokens(
             grid, codebook_size, special.first_code, special.mask, frame.ids(special), frame.row_offsets()
         )
-        super().__init__(transformer, tokenizer, image=image, max_prompt_tokens=max_prompt_tokens)
+        super().__init__(transformer, tokenizer, special=special, image=image, max_prompt_tokens=max_prompt_tokens)
         self.prompt_tokenizer, self.template, self.negative = prompt_tokenizer, template, negative
         known = prompt_tokenizer.encode("", UNCONDITION)
         if special.uncondition not in known:
@@ -64,6 +66,7 @@ class DiMOO(PromptedLLaDA):
                 f"the prompt tokenizer must know {UNCONDITION} as token {special.uncondition}, "
                 f"but makes {known} of it: it belongs to another model"
             )
+        self.unconditional_ids()  # a negative prompt that is too long is refused here
 
     def identity(self) -> dict[str, Any]:
         """Fingerprints of transformer, image decoder and prompt tokenizer, and how prompts and images are laid out."""
@@ -71,7 +74,6 @@ class DiMOO(PromptedLLaDA):
             "prompt_tokenizer": self.prompt_tokenizer.identity(),
             "template": self.template,
             "negative": self.negative,
-            "special": asdict(self.special),
         }
 
     def prompt_ids(self, prompt: str) -> list[int]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from lit_shortcut.bases.clip_text import Bytes, CLIPText
+from lit_shortcut.bases.clip_text import CLIPText
 from lit_shortcut.bases.meissonic.adapter import NEGATIVE, Meissonic
 from lit_shortcut.bases.meissonic.transformer import MeissonicTransformer
 from lit_shortcut.bases.saved import (
@@ -71,24 +70,12 @@ def published(
     own_text = file_patterns("text_encoder", TRANSFORMERS, variant) if text_encoder is None else []
     folder, own_dtype = local_folder(source, [*patterns, *own_text, "tokenizer/*"]), getattr(torch, dtype)
     transformer = load_transformer(folder / "transformer", variant, own_dtype)
-    vqvae = load_vqvae(folder / "vqvae", variant)
-    if vqvae.config.num_vq_embeddings != transformer.codebook_size:
-        raise WeightsError(
-            f"{folder}: transformer and vqvae do not belong together: the one draws {transformer.codebook_size} codes, "
-            f"the other has {vqvae.config.num_vq_embeddings}"
-        )
-    if text_encoder is None:
-        text = CLIPText.load(folder / "text_encoder", folder / "tokenizer", variant, own_dtype)
-    else:
-        text_folder = local_folder(text_encoder, file_patterns("", TRANSFORMERS, None))
-        text = CLIPText.load(text_folder, folder / "tokenizer", None, own_dtype)
-    found = (text.model.config.hidden_size, text.model.config.projection_dim)
-    wanted = (transformer.hparams["joint_attention_dim"], transformer.hparams["pooled_projection_dim"])
-    if found != wanted:
-        raise WeightsError(
-            f"{text_encoder or folder / 'text_encoder'}: expected states of width {wanted[0]} and pooled ones of width "
-            f"{wanted[1]}, found {found[0]} and {found[1]}"
-        )
+    vqvae = load_vqvae(folder / "vqvae", variant, transformer.codebook_size)
+    widths = (transformer.hparams["joint_attention_dim"], transformer.hparams["pooled_projection_dim"])
+    text_folder = folder / "text_encoder"
+    if text_encoder is not None:
+        text_folder, variant = local_folder(text_encoder, file_patterns("", TRANSFORMERS, None)), None
+    text = CLIPText.load(text_folder, folder / "tokenizer", variant, own_dtype, widths)
     patch, default = patch_size(vqvae), _DEFAULT_PIXELS[transformer.stride]
     height, width = (default if size is None else size for size in (height, width))
     decoder = VQDecoder(vqvae, height // patch, width // patch)
@@ -116,27 +103,17 @@ def random_weights(
         dtype: of transformer and text encoder.
         seed: of the weights.
     """
-    resampled = resolution != _DEFAULT_PIXELS[1]
+    own_dtype, resampled = getattr(torch, dtype), resolution != _DEFAULT_PIXELS[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = MeissonicTransformer(depth, single_depth, downsample=resampled, upsample=resampled)
-        text = CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                projection_dim=1024,
-                num_attention_heads=16,
-                num_hidden_layers=text_depth,
-                hidden_act="gelu",
-            )
-        )
+        text = CLIPText.random(1024, text_depth, num_heads=16, activation="gelu", dtype=own_dtype)
         vqvae = random_vqvae()
-    words = Bytes(begin=text.config.bos_token_id, end=text.config.eos_token_id)
-    own_dtype, patch = getattr(torch, dtype), patch_size(vqvae)
+    patch = patch_size(vqvae)
     return _RandomMeissonic(
         transformer.to(own_dtype),
         VQDecoder(vqvae, resolution // patch, resolution // patch),
-        CLIPText(text.to(own_dtype), words),
+        text,
         height=resolution,
         width=resolution,
         patch_size=patch,

@@ -78,7 +78,7 @@ class MeissonicTransformer(nn.Module):
             raise ValueError(f"upsample must be as downsample, got {upsample} and {downsample}")
         if codebook_size >= vocab_size:
             raise ValueError(f"codebook_size must lie below vocab_size {vocab_size}, got {codebook_size}")
-        self.hparams = {
+        self.hparams: dict[str, Any] = {
             "num_layers": num_layers,
             "num_single_layers": num_single_layers,
             "attention_head_dim": attention_head_dim,

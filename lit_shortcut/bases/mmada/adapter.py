@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,8 +57,10 @@ class MMaDA(PromptedLLaDA):
 
     Raises:
         ValueError: if height or width is no positive multiple of the patch size, ``max_text_tokens`` leave no room for
-            text, or a code lies outside the vocabulary.
+            text, or a code or special token lies outside the vocabulary.
     """
+
+    special: MMaDATokens
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class MMaDA(PromptedLLaDA):
     ) -> None:
         if max_text_tokens < 3:
             raise ValueError(f"max_text_tokens must be at least 3, t2i, bos and a token of text; got {max_text_tokens}")
-        self.special = special = special or MMaDATokens()
+        special = special or MMaDATokens()
         grid = grid_of(height, width, patch_size)
         num_tokens = grid[0] * grid[1]
         image = ImageTokens(
@@ -87,7 +89,7 @@ class MMaDA(PromptedLLaDA):
             frame=torch.tensor([special.soi, special.eoi]),
             row_offsets=torch.tensor([*range(1, num_tokens + 1), 0, num_tokens + 1]),
         )
-        super().__init__(transformer, tokenizer, image=image, max_prompt_tokens=max_text_tokens + 1)
+        super().__init__(transformer, tokenizer, special=special, image=image, max_prompt_tokens=max_text_tokens + 1)
         self.prompt_tokenizer, self.max_text_tokens, self.negative = prompt_tokenizer, max_text_tokens, negative
 
     def identity(self) -> dict[str, Any]:
@@ -96,7 +98,6 @@ class MMaDA(PromptedLLaDA):
             "prompt_tokenizer": self.prompt_tokenizer.identity(),
             "max_text_tokens": self.max_text_tokens,
             "negative": self.negative,
-            "special": asdict(self.special),
         }
 
     def prompt_ids(self, prompt: str) -> list[int]:
