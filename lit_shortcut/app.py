@@ -107,7 +107,7 @@ def build(pipeline: Pipeline) -> gr.Blocks:
         try:
             vanilla, shortcut = compare(pipeline, wanted, seed, num_steps, budget, on_step)
         except ValueError as error:
-            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+            raise gr.Error(html.escape(str(error)), duration=8, print_exception=False) from error
         return vanilla.image, str(vanilla), shortcut.image, str(shortcut)
 
     with gr.Blocks(analytics_enabled=False, title="lit-shortcut") as page:

@@ -174,6 +174,7 @@ def app(
     if checkpoint is not None:
         serve(load(checkpoint), host, port)
         return
+    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # the process has words of its own
     task = _run(_Built, ["generate", "--config", str(config)]).model
     pipeline = Pipeline(task.base, task.decoding, task.shortcut, task.plan, task.budget)
     serve(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"), host, port)
