@@ -13,10 +13,12 @@ import torch
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_shortcut.acceleration.card import write_card
+from lit_shortcut.callbacks.progress import progress_bar
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
 from lit_shortcut.callbacks.wandb_lineage import WandbLineage
 from lit_shortcut.checkpoints import WholeCheckpointIO
@@ -94,7 +96,9 @@ class ShortcutCLI(LightningCLI):
             raise own from own.__cause__
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """As Lightning does, with checkpoints that a kill cannot halve, unless the YAML has a ``CheckpointIO``.
+        """As Lightning does, with checkpoints that a kill cannot halve, and progress that a log file shows, too.
+
+        A ``CheckpointIO`` or a progress bar that the YAML names is left as it is.
 
         Raises:
             ValueError: if the device lacks the precision.
@@ -103,6 +107,10 @@ class ShortcutCLI(LightningCLI):
         require_precision(str(trainer.precision), trainer.strategy.root_device)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        trainer.callbacks = [  # type: ignore[attr-defined]
+            progress_bar() if type(one) in (RichProgressBar, TQDMProgressBar) else one
+            for one in trainer.callbacks  # type: ignore[attr-defined]
+        ]
         return trainer
 
     def _parse_ckpt_path(self) -> None:
