@@ -18,21 +18,6 @@ from torch.utils.data import DataLoader
 from lit_shortcut.interface import TokenInterface
 
 
-class LabelledImages(NamedTuple):
-    """Real images: ``pixels`` uint8 (B, 1 or 3, H, W) and class ``labels`` (B,)."""
-
-    pixels: Tensor
-    labels: Tensor
-
-
-class CaptionedImages(NamedTuple):
-    """:class:`LabelledImages` with a text for each, ``prompts`` (B)."""
-
-    pixels: Tensor
-    labels: Tensor
-    prompts: tuple[str, ...]
-
-
 class Conditions(NamedTuple):
     """What to generate: one row a sample.
 
@@ -251,10 +236,7 @@ class Transition(NamedTuple):
 
 
 class BaseEnds(Protocol):
-    """What is known of a base without running it: its sizes, its cheap ends, and which base it is.
-
-    A recorded set answers this, too, so that predictors can be trained, replayed and calibrated without the base.
-    """
+    """What is known of a base without running it. A recorded set answers this, too, so predictors need no base."""
 
     spec: TokenSpec
     interface: TokenInterface
@@ -286,10 +268,7 @@ class MaskedImageModel(BaseEnds, Protocol):
 
 
 FeatureFn = Callable[[State], tuple[Tensor, bool | Tensor]]
-"""From a state to features (G, B, S, C) and whether the base computed them, as in :class:`Step`.
-
-Memory lives in its closure.
-"""
+"""From a state to features and whether the base computed them, as in :class:`Step`; memory lives in its closure."""
 
 
 class Acceleration(Protocol):
@@ -317,14 +296,3 @@ class ImageDecoder(Protocol):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
-
-
-class ImageTokenizer(ImageDecoder, Protocol):
-    """Images to codes and back."""
-
-    @property
-    def codebook_size(self) -> int:
-        """V, number of codes."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, L) of uint8 ``images`` (B, 1 or 3, H, W)."""

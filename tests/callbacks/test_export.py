@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from lit_shortcut.callbacks.ema import ModuleEMA
 from lit_shortcut.callbacks.export import ExportWeights
-from lit_shortcut.contracts import LabelledImages
 from lit_shortcut.fashion.classifier import ClassifierTask, FashionCNN
+from lit_shortcut.images import LabelledImages
 
 
 def fit(path: Path, *callbacks: L.Callback, **arguments: Any) -> ClassifierTask:
