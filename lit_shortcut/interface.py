@@ -27,7 +27,7 @@ class TokenInterface(nn.Module):
 
     Letters: L image tokens, S rows of the features, C width, V codebook. What a base has no need of is None (with
     rotary positions ``position_embedding``, else ``row_offsets``). Nothing here is trained: the tensors are buffers,
-    shared with the base that made them.
+    shared with the base that made them until either is moved or cast.
 
     The first rows of the features are the image's: one for each token here, fewer in a subclass whose head spreads them
     over a finer grid (``num_rows``, ``rows_of`` and ``masked_rows`` say which belongs to which).
@@ -45,6 +45,9 @@ class TokenInterface(nn.Module):
 
     SIZES: ClassVar[tuple[str, ...]] = ("num_tokens",)
     """Arguments that are integers; all others are tensors."""
+
+    is_linear: ClassVar[bool] = True
+    """Whether the head is linear but for its bias, so that guidance may come before it and the head run once."""
 
     code_embedding: Tensor
     head_weight: Tensor
@@ -146,8 +149,12 @@ class TokenInterface(nn.Module):
         if positions is None:
             logits = self._without_bias(features[..., : self.num_tokens, :])
             return logits if self.head_bias is None else logits + self.head_bias
-        index = positions[..., None].expand(*features.shape[:-2], -1, features.shape[-1])
-        return self.row_logits(torch.gather(features, -2, index), positions)
+        return self.row_logits(self.rows_at(features, positions), positions)
+
+    def rows_at(self, features: Tensor, positions: Tensor) -> Tensor:
+        """Rows (..., B, M, C) of ``features`` (..., B, S, C) that give the logits at ``positions`` (B, M)."""
+        index = self.rows_of(positions)[..., None].expand(*features.shape[:-2], -1, features.shape[-1])
+        return torch.gather(features, -2, index)
 
     def row_logits(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Logits (..., V) of ``rows`` (..., C) of the features, which stand at image ``positions`` (...)."""
@@ -183,6 +190,7 @@ class ConvolutionalInterface(TokenInterface):
     """
 
     SIZES: ClassVar[tuple[str, ...]] = ("num_tokens", "grid_width", "stride")
+    is_linear = False
 
     hidden_weight: Tensor
     hidden_scale: Tensor

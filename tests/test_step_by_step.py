@@ -204,7 +204,7 @@ class Large(ToyBase):
         super().__init__(grid=8, width=1000)
         self.spec = self.spec._replace(sequence_length=ROWS)
 
-    def features(self, tokens, context):
+    def features(self, tokens, context, clock):
         return torch.full((2, len(tokens), ROWS, 1000), 0.5)
 
 def anonymous():

@@ -21,9 +21,9 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.toy_cross import CrossToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
-from lit_shortcut.contracts import Conditions, Control, Trajectories
+from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.losses import MaskedMSE
-from lit_shortcut.networks.control import embed_control
+from lit_shortcut.networks.control import lay_out
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.sampling import Decoding
@@ -214,9 +214,9 @@ def test_batch_of_one_trains_without_masks(folder: Path, card: Card, dimoo: DiMO
     reader = WindowReader(Source(folder, card), order, 1)
     for position in range(len(order)):
         batch = reader.read(0, range(position, position + 1)).decode()
-        control = Control(*(part if part is None else part[:, 0] for part in batch.control))
-        embedded = embed_control(dimoo.interface, control, batch.prefix, batch.features.shape[1])
-        assert embedded.is_real is embedded.places.is_real is None
+        assert batch.prefix is not None
+        layout = lay_out(LLaDAShortcutNet(16, num_heads=2), dimoo.interface, batch.prefix, batch.features.shape[1])
+        assert batch.control.is_real is layout.is_real is layout.control.is_real is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -48,6 +48,9 @@ class Plan(ABC):
 
     A class and no protocol, so that YAML can name one and leave its budget to each row.
     """
+
+    reads_features: ClassVar[bool] = False
+    """Whether its decisions wait for the features, so that they are not known before a run."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

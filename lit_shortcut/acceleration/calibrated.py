@@ -87,12 +87,19 @@ class _FromFile(Plan):
         self.budget, self.path = budget, Path(path)
         self._file = PlanFile.read(self.path)
         self._digest = sha256(self.path.read_bytes()).hexdigest()[:16]
+        self._found: tuple[Predictor, list[int], Any] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Its name and budget, and a digest of the file."""
         return {"plan": self._name, "budget": self.budget, "file": self._digest}
 
     def _entry(self, counts: Sequence[int], predictor: Predictor) -> Any:
+        """Look up the entry once: a predictor's identity is a hash of its weights, too slow for every batch."""
+        if self._found is None or self._found[0] is not predictor or self._found[1] != list(counts):
+            self._found = (predictor, list(counts), self._look_up(counts, predictor))
+        return self._found[2]
+
+    def _look_up(self, counts: Sequence[int], predictor: Predictor) -> Any:
         if (own := predictor.identity()) != self._file.predictor:
             raise ValueError(f"{self.path}: its plans are for predictor {self._file.predictor}, not for {own}")
         found = [one for one in self._file.schedules if one.counts == list(counts)]
@@ -147,6 +154,7 @@ class CalibratedAdaptive(_FromFile):
         ValueError: if the file is missing or none of these.
     """
 
+    reads_features = True
     _name, _table = "calibrated adaptive", "adaptive"
 
     def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:

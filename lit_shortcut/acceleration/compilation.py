@@ -2,23 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 
+from lit_shortcut.acceleration.accelerated import Accelerated
 from lit_shortcut.contracts import MaskedImageModel
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 
+Mode = Literal["default", "reduce-overhead"]
 
-def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module]) -> None:
-    """Compile ``base.features`` and every shortcut network among ``methods``, in place.
+
+def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module], mode: Mode = "default") -> None:
+    """Compile ``base.features`` and every shortcut network among ``methods``, in place and each whole.
 
     Weights, their names and fingerprints stay as they are. The first images take as long as the compiler does; the
     number of control tokens changes from step to step and is compiled as a variable.
+
+    Args:
+        base: the frozen model.
+        methods: ways to decode.
+        mode: ``reduce-overhead`` replays CUDA graphs, one for each shape. The shapes of a step are the same in every
+            batch, so graphs of the first serve a whole run; only plans that are fixed before it can be run so.
+
+    Raises:
+        ValueError: if there is no compiler for the device, or a plan decides from features in graph mode.
     """
-    base.features = torch.compile(base.features)  # type: ignore[method-assign]
+    methods = list(methods)
+    require_compiler(base.interface.code_embedding.device)
+    if mode == "reduce-overhead":
+        require_fixed_plans(methods)
+    finish = _kept if mode == "reduce-overhead" else _as_it_is
+    base.features = finish(torch.compile(base.features, fullgraph=True, mode=mode))  # type: ignore[method-assign]
     for method in methods:
         for module in method.modules():
             if isinstance(module, ShortcutNetwork):
-                module.compile()
+                module.compile(fullgraph=True, mode=mode)
+                assert module._compiled_call_impl is not None
+                module._compiled_call_impl = finish(module._compiled_call_impl)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Refuse to compile for ``device`` without the compiler that torch needs there.
+
+    Raises:
+        ValueError: naming what was looked for.
+    """
+    if device.type == "cuda" and not has_triton():
+        raise ValueError("compiled: true needs the package triton on a GPU, and it was not found; set compiled: false")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and not shutil.which(compiler.split()[0]):
+        raise ValueError(
+            f"compiled: true needs a C++ compiler on a CPU, and {compiler} was not found; set compiled: false, or CXX "
+            "to a compiler's name"
+        )
+
+
+def require_fixed_plans(methods: Iterable[nn.Module]) -> None:
+    """Refuse graph mode for plans whose full steps depend on the features.
+
+    Raises:
+        ValueError: naming the plan.
+    """
+    for method in methods:
+        if isinstance(method, Accelerated) and method.plan.reads_features:
+            raise ValueError(
+                "compile_mode: reduce-overhead replays the same steps in every batch, but "
+                f"{type(method.plan).__name__} decides from the features which steps are full; "
+                "set compile_mode: default, or take a fixed plan"
+            )
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose results outlive its next call: a replayed graph writes to the same memory again."""
+
+    @wraps(function)
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return function(*args, **kwargs).clone()
+
+    return copied

@@ -94,6 +94,8 @@ class Adaptive(Plan):
         ValueError: if the threshold or the gap is not positive.
     """
 
+    reads_features = True
+
     def __init__(
         self,
         threshold: float,

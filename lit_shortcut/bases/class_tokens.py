@@ -24,12 +24,14 @@ class ClassContext(Context):
 def class_context(conditions: Conditions, num_classes: int, first_id: int, *, guided: bool) -> ClassContext:
     """Token ids of the labels of ``conditions``: class k is ``first_id`` + k, the dropped class one past the last.
 
+    Labels are checked while they lie on the CPU, as tasks do before they run anything; a look at those on another
+    device would stop it.
+
     Raises:
-        ValueError: if a label lies outside 0..num_classes-1.
+        ValueError: if a label on the CPU lies outside 0..num_classes-1.
     """
     labels = conditions.labels
-    is_outside = (labels < 0) | (labels >= num_classes)
-    if bool(is_outside.any()):
+    if labels.device.type == "cpu" and bool((is_outside := (labels < 0) | (labels >= num_classes)).any()):
         raise ValueError(f"class labels must lie in 0..{num_classes - 1}; got {labels[is_outside].unique().tolist()}")
     classes = labels + first_id
     dropped = torch.full_like(classes, first_id + num_classes)

@@ -10,23 +10,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
-from lit_shortcut.contracts import Clock, Conditions, Context, ImageDecoder, Prefix, TokenSpec, require_prompts
+from lit_shortcut.contracts import (
+    Clock,
+    Conditions,
+    Context,
+    ImageDecoder,
+    Prefix,
+    PrefixSize,
+    TokenSpec,
+    require_prompts,
+)
 from lit_shortcut.interface import TokenInterface
+from lit_shortcut.networks.llada import Rotation
 from lit_shortcut.weights import fingerprint, network_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptContext(Context):
-    """Prompts as token ids, padded to the longest.
+    """Prompts as token ids, padded to the longest, and where all rows stand.
 
     Args:
         ids: (G, B, P).
+        cos: (G, B, 1, S, D/2), of the rotation of each row.
+        sin: the same.
+        is_real: (G, B, S), false at rows behind a shorter prompt.
     """
 
     ids: Tensor
+    cos: Tensor
+    sin: Tensor
+    is_real: Tensor
 
 
 class ImageTokens(NamedTuple):
@@ -137,15 +152,25 @@ class PromptedLLaDA(nn.Module, ABC):
             ValueError: if there is not a prompt for each sample, or one is empty or too long.
         """
         prompts = require_prompts(conditions)
-        texts = [[torch.tensor(self.prompt_ids(prompt)) for prompt in prompts]]
+        texts = [[self.prompt_ids(prompt) for prompt in prompts]]
         if guided:
-            texts.append([torch.tensor(self.unconditional_ids())] * len(prompts))
-        lengths = torch.tensor([[len(ids) for ids in branch] for branch in texts])
-        padded = pad_sequence([ids for branch in texts for ids in branch], batch_first=True)
-        ids = padded.unflatten(0, lengths.shape).to(self.frame_ids.device)
-        num_control = lengths.clone()
-        num_control[1:] = 0
-        return PromptContext(ids=ids, prefix=Prefix(lengths, self.transformer.wte(ids), num_control))
+            texts.append([self.unconditional_ids()] * len(prompts))
+        lengths = [[len(ids) for ids in branch] for branch in texts]
+        longest = max(max(branch) for branch in lengths)
+        padded = [[ids + [0] * (longest - len(ids)) for ids in branch] for branch in texts]
+        num_control = [lengths[0], *([0] * len(branch) for branch in lengths[1:])]
+        ids = torch.tensor(padded, device=self.frame_ids.device)
+        num_rows = self.spec.num_tokens + len(self.frame_ids) + longest
+        places, is_real = self.interface.row_places(torch.tensor(lengths).flatten(), num_rows)
+        cos, sin = (part.unflatten(0, ids.shape[:2]) for part in self.transformer.rotation(places))
+        return PromptContext(
+            ids=ids,
+            cos=cos,
+            sin=sin,
+            is_real=is_real.unflatten(0, ids.shape[:2]),
+            prefix=Prefix(torch.tensor(lengths), self.transformer.wte(ids), torch.tensor(num_control)),
+            prefix_sizes=tuple(map(PrefixSize.of, lengths, num_control)),
+        )
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """Features (G, B, S, C); rows behind a shorter prompt are 0.
@@ -154,25 +179,25 @@ class PromptedLLaDA(nn.Module, ABC):
         without a mask.
         """
         assert isinstance(context, PromptContext)
-        assert context.prefix is not None
         ids = torch.where(tokens == self.spec.mask_id, self.image.mask, tokens + self.image.first_code)
         image = torch.cat([ids, self.frame_ids.expand(len(ids), -1)], dim=1)
-        branches = zip(context.ids, context.prefix.lengths, strict=True)
-        return torch.stack([self._features(image, prompt, lengths) for prompt, lengths in branches])
+        return torch.stack([self._features(image, context, branch) for branch in range(len(context.ids))])
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images, uint8 (B, 3, height, width), of codes ``tokens`` (B, L)."""
         return self.tokenizer.decode(tokens)
 
-    def _features(self, image: Tensor, prompt: Tensor, lengths: Tensor) -> Tensor:
-        longest = int(lengths.max())
-        sequence = torch.cat([image, prompt[:, :longest]], dim=1)
-        places, is_real = self.interface.row_places(lengths, sequence.shape[1])
-        if bool((lengths == longest).all()):
-            features = self.transformer(sequence, places)
+    def _features(self, image: Tensor, context: PromptContext, branch: int) -> Tensor:
+        size, prompt = context.prefix_sizes[branch], context.ids[branch]
+        sequence = torch.cat([image, prompt[:, : size.longest]], dim=1)
+        num_rows = sequence.shape[1]
+        by = Rotation(*(part[branch, ..., :num_rows, :] for part in (context.cos, context.sin)))
+        if size.is_padded:
+            is_real = context.is_real[branch, :, :num_rows]
+            features = self.transformer(sequence, by, is_real) * is_real[..., None]
         else:
-            features = self.transformer(sequence, places, is_real) * is_real[..., None]
-        return pad(features, (0, 0, 0, prompt.shape[1] - longest))
+            features = self.transformer(sequence, by)
+        return pad(features, (0, 0, 0, prompt.shape[1] - size.longest))
 
 
 class Untrained(PromptedLLaDA):

@@ -23,8 +23,9 @@ def uniform(seeds: Tensor, streams: Tensor | int, positions: Tensor) -> Tensor:
     >>> torch.equal(single[0], batch[1].flip(0))
     True
     """
-    streams = torch.as_tensor(streams, device=seeds.device)[..., None]
-    key = _mix(_mix(seeds) + (streams + 1) * _GOLDEN)
+    if not isinstance(streams, Tensor):
+        streams = torch.full((), streams, device=seeds.device)
+    key = _mix(_mix(seeds) + (streams[..., None] + 1) * _GOLDEN)
     bits = _mix(key[..., None] + (positions + 1) * _GOLDEN)
     top = _logical_shift(bits, 64 - _BITS)
     return (top.float() + 0.5) * 2.0**-_BITS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -55,6 +56,11 @@ def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list
         ValueError: if there is no step, there are more steps than tokens, or the rounded counts overspend so that
             nothing remains for the last step.
     """
+    return list(_tokens_per_step(schedule, num_steps, num_tokens))
+
+
+@cache
+def _tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> tuple[int, ...]:
     if schedule == "cosine_each" and num_steps >= 1:
         masked, left = num_tokens, []
         for wanted in _cosine_left(num_steps, num_tokens):
@@ -68,7 +74,7 @@ def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list
     if schedule == "arccos_left":
         return _spent(num_tokens, _arccos_left(num_steps, num_tokens))
     if num_steps == 1:  # the schedule starts at 0, so there are no shares to divide by
-        return [num_tokens]
+        return (num_tokens,)
     weights = share_masked(schedule, torch.linspace(1, 0, num_steps, dtype=torch.float32))
     counts = [max(1, round(float(w))) for w in weights / weights.sum() * num_tokens]
     counts[-1] = num_tokens - sum(counts[:-1])
@@ -77,7 +83,7 @@ def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list
             f"schedule {schedule!r} cannot spend {num_tokens} tokens in {num_steps} steps: rounding leaves "
             f"{counts[-1]} for the last step; use fewer steps or another schedule"
         )
-    return counts
+    return tuple(counts)
 
 
 def _cosine_left(num_steps: int, num_tokens: int) -> list[int]:
@@ -96,5 +102,5 @@ def _progress(num_steps: int) -> Tensor:
     return torch.arange(1, num_steps, dtype=torch.float32) / num_steps
 
 
-def _spent(num_tokens: int, left: list[int]) -> list[int]:
-    return [before - after for before, after in pairwise([num_tokens, *left, 0])]
+def _spent(num_tokens: int, left: list[int]) -> tuple[int, ...]:
+    return tuple(before - after for before, after in pairwise([num_tokens, *left, 0]))

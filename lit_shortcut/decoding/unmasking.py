@@ -11,8 +11,8 @@ from torch import Tensor
 def guide(logits: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: (1 + w)·conditional − w·unconditional.
 
-    ``logits`` (G, B, M, V) to (B, M, V); with one branch alone ``scale`` has no meaning and must be 0 (Ho and Salimans,
-    arXiv 2207.12598, equation 6).
+    ``logits`` (G, B, M, V) to (B, M, V), or features that a linear head turns into logits; with only one branch
+    ``scale`` has no meaning and must be 0 (Ho and Salimans, arXiv 2207.12598, equation 6).
 
     Raises:
         ValueError: if ``scale`` is not 0 and there is no unconditional branch.
@@ -43,9 +43,28 @@ def sample_codes(logits: Tensor, uniforms: Tensor | None) -> Choice:
     if uniforms is None:
         codes = log_probs.argmax(dim=-1)
     else:
-        # below exp(-87) float32 has denormal numbers alone, too small to be drawn and slow on CPUs
-        cumulative = log_probs.clamp(min=-87).exp_().cumsum(dim=-1)
+        # below exp(-87) float32 has only denormal numbers, too small to be drawn and slow on CPUs
+        cumulative = _cumulative(log_probs.clamp(min=-87).exp_())
         # scaled by the total, which rounding leaves just off 1, so that the last code with mass is the last drawn
         codes = torch.searchsorted(cumulative, (uniforms * cumulative[..., -1])[..., None]).squeeze(-1)
         codes = codes.clamp(max=logits.shape[-1] - 1)
     return Choice(codes, log_probs.gather(-1, codes[..., None]).squeeze(-1))
+
+
+def _cumulative(probabilities: Tensor) -> Tensor:
+    """Running sums (B, M, V) of ``probabilities``, which sum to 1.
+
+    Running sums of floats have no deterministic kernel on CUDA; those of integers are exact in any order.
+    """
+    if probabilities.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return exact_cumulative(probabilities)
+    return probabilities.cumsum(dim=-1)
+
+
+def exact_cumulative(probabilities: Tensor) -> Tensor:
+    """Running sums, float32 (B, M, V) in units of 2^-46, of ``probabilities`` rounded to such units.
+
+    >>> exact_cumulative(torch.tensor([0.25, 0.75])) * 2.0**-46
+    tensor([0.2500, 1.0000])
+    """
+    return (probabilities * 2.0**46).long().cumsum(dim=-1).float()

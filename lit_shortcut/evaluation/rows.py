@@ -158,17 +158,26 @@ def _steps(entry: Sequence[Any], steps: list[Any]) -> Steps:
 
 def _override(entry: Sequence[Any], decoding: Decoding, overrides: dict[str, Any]) -> Decoding:
     known = [field.name for field in fields(Decoding) if field.name != "num_steps"]
-    for name, value in overrides.items():
-        if name not in known:
-            raise ValueError(f"row {list(entry)}: decoding has no field {name!r} to override; known are {_list(known)}")
-        is_text, is_number = isinstance(value, str), type(value) in (int, float)
-        if not (is_text if isinstance(getattr(decoding, name), str) else is_number):
-            kind = "a word" if isinstance(getattr(decoding, name), str) else "a number"
-            raise ValueError(f"row {list(entry)}: {name} must be {kind}, got {value!r}")
+    changes: dict[str, Any] = {}
     try:
-        return replace(decoding, **overrides)
-    except ValueError as error:
+        for name, value in overrides.items():
+            if name not in known:
+                raise ValueError(f"decoding has no field {name!r} to override; known are {_list(known)}")
+            current = getattr(decoding, name)
+            kind, types = _kind(current)
+            if isinstance(value, bool) or not isinstance(value, types):
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
+            changes[name] = replace(current, **value) if isinstance(value, Mapping) else value
+        return replace(decoding, **changes)
+    except (TypeError, ValueError) as error:  # replace() raises TypeError where a course lacks a field
         raise ValueError(f"row {list(entry)}: {error}") from error
+
+
+def _kind(value: object) -> tuple[str, tuple[type, ...]]:
+    """Return what YAML may give in place of ``value``, in words and types."""
+    if isinstance(value, str):
+        return "a word", (str,)
+    return ("a number", (int, float)) if isinstance(value, float) else ("a mapping of its fields", (Mapping,))
 
 
 def _name(method: str, num_steps: int, suffix: str, overrides: Mapping[str, Any]) -> str:
@@ -177,6 +186,8 @@ def _name(method: str, num_steps: int, suffix: str, overrides: Mapping[str, Any]
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "-".join(f"{name}{_shown(own)}" for name, own in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

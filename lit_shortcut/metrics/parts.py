@@ -58,6 +58,7 @@ class TimedBase:
         self.base, self.laps, self.spec = base, laps, base.spec
         self.interface = copy.copy(base.interface)
         self.interface.logits = self._logits  # type: ignore[method-assign]
+        self.interface.row_logits = self._row_logits  # type: ignore[method-assign]
 
     @property
     def fingerprint(self) -> str:
@@ -86,6 +87,12 @@ class TimedBase:
     def _logits(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
         self.laps.end("rest")
         logits = self.base.interface.logits(features, positions)
+        self.laps.end("head", calls=1)
+        return logits
+
+    def _row_logits(self, rows: Tensor, positions: Tensor) -> Tensor:
+        self.laps.end("rest")
+        logits = self.base.interface.row_logits(rows, positions)
         self.laps.end("head", calls=1)
         return logits
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Control, Prefix
+from lit_shortcut.contracts import Context, Control, Prefix, PrefixSize
 from lit_shortcut.interface import Places, TokenInterface
 from lit_shortcut.networks.rows import ALL_ROWS, Rows, RowsAt, RowsWhere
 from lit_shortcut.networks.shortcut import ShortcutNetwork
@@ -22,13 +22,25 @@ class EmbeddedControl(NamedTuple):
     places: Places
 
 
+class Layout(NamedTuple):
+    """What a prefix means for a batch at every step: where rows of the features stand, and the control it adds.
+
+    ``rows`` (B, S) are places in the base's sequence, ``is_real`` (B, S) is false at rows that are padding. ``control``
+    holds only the prefix's tokens, P of them.
+    """
+
+    rows: Tensor
+    is_real: Tensor | None
+    control: EmbeddedControl
+
+
 def advance(
     network: ShortcutNetwork,
     interface: TokenInterface,
     features: Tensor,
     control: Control,
     masked_share: Tensor,
-    prefix: Prefix | None = None,
+    layout: Layout | None = None,
     *,
     masked: Tensor | None = None,
     gap: Tensor | None = None,
@@ -41,13 +53,13 @@ def advance(
         features: (B, S, C), in the network's dtype.
         control: (B, K), tokens committed since.
         masked_share: (B,) r, before the step that is predicted.
-        prefix: of the samples, (B, …).
+        layout: of the samples' prefixes, if they have any.
         masked: places still masked, for a network that predicts those: (B, M), or a mask (B, L) where samples differ in
             number.
         gap: (B,) steps between ``features`` and the prediction, for an anchored network.
     """
     options = network.options
-    embedded = embed_control(interface, control, prefix, features.shape[-2], options.uses_prefix)
+    embedded = embed_control(interface, control, layout)
     rows = ALL_ROWS
     if options.rows == "masked":
         assert masked is not None
@@ -57,37 +69,62 @@ def advance(
     return predicted
 
 
-def embed_control(
-    interface: TokenInterface, control: Control, prefix: Prefix | None, num_rows: int, uses_prefix: bool = True
-) -> EmbeddedControl:
-    """Embed ``control`` (B, K), behind the tokens of ``prefix`` if there is one, for features of ``num_rows`` (S).
+def lay_out(
+    network: ShortcutNetwork,
+    interface: TokenInterface,
+    prefix: Prefix,
+    num_rows: int,
+    size: PrefixSize | None = None,
+) -> Layout:
+    """Lay out ``prefix`` (B, …) for features of ``num_rows`` (S), on the interface's device.
 
-    With ``uses_prefix`` false a prefix only says where rows stand. Where nothing is padded no masks are made, since
-    attention is faster without. A batch of one has no padding; of others it is known where ``prefix`` has its lengths
-    on the CPU.
+    For a ``network`` that doesn't use it, a prefix only says where rows stand. Where nothing is padded no masks are
+    made, since attention is faster without. ``size`` says whether that is so; when it is not given, a batch of one has
+    no padding, and of others it is known where lengths lie on the CPU.
     """
-    committed = interface.embed(control.tokens, control.positions)
-    if prefix is None:
-        return EmbeddedControl(committed, control.is_real, Places(rows=None, control=control.positions))
-    device = committed.device
+    if not network.options.uses_prefix:
+        prefix = prefix._replace(control=prefix.control[:, :0], num_control=torch.zeros_like(prefix.num_control))
     rows, row_is_real = interface.row_places(prefix.lengths, num_rows)
     assert interface.row_offsets is not None  # else it has no places
-    if not uses_prefix:
-        prefix = prefix._replace(control=prefix.control[:, :0], num_control=torch.zeros_like(prefix.num_control))
-    num_prefix_rows, num_prefix = num_rows - len(interface.row_offsets), prefix.control.shape[1]
-    prefix_places = torch.arange(num_prefix, device=device).expand(len(rows), -1)
-    is_real = control.is_real
-    if control.is_real is not None or _is_padded(prefix.num_control, num_prefix):
-        prefix_is_real = prefix_places < prefix.num_control.to(device)[:, None]
-        all_real = torch.ones_like(control.tokens, dtype=torch.bool)
-        is_real = torch.cat([prefix_is_real, all_real if control.is_real is None else control.is_real], dim=1)
+    num_control = prefix.control.shape[1]
+    places = torch.arange(num_control, device=rows.device).expand(len(rows), -1)
+    if size is None:
+        rows_are_padded = _is_padded(prefix.lengths, num_rows - len(interface.row_offsets))
+        control_is_padded = _is_padded(prefix.num_control, num_control)
+    else:
+        rows_are_padded = control_is_padded = size.is_padded
+    is_real = places < prefix.num_control.to(rows.device)[:, None] if control_is_padded else None
+    control = EmbeddedControl(prefix.control.to(rows.device), is_real, Places(rows=None, control=places))
+    return Layout(rows, row_is_real if rows_are_padded else None, control)
+
+
+def lay_out_branches(network: ShortcutNetwork, interface: TokenInterface, context: Context) -> list[Layout]:
+    """Lay out the guidance branches of ``context``, each cut to the longest in its branch; [] without a prefix."""
+    if (prefix := context.prefix) is None:
+        return []
+    assert interface.row_offsets is not None
+    sizes = context.prefix_sizes or map(PrefixSize.of, prefix.lengths.tolist(), prefix.num_control.tolist())
+    layouts = []
+    for branch, size in enumerate(sizes):
+        lengths, control, num_control = (part[branch] for part in prefix)
+        own = Prefix(lengths, control[:, : size.longest_control], num_control)
+        layouts.append(lay_out(network, interface, own, len(interface.row_offsets) + size.longest, size))
+    return layouts
+
+
+def embed_control(interface: TokenInterface, control: Control, layout: Layout | None = None) -> EmbeddedControl:
+    """Embed ``control`` (B, K), behind the tokens of the prefix that ``layout`` is of, if there is one."""
+    committed = interface.embed(control.tokens, control.positions)
+    if layout is None:
+        return EmbeddedControl(committed, control.is_real, Places(rows=None, control=control.positions))
+    prefix = layout.control
     return EmbeddedControl(
-        tokens=torch.cat([prefix.control.to(committed), committed], dim=1),
-        is_real=is_real,
+        tokens=torch.cat([prefix.tokens.to(committed.dtype), committed], dim=1),
+        is_real=_joined(prefix, control),
         places=Places(
-            rows=rows,
-            control=torch.cat([prefix_places, rows.gather(1, control.positions)], dim=1),
-            is_real=row_is_real if _is_padded(prefix.lengths, num_prefix_rows) else None,
+            rows=layout.rows,
+            control=torch.cat([prefix.places.control, layout.rows.gather(1, control.positions)], dim=1),
+            is_real=layout.is_real,
         ),
     )
 
@@ -117,10 +154,12 @@ def require_kind(network: ShortcutNetwork, interface: TokenInterface, whose: str
         )
 
 
-def prefix_of_branch(prefix: Prefix, branch: int) -> Prefix:
-    """One guidance branch of a context's ``prefix`` (G, B, …), its control cut to the longest in it."""
-    lengths, num_control = prefix.lengths[branch], prefix.num_control[branch]
-    return Prefix(lengths, prefix.control[branch][:, : int(num_control.max())], num_control)
+def _joined(prefix: EmbeddedControl, control: Control) -> Tensor | None:
+    """Which tokens of ``prefix``, then of ``control``, are no padding: (B, P + K), None where all are."""
+    if prefix.is_real is None and control.is_real is None:
+        return None
+    parts = (prefix.places.control, prefix.is_real), (control.tokens, control.is_real)
+    return torch.cat([torch.ones_like(of, dtype=torch.bool) if real is None else real for of, real in parts], dim=1)
 
 
 def _is_padded(lengths: Tensor, longest: int) -> bool:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
-from lit_shortcut.acceleration.compilation import compile_networks
+from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import require_feasible
 from lit_shortcut.evaluation.identity import dtype_of
@@ -44,6 +44,7 @@ class BenchTask(L.LightningModule):
         rounds: timed runs of each row.
         random_weights: say of the weights that they are random; sizes alone matter here.
         compiled: run base and predictors' networks through ``torch.compile``.
+        compile_mode: ``reduce-overhead`` replays CUDA graphs, for plans that are fixed before a run.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class BenchTask(L.LightningModule):
         rounds: int = 3,
         random_weights: bool = False,
         compiled: bool = False,
+        compile_mode: Mode = "default",
     ) -> None:
         super().__init__()
         if rounds < 1:
@@ -65,7 +67,7 @@ class BenchTask(L.LightningModule):
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.rows, self.path, self.rounds = build_rows(rows, decoding or Decoding(), methods, plans), path, rounds
-        self.random_weights, self.compiled = random_weights, compiled
+        self.random_weights, self.compiled, self.compile_mode = random_weights, compiled, compile_mode
         self.methods = modules_of(self.rows)
 
     def setup(self, stage: str) -> None:
@@ -77,7 +79,7 @@ class BenchTask(L.LightningModule):
     def on_test_start(self) -> None:
         """Compile, where that is asked for."""
         if self.compiled:
-            compile_networks(self.base, self.methods)
+            compile_networks(self.base, self.methods, self.compile_mode)
 
     def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure on the first batch; the others are left out."""

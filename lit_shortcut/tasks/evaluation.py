@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
-from lit_shortcut.acceleration.compilation import compile_networks
+from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import draw, require_feasible
 from lit_shortcut.evaluation.identity import loop_identities, row_identity
@@ -49,6 +49,7 @@ class EvaluationTask(L.LightningModule):
         random_weights: the weights are random, at published sizes: ``test`` measures latency only, draws no images and
             gives no figure of quality.
         compiled: run base and predictors' networks through ``torch.compile``.
+        compile_mode: ``reduce-overhead`` replays CUDA graphs, for plans that are fixed before a run.
 
     Raises:
         ValueError: if a row is malformed or given twice, the reference is missing, or a number is too small; or if
@@ -70,6 +71,7 @@ class EvaluationTask(L.LightningModule):
         grid_images: int = 20,
         random_weights: bool = False,
         compiled: bool = False,
+        compile_mode: Mode = "default",
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -86,7 +88,8 @@ class EvaluationTask(L.LightningModule):
         self.rows, self.metrics, self.results = build_rows(rows, self.decoding, methods, plans), metrics or {}, results
         self.methods = modules_of(self.rows)
         self.latency_rounds, self.latency_batch_size = latency_rounds, latency_batch_size
-        self.grid_images, self.random_weights, self.compiled = grid_images, random_weights, compiled
+        self.grid_images, self.random_weights = grid_images, random_weights
+        self.compiled, self.compile_mode = compiled, compile_mode
         (self.reference,) = build_rows([[self.decoding.num_steps]], self.decoding)
         if self.reference.name not in (names := [row.name for row in self.rows]):
             raise ValueError(f"rows must hold {self.reference.name}, which speed-up refers to; got {names}")
@@ -118,7 +121,7 @@ class EvaluationTask(L.LightningModule):
     def on_test_start(self) -> None:
         """Compile where that is asked for, and look at what is finished."""
         if self.compiled:
-            compile_networks(self.base, self.methods)
+            compile_networks(self.base, self.methods, self.compile_mode)
         self.loops = loop_identities(
             self.base, self.rows, precision=str(self.trainer.precision), compiled=self.compiled
         )

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_shortcut.acceleration.accelerated import Vanilla
-from lit_shortcut.acceleration.compilation import compile_networks
+from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.evaluation.drawing import require_known
@@ -46,6 +46,7 @@ class RecordingTask(L.LightningModule):
         base: the frozen model.
         decoding: how tokens are drawn.
         compiled: run the base through ``torch.compile``.
+        compile_mode: ``reduce-overhead`` replays CUDA graphs.
         memory_limit_gb: features of a batch that are kept in the memory of the base's device, in GB (10⁹ bytes);
             batches that wait to be written take as much each. Where a batch's take more, they go to a file step by
             step, and no trajectory lies in memory whole.
@@ -61,6 +62,7 @@ class RecordingTask(L.LightningModule):
         *,
         decoding: Decoding | None = None,
         compiled: bool = False,
+        compile_mode: Mode = "default",
         memory_limit_gb: float = 8.0,
         scratch: Path = SCRATCH,
     ) -> None:
@@ -69,7 +71,7 @@ class RecordingTask(L.LightningModule):
             raise ValueError(f"memory_limit_gb must be at least 0, got {memory_limit_gb}")
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
-        self.decoding, self.compiled = decoding or Decoding(), compiled
+        self.decoding, self.compiled, self.compile_mode = decoding or Decoding(), compiled, compile_mode
         self.memory_limit_gb, self.scratch = memory_limit_gb, Path(scratch)
 
     def setup(self, stage: str) -> None:
@@ -85,7 +87,7 @@ class RecordingTask(L.LightningModule):
     def on_predict_start(self) -> None:
         """Compile where that is asked for."""
         if self.compiled:
-            compile_networks(self.base, ())
+            compile_networks(self.base, (), self.compile_mode)
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
         """Return trajectories of one batch, all features kept."""

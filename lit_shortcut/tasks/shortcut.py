@@ -19,7 +19,7 @@ from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.losses import Loss, MaskedMSE, Places, weighted_sum
 from lit_shortcut.metrics.functional import gain_over_hold
 from lit_shortcut.metrics.places import diagnostics
-from lit_shortcut.networks.control import advance, require_kind
+from lit_shortcut.networks.control import advance, lay_out, require_kind
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.optimized import OptimizedTask
@@ -75,7 +75,7 @@ class ShortcutTask(OptimizedTask):
             raise ValueError(f"losses must not be named {', '.join(taken)}: train/{taken[0]} is logged already")
         self.network, self.rollout_depth = network, rollout_depth
         if compiled:
-            network.compile()  # in place: weights keep their names, and what samples with the network is faster, too
+            network.compile(fullgraph=True)  # in place: weights keep their names, and sampling with it is faster, too
         self.card: Card | None = None
         self.rollouts: Rollouts | None = None
         self._ends: tuple[RecordedEnds, ...] = ()
@@ -167,7 +167,8 @@ class ShortcutTask(OptimizedTask):
     ) -> Tensor:
         """Predict features (B, S, C); see :func:`~lit_shortcut.networks.control.advance`."""
         features, interface = features.to(next(self.network.parameters()).dtype), self.ends.interface
-        return advance(self.network, interface, features, control, masked_share, prefix, masked=masked, gap=gap)
+        layout = None if prefix is None else lay_out(self.network, interface, prefix, features.shape[-2])
+        return advance(self.network, interface, features, control, masked_share, layout, masked=masked, gap=gap)
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
         """Loss of one batch of windows, after a depth drawn from 1 to their length.
@@ -294,6 +295,6 @@ class ShortcutTask(OptimizedTask):
         """Refuse a loss over all ranks that is not finite: on every rank, as all have the same sum."""
         if not math.isfinite(loss):
             raise ValueError(
-                f"training loss is {loss} at optimiser step {self.global_step}, or was since the step logged last: lower "
-                "the learning rate or raise the precision (stored features are checked and finite)"
+                f"training loss is {loss} at optimiser step {self.global_step}, or was since the step logged last: "
+                "lower the learning rate or raise the precision (stored features are checked and finite)"
             )

@@ -1,52 +1,103 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
+from lit_shortcut.acceleration import compilation
 from lit_shortcut.acceleration.accelerated import Accelerated
-from lit_shortcut.acceleration.compilation import compile_networks
-from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.compilation import compile_networks, require_compiler
+from lit_shortcut.acceleration.plans import Adaptive, Even
+from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
-from lit_shortcut.contracts import Conditions
-from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
-from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
+from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding, generate
+from tests.gpu.cases import CASES
+
+DECODING = Decoding(num_steps=5)
+WHOLE = [(name, "default") for name in ("toy", "cross toy", "neighbourhood", "dimoo, padded")]
+WHOLE += [("maskgit", "reduce-overhead")]
+
+
+@pytest.fixture
+def eager_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured, whole or not at all, and run as they are: no compiler takes part."""
+    monkeypatch.setattr(compilation, "require_compiler", lambda device: None)
+    capture = torch.compile
+
+    def without_mode(function: Callable[..., Any], *, mode: str, **settings: Any) -> Any:
+        return capture(function, backend="eager", **settings)
+
+    monkeypatch.setattr(torch, "compile", without_mode)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.usefixtures("eager_backend")
+@pytest.mark.parametrize(("name", "mode"), WHOLE)
+def test_base_and_shortcut_of_every_kind_are_captured_whole(name: str, mode: compilation.Mode) -> None:
+    case = CASES[name]
+    base, conditions = case.make_base(), case.conditions()
+    method = Accelerated(Even(2), Shortcut(case.make_network()))
+    expected = generate(base, conditions, DECODING, method).tokens
+    compile_networks(base, [method], mode)
+    for _ in range(2):
+        assert torch.equal(generate(base, conditions, DECODING, method).tokens, expected)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 2  # base and network
+    assert not counters["graph_break"]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs the compiler g++ on CPUs")
 def test_compiled_networks_give_the_same_tokens_under_the_same_names() -> None:
-    ids = torch.arange(3)
-    conditions, decoding = Conditions(ids, ids + 5, ids), Decoding(num_steps=3)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = ShortcutNet(width=16, num_heads=2).eval().requires_grad_(False)
-        torch.nn.init.normal_(network.widen.weight, std=0.1)
-    base, method = ToyBase(), Accelerated(Even(2), Shortcut(network))
+    case = CASES["toy"]
+    base, network = ToyBase(), case.make_network()
+    method = Accelerated(Even(2), Shortcut(network))
     names, identity = list(network.state_dict()), method.identity()
-    expected = generate(base, conditions, decoding, method).tokens
+    run = partial(generate, base, case.conditions(), Decoding(num_steps=3), method)
+    expected = run().tokens
     compile_networks(base, [method])
-    torch._dynamo.utils.counters.clear()
-    assert torch.equal(generate(base, conditions, decoding, method).tokens, expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # both were compiled
+    assert torch.equal(run().tokens, expected)
     assert (list(network.state_dict()), method.identity()) == (names, identity)
 
 
-@pytest.mark.parametrize(
-    "network",
-    [ShortcutNet(16, num_heads=2), LLaDAShortcutNet(16, num_heads=2, mlp_width=8)],
-    ids=lambda n: type(n).__name__,
-)
-def test_shortcut_networks_of_every_kind_are_compiled(
-    network: ShortcutNetwork, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["maskgit", "dimoo"])
+def test_shortcut_networks_of_every_kind_are_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(compilation, "require_compiler", lambda device: None)
+    compile_in_place = ShortcutNetwork.compile
 
-    def compile_in_place(module: torch.nn.Module) -> None:
+    def compile_and_note(module: ShortcutNetwork, **settings: Any) -> None:
         compiled.append(module)
+        compile_in_place(module, **settings)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
+    monkeypatch.setattr(ShortcutNetwork, "compile", compile_and_note)
+    network = CASES[name].make_network()
     compile_networks(ToyBase(), [Accelerated(Even(2), Shortcut(network))])
     assert compiled == [network]
+
+
+# ---- bad input
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(ValueError, match=r"compiled: true.*no-such-compiler -O2 was not found"):
+        compile_networks(ToyBase(), [])
+    monkeypatch.setattr(compilation, "has_triton", lambda: False)
+    with pytest.raises(ValueError, match=r"compiled: true.*triton"):
+        require_compiler(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("per", ["batch", "sample"])
+def test_graph_mode_refuses_a_plan_that_decides_from_the_features(per: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "require_compiler", lambda device: None)
+    base = ToyBase()
+    with pytest.raises(ValueError, match=r"compile_mode: reduce-overhead.*Adaptive decides from the features"):
+        compile_networks(base, [Accelerated(Adaptive(0.1, per), Hold())], "reduce-overhead")
+    assert "features" not in vars(base)  # nothing was compiled

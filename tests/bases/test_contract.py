@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_shortcut.contracts import Clock, Conditions, MaskedImageModel
+from lit_shortcut.decoding.unmasking import guide
 
 OF_CLASSES = ["make_base", "make_base_with_vqgan", "make_halton"]
 OF_PROMPTS = ["make_dimoo", "make_mmada", "make_cross", "make_amused", "make_meissonic", "make_monetico"]
@@ -75,6 +76,20 @@ def test_first_rows_of_the_features_are_the_image_tokens(model: MaskedImageModel
     chosen = model.interface.logits(features, places)
     for row, own_places in enumerate(places):
         torch.testing.assert_close(chosen[:, row], every[:, row, own_places])
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.8])
+def test_logits_of_guided_features_are_guided_logits_where_the_head_is_linear(
+    model: MaskedImageModel, conditions: MakeConditions, scale: float
+) -> None:
+    """Sampling counts on it."""
+    if not model.interface.is_linear:
+        pytest.skip("the head is not linear")
+    features = model.features(half_masked(model, 2), model.context(conditions(2), guided=True), Clock(0, 1))
+    places = torch.tensor([[3, 1], [0, 2]])
+    expected = guide(model.interface.logits(features, places), scale)
+    guided = model.interface.row_logits(guide(model.interface.rows_at(features, places), scale), places)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_features_know_where_a_token_stands(model: MaskedImageModel, conditions: MakeConditions) -> None:

@@ -66,7 +66,7 @@ def by_sequence(base: DiMOO, tokens: Tensor, prompt: str, grid: Frame) -> Tensor
         places += range(len(ids), len(ids) + grid.width)
         ids += [*codes[row * grid.width : (row + 1) * grid.width], special.newline]
     ids += [special.eoi, special.answer_end]
-    features: Tensor = base.transformer(torch.tensor([ids]), torch.arange(len(ids))[None])
+    features: Tensor = base.transformer(torch.tensor([ids]), base.transformer.rotation(torch.arange(len(ids))[None]))
     return features[0, places]
 
 

@@ -31,7 +31,8 @@ class Recorder(L.LightningModule):
             spec=SPEC,
             fingerprint="0123456789abcdef",
             interface=interface(),
-            context=lambda conditions, guided: Context(conditions.labels),
+            identity=lambda: {"fingerprint": self.base.fingerprint},
+            context=lambda conditions, guided: Context(),
         )
         self.decoding = Decoding(num_steps=4)
         self.fails_at, self.batches = fails_at, 0

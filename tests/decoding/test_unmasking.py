@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lit_shortcut.decoding.unmasking import guide, sample_codes
+from lit_shortcut.decoding.unmasking import exact_cumulative, guide, sample_codes
 
 NEAREST_ZERO, NEAREST_ONE = 0.5 * 2.0**-23, 1 - 0.5 * 2.0**-23
 
@@ -56,6 +56,13 @@ def test_impossible_codes_are_never_drawn(value: float, possible: list[int]) -> 
     choice = sample_codes(logits, torch.tensor([[value]]))
     assert choice.codes.item() in possible
     assert choice.log_probs.item() == pytest.approx(-torch.tensor(float(len(possible))).log().item())
+
+
+def test_exact_running_sums_are_those_of_double_precision() -> None:
+    probabilities = (torch.randn(50, 8192, generator=torch.Generator().manual_seed(6)) * 4).softmax(-1)
+    sums, expected = exact_cumulative(probabilities) * 2.0**-46, probabilities.double().cumsum(-1)
+    torch.testing.assert_close(sums.double(), expected, rtol=2e-7, atol=1e-10)
+    assert bool((sums.diff(dim=-1) >= 0).all())
 
 
 def test_extreme_uniforms_give_codes_of_the_codebook() -> None:

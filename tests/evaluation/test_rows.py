@@ -7,6 +7,7 @@ import pytest
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.plans import Adaptive, Even, EvenTokens, Steps
 from lit_shortcut.acceleration.predictors import Hold, Taylor
+from lit_shortcut.decoding.temperature import TemperatureCourse
 from lit_shortcut.evaluation.rows import Row, build_rows
 from lit_shortcut.sampling import Decoding
 
@@ -34,6 +35,7 @@ def plan_of(row: Row) -> Any:
         ([16, 4, "hold", "mine"], "hold_n16_b4_mine"),
         ([16, [0, 3, 9], "hold"], "hold_n16_b3_steps0-3-9"),
         ([16, {"order": "halton"}], "vanilla_n16_halton"),
+        ([6, {"temperature_course": {"first": 2, "last": 0.5}}], "vanilla_n6_temperature_coursefirst2-last0.5"),
         ([16, 4, "hold", {"confidence_noise": 4.5, "guidance": 1}], "hold_n16_b4_confidence_noise4.5_guidance1"),
     ],
 )
@@ -57,6 +59,8 @@ def test_row_decodes_as_it_says() -> None:
     assert (type(plan_of(listed)), plan_of(listed).steps) == (Steps, [0, 3])
     assert own.decoding == Decoding(num_steps=5, guidance=1, order="halton")
     assert own.settings == "guidance 1, halton"
+    (course,) = build([5, {"temperature_course": {"first": 2.0}}])
+    assert course.decoding.temperature_course == TemperatureCourse(first=2.0)
 
 
 def test_plan_with_a_budget_of_its_own_is_taken_as_it_is() -> None:
@@ -90,6 +94,10 @@ def test_method_is_called_by_its_name_in_yaml() -> None:
         ([6, {"guidance": True}], ["guidance", "True"]),
         ([6, {"order": "random"}], ["order", "random", "halton"]),
         ([6, {"temperature": -1}], ["temperature", "-1"]),
+        ([6, {"schedule": "slow"}], ["schedule", "slow", "arccos"]),
+        ([6, {"temperature_course": 2}], ["temperature_course", "mapping", "2"]),
+        ([6, {"temperature_course": {"middle": 2}}], ["middle"]),
+        ([6, {"temperature_course": {"first": -1}}], ["temperature_course.first", "-1"]),
     ],
 )
 def test_malformed_row_is_shown_with_what_is_known(entry: Any, parts: list[str]) -> None:

@@ -51,18 +51,18 @@ def clock() -> Watch:
 def slow_base(make_base: Callable[[int], MaskGIT], clock: Watch, monkeypatch: pytest.MonkeyPatch) -> MaskGIT:
     """Ten seconds a pass, half a second a head."""
     base = make_base(0)
-    features, logits = base.features, base.interface.logits
+    features, logits = base.features, base.interface.row_logits
 
     def slow_features(tokens: Tensor, context: Context, at: Clock) -> Tensor:
         clock.now += 10
         return features(tokens, context, at)
 
-    def slow_logits(rows: Tensor, positions: Tensor | None = None) -> Tensor:
+    def slow_logits(rows: Tensor, positions: Tensor) -> Tensor:
         clock.now += 0.5
         return logits(rows, positions)
 
     monkeypatch.setattr(base, "features", slow_features)
-    monkeypatch.setattr(base.interface, "logits", slow_logits)
+    monkeypatch.setattr(base.interface, "row_logits", slow_logits)
     return base
 
 

@@ -112,7 +112,7 @@ def test_parameters_have_no_bias_but_at_projections_and_time(network: LLaDAShort
 
 
 def test_rows_without_places_are_refused(network: LLaDAShortcutNet) -> None:
-    with pytest.raises(ValueError, match="LLaDAShortcutNet rotates rows"):
+    with pytest.raises(ValueError, match="interface has none"):
         network(rows(6), rows(2), torch.tensor([0.5, 0.5]))
 
 

@@ -16,7 +16,7 @@ from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import UNCONDITION, SpecialTokens
 from lit_shortcut.contracts import Acceleration, Clock, Conditions, Control
 from lit_shortcut.interface import Places
-from lit_shortcut.networks.control import embed_control, prefix_of_branch
+from lit_shortcut.networks.control import embed_control, lay_out_branches
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import fill
 from lit_shortcut.sampling import Decoding, generate, sample
@@ -106,7 +106,7 @@ def image_codes(sequence: Tensor) -> Tensor:
 
 
 def test_transformer_equals_the_reference(base: DiMOO) -> None:
-    features = base.transformer(GOLDEN["in.tokens"], PLACES)
+    features = base.transformer(GOLDEN["in.tokens"], base.transformer.rotation(PLACES))
     torch.testing.assert_close(features, GOLDEN["out.feature"], rtol=1e-5, atol=1e-5)
     logits = features @ base.transformer.head_weight.T
     torch.testing.assert_close(logits, GOLDEN["out.logits"], rtol=1e-5, atol=1e-5)
@@ -139,7 +139,7 @@ def test_next_features_by_interface_and_prompt_equal_the_reference(base: DiMOO, 
     positions = (offsets[:, None] == committed).int().argmax(dim=0)[None]
     control = Control(GOLDEN["in.new_token_ids"][:, LENGTH:] - SPECIAL.first_code, positions)
     rows, _ = base.interface.row_places(torch.tensor([LENGTH]), PLACES.shape[1])
-    embedded = embed_control(base.interface, control, prefix_of_branch(context.prefix, 0), PLACES.shape[1])
+    embedded = embed_control(base.interface, control, lay_out_branches(network, base.interface, context)[0])
     following = network(GOLDEN["out.feature"][:, rows[0]], embedded.tokens, GOLDEN["in.mask_ratio"], *embedded[1:])
     expected = GOLDEN["out.next_feature"]
     torch.testing.assert_close(in_sequence(base, following, LENGTH), expected, rtol=1e-5, atol=1e-5)

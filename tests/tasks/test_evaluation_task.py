@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from datamodules.conditions import ClassLabels
+from lit_shortcut.acceleration.calibrated import Calibrated, PlanFile, Schedule
 from lit_shortcut.acceleration.plans import Adaptive
 from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.contracts import Conditions, MaskedImageModel
+from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.evaluation.drawing import Drawn, draw
 from lit_shortcut.evaluation.rows import Row, build_rows
 from lit_shortcut.fashion.classifier import FashionCNN
@@ -115,7 +118,7 @@ def test_interrupted_test_loses_no_finished_batch_and_ends_with_the_same_bytes(
 def test_change_of_what_values_depend_on_measures_every_row_again(
     tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{TASK}.compile_networks", lambda base, methods: None)
+    monkeypatch.setattr(f"{TASK}.compile_networks", lambda base, *_: None)
     measure(tmp_path)
     monkeypatch.setattr(f"{TASK}.draw", again := Interrupt(0))
     measure(tmp_path)
@@ -176,6 +179,25 @@ def test_passes_of_an_adaptive_plan_are_those_that_were_run(tmp_path: Path) -> N
     assert found["taylor_n5_b2_adaptive_seed0"]["mean"] == pytest.approx(float(counted.mean()))
 
 
+def test_calibrated_plan_is_read_from_its_file_and_checked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shortcut, asked = Shortcut(ShortcutNet(width=16, num_heads=2)), list[str]()
+    counts = tokens_per_step("arccos", 5, 16)
+    schedule = Schedule(counts=counts, trajectories=1, steps={"2": [0, 1]}, kl={"2": 1.0})
+    PlanFile(shortcut.identity(), ToyBase().fingerprint, [schedule]).write(tmp_path / "plan.json")
+    identity = shortcut.identity
+    monkeypatch.setattr(shortcut, "identity", lambda: asked.append("hash") or identity())
+    rows = [[5], [5, 2, "shortcut"], [5, 2, "shortcut", "calibrated"]]
+    plans = {"calibrated": partial(Calibrated, path=tmp_path / "plan.json")}
+    measure(tmp_path, rows, plans=plans, methods={"shortcut": shortcut}, precision="bf16-true")
+    found = stored(tmp_path)
+    even, calibrated = (found[f"shortcut_n5_b2{plan}_seed0"] for plan in ("", "_calibrated"))
+    assert even["full_steps"] == calibrated["full_steps"]
+    assert even["values"] != calibrated["values"]
+    assert len(asked) == 3  # when the plan is checked, and for the identities of two rows: not at every batch
+
+
 # ---- latency
 
 
@@ -221,7 +243,7 @@ def test_precision_reaches_the_shortcut_network_too(tmp_path: Path) -> None:
 
 def test_networks_are_compiled_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[MaskedImageModel] = []
-    monkeypatch.setattr(f"{TASK}.compile_networks", lambda base, methods: compiled.append(base))
+    monkeypatch.setattr(f"{TASK}.compile_networks", lambda base, *_: compiled.append(base))
     measure(tmp_path, ROWS[:1])
     assert compiled == []
     task = measure(tmp_path, ROWS[:1], compiled=True)

@@ -36,7 +36,7 @@ def test_recorded_features_and_tokens_are_those_of_the_decoding_loop(base: Maske
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recording_is_compiled_where_that_is_asked_for(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     bases: list[MaskedImageModel] = []
-    monkeypatch.setattr("lit_shortcut.tasks.recording.compile_networks", lambda base, methods: bases.append(base))
+    monkeypatch.setattr("lit_shortcut.tasks.recording.compile_networks", lambda base, *_: bases.append(base))
     task = RecordingTask(ToyBase(), decoding=DECODING, compiled=compiled)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     trainer.predict(task, datamodule=ClassLabels(4, batch_size=4))

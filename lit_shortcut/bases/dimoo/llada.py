@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lit_shortcut.networks.deepening import deepened
-from lit_shortcut.networks.llada import LLaDABlock, RMSNorm, rotation
+from lit_shortcut.networks.llada import LLaDABlock, RMSNorm, Rotation, rotation
 from lit_shortcut.weights import load_module
 
 
@@ -58,16 +58,19 @@ class LLaDA(nn.Module):
         """(vocab_size, C); logits are features times its transpose."""
         return self.wte.weight if self.ff_out is None else self.ff_out.weight
 
-    def forward(self, ids: Tensor, places: Tensor, is_real: Tensor | None = None) -> Tensor:
+    def rotation(self, places: Tensor) -> Rotation:
+        """Rotation of tokens at ``places`` (B, S) in the sequence, for all passes in which they stand there."""
+        return rotation(places, self.head_width, self.rope_theta)
+
+    def forward(self, ids: Tensor, by: Rotation, is_real: Tensor | None = None) -> Tensor:
         """Features (B, S, C), behind the last norm, of token ``ids`` (B, S).
 
         Args:
-            ids: in any order: ``places`` tell where each stands.
-            places: (B, S), in the sequence.
+            ids: in any order: what they are rotated by says where each stands.
+            by: of their places.
             is_real: (B, S), false at padding, which nothing attends to.
         """
         x: Tensor = self.wte(ids)
-        by = rotation(places, self.head_width, self.rope_theta)
         for block in self.blocks:
             x = block(x, by, is_real)
         features: Tensor = self.ln_f(x)

@@ -1,0 +1,40 @@
+"""Which precision a device computes in: bfloat16 where it is fast, and no precision that the device lacks."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.plugins.precision import HalfPrecision, Precision
+
+
+def bfloat16_where_native() -> Precision:
+    """Precision ``bf16-true`` where the device has instructions for it, else ``32-true``: an entry of trainer.plugins.
+
+    A CPU without AVX-512-BF16 or AMX converts at every operation, several times slower than float32. Weights are cast
+    once; ``bf16-mixed`` would cast those of a frozen network at every pass. To choose by hand, give
+    ``--trainer.plugins null --trainer.precision 32-true``.
+    """
+    return HalfPrecision("bf16-true") if has_native_bfloat16() else Precision()
+
+
+def has_native_bfloat16() -> bool:
+    """Whether the GPU, or the CPU where there is none, computes in bfloat16 without conversion."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def require_precision(precision: str, device: torch.device) -> None:
+    """Refuse a ``precision``, by Lightning's name, that ``device`` lacks.
+
+    Raises:
+        ValueError: naming the precision, the device and what it has.
+    """
+    if precision.startswith("bf16") and device.type == "cuda" and not has_native_bfloat16():
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(
+            f"precision {precision}: {name} does not compute in bfloat16; take 32-true, or 16-mixed to fit"
+        )
+    if precision.startswith("16") and device.type == "cpu":
+        raise ValueError(f"precision {precision}: a CPU does not compute in float16; take 32-true or bf16-true")
+    if precision.startswith("64") and device.type == "mps":
+        raise ValueError(f"precision {precision}: {device.type} does not compute in float64; take 32-true")

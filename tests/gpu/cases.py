@@ -1,0 +1,85 @@
+"""Bases of every kind with the shortcut that fits each, small and random, for tests of where and how they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lit_shortcut.acceleration.accelerated import Accelerated, Predictor, Vanilla
+from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.predictors import Hold, Taylor
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bases.dimoo.toy import toy_dimoo
+from lit_shortcut.bases.maskgit.adapter import MaskGIT
+from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
+from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.bases.toy_cross import CrossToyBase
+from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
+from lit_shortcut.fashion.tokenizer import FSQTokenizer
+from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
+from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
+from tests.published_amused import tiny_amused
+from tests.published_meissonic import tiny_meissonic
+from tests.tiny_bases import tiny_halton, tiny_mmada
+
+EQUAL_PROMPTS, UNEQUAL_PROMPTS = ("a cat", "a dog"), ("a cat", "three grey cats")
+
+
+class Case(NamedTuple):
+    """How to make a base and the shortcut network for it, and the prompts it is asked for."""
+
+    make_base: Callable[[], MaskedImageModel]
+    make_network: Callable[[], ShortcutNetwork]
+    prompts: tuple[str, ...] = ()
+
+    def conditions(self, count: int = 2) -> Conditions:
+        ids = torch.arange(count)
+        return Conditions(ids, ids + 5, ids, self.prompts)
+
+
+def maskgit(depth: int = 2) -> MaskGIT:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = MaskGITTransformer(
+            codebook_size=8, num_classes=5, grid=4, width=32, depth=depth, num_heads=2, mlp_width=64
+        )
+        nn.init.normal_(transformer.token_embedding.weight, std=1.0)
+        return MaskGIT(transformer, FSQTokenizer(levels=[8], width=8, image_size=8))
+
+
+def moving(network: ShortcutNetwork) -> ShortcutNetwork:
+    """``network``, which predicts something else than its input, ready to run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        assert isinstance(network.widen, nn.Linear)
+        nn.init.normal_(network.widen.weight, std=0.1)
+    return network.eval().requires_grad_(False)
+
+
+CASES = {
+    "toy": Case(ToyBase, lambda: moving(ShortcutNet(16, num_heads=2))),
+    "cross toy": Case(CrossToyBase, lambda: moving(ShortcutNet(16, num_heads=2)), UNEQUAL_PROMPTS),
+    "maskgit": Case(maskgit, lambda: moving(ShortcutNet(32, num_heads=2))),
+    "neighbourhood": Case(maskgit, lambda: moving(ShortcutNet(32, num_heads=2, grid=4, reach=1))),
+    "masked rows": Case(maskgit, lambda: moving(ShortcutNet(32, num_heads=2, rows="masked", anchored=True))),
+    "halton": Case(tiny_halton, lambda: moving(ShortcutNet(32, num_heads=2))),
+    "amused": Case(lambda: tiny_amused(0), lambda: moving(ShortcutNet(32, num_heads=2)), UNEQUAL_PROMPTS),
+    "meissonic": Case(
+        lambda: tiny_meissonic(0, 64, downsample=True, upsample=True),
+        lambda: moving(ShortcutNet(24, num_heads=2)),
+        UNEQUAL_PROMPTS,
+    ),
+    "mmada": Case(tiny_mmada, lambda: moving(LLaDAShortcutNet(16, num_heads=2, mlp_width=32)), UNEQUAL_PROMPTS),
+    "dimoo": Case(toy_dimoo, lambda: moving(LLaDAShortcutNet(16, num_heads=2, mlp_width=32)), EQUAL_PROMPTS),
+    "dimoo, padded": Case(toy_dimoo, lambda: moving(LLaDAShortcutNet(16, num_heads=2, mlp_width=32)), UNEQUAL_PROMPTS),
+}
+
+
+def accelerations(network: ShortcutNetwork, budget: int = 2) -> dict[str, Acceleration]:
+    predictors: dict[str, Predictor] = {"hold": Hold(), "taylor": Taylor(1), "shortcut": Shortcut(network)}
+    return {"vanilla": Vanilla()} | {
+        name: Accelerated(Even(budget), predictor) for name, predictor in predictors.items()
+    }

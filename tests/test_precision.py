@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.plugins.precision import Precision
+
+from lit_shortcut import precision
+from lit_shortcut.precision import bfloat16_where_native, require_precision
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+@pytest.mark.parametrize(("is_native", "name"), [(True, "bf16-true"), (False, "32-true")])
+def test_bfloat16_is_chosen_where_it_is_native(is_native: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda: is_native)
+    trainer = L.Trainer(accelerator="cpu", plugins=[bfloat16_where_native()], logger=False, barebones=True)
+    assert trainer.precision == name
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "is_native"), [(False, False, False), (True, False, True), (False, True, True)]
+)
+def test_instructions_of_the_cpu_decide(
+    avx512: bool, amx: bool, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert precision.has_native_bfloat16() == is_native
+
+
+def test_yaml_can_name_it() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--plugin", type=Precision)
+    config = parser.parse_object({"plugin": {"class_path": "lit_shortcut.precision.bfloat16_where_native"}})
+    assert isinstance(parser.instantiate_classes(config).plugin, Precision)
+
+
+@pytest.mark.parametrize("name", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
+def test_a_precision_that_the_cpu_has_passes(name: str) -> None:
+    require_precision(name, CPU)
+
+
+@pytest.mark.parametrize(("name", "device"), [("16-true", CPU), ("64-true", MPS), ("bf16-mixed", CUDA)])
+def test_a_precision_that_the_device_lacks_is_refused(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "has_native_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(ValueError, match=f"precision {name}: .* does not compute in"):
+        require_precision(name, device)
