@@ -14,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 .NOTPARALLEL:
-.PHONY: help install demo extract-trajectories fit report table report-full bench bench-data forecast base base-fashion base-fashion_text test lint format types unit toy clean
+.PHONY: help install demo extract-trajectories fit report table report-full bench bench-data gpu forecast base base-fashion base-fashion_text test lint format types unit toy clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ bench: install ## Where the time of one run goes, part by part (default: MaskGIT
 
 bench-data: install ## The path of the data against what it replaces: loader, recording, encoding, training
 	$(VENV)/bin/python -m benchmarks
+
+gpu: install ## Decoding, recording and training of the published systems on this machine's GPU, random weights, in ten minutes
+	$(VENV)/bin/python -m benchmarks.gpu
 
 forecast: install ## Operations and memory of Lumina-DiMOO at published size, counted without weights or GPU
 	$(VENV)/bin/python -m benchmarks.forecast --config benchmarks/forecast.yaml
