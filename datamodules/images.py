@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.places import located
 
 
 class ImageFolder(L.LightningDataModule):
@@ -35,7 +36,7 @@ class ImageFolder(L.LightningDataModule):
 
     def __init__(self, folder: Path, image_size: int = 512, batch_size: int = 50, num_workers: int = 0) -> None:
         super().__init__()
-        self.folder, self.image_size = folder, image_size
+        self.folder, self.image_size = located(folder), image_size
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def predict_dataloader(self) -> DataLoader[LabelledImages]:

@@ -21,6 +21,7 @@ from lit_shortcut.contracts import Trajectories
 from lit_shortcut.files import is_remote
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
+from lit_shortcut.places import located_source
 from lit_shortcut.trajectory import (
     Card,
     EncodedTransition,
@@ -131,7 +132,7 @@ class TrajectoryDataModule(L.LightningDataModule):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        self.source, self.batch_size, self.num_workers = source, batch_size, num_workers
+        self.source, self.batch_size, self.num_workers = located_source(source), batch_size, num_workers
         self.shuffle_shards, self.validation_shards, self.window = shuffle_shards, validation_shards, window
         self.seed, self.base_fingerprint, self.validation_batch_size = seed, base_fingerprint, validation_batch_size
         self.on_corrupt, self.cache = on_corrupt, cache

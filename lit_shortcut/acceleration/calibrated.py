@@ -12,6 +12,7 @@ from typing import Any
 from lit_shortcut.acceleration.accelerated import DecideFn, Plan, Predictor
 from lit_shortcut.acceleration.plans import Adaptive, Steps
 from lit_shortcut.files import replacing
+from lit_shortcut.places import located
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class PlanFile:
             ValueError: if it is missing or no such file.
         """
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(located(path).read_text())
             return cls(**content | {"schedules": [Schedule(**one) for one in content["schedules"]]})
         except OSError as error:
             raise ValueError(f"{path}: not readable as a file of calibrated plans ({error.strerror})") from error

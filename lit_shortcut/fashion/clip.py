@@ -21,6 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
 from lit_shortcut.contracts import CaptionedImages
+from lit_shortcut.places import located
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import WeightsError
 
@@ -68,7 +69,7 @@ class SmallCLIP(nn.Module):
             "num_heads": num_heads,
             "context": context,
         }
-        words = _words(Path(tokenizer), context)
+        words = _words(located(tokenizer), context)
         sizes = {
             "hidden_size": width,
             "intermediate_size": 2 * width,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.places import located
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _IDX_UINT8 = 0x08
@@ -64,6 +65,7 @@ class FashionMNIST(L.LightningDataModule):
 
     def __init__(self, folder: Path | None = None, batch_size: int = 64, validation_images: int = 2000) -> None:
         super().__init__()
+        folder = None if folder is None else located(folder)
         self.folder, self.batch_size, self.validation_images = folder, batch_size, validation_images
 
     def prepare_data(self) -> None:
