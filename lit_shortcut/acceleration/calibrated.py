@@ -11,6 +11,7 @@ from typing import Any
 
 from lit_shortcut.acceleration.accelerated import DecideFn, Plan, Predictor
 from lit_shortcut.acceleration.plans import Adaptive, Steps
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.files import replacing
 from lit_shortcut.places import located
 
@@ -85,6 +86,7 @@ class _FromFile(Plan):
     _table: str
 
     def __init__(self, budget: int, path: Path) -> None:
+        require_at_least(1, budget=budget)
         self.budget, self.path = budget, Path(path)
         self._file = PlanFile.read(self.path)
         self._digest = sha256(self.path.read_bytes()).hexdigest()[:16]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import (
     Clock,
     Conditions,
@@ -88,6 +89,7 @@ class PromptedLLaDA(nn.Module, ABC):
         max_prompt_tokens: int,
     ) -> None:
         super().__init__()
+        require_at_least(1, max_prompt_tokens=max_prompt_tokens)
         self.special = special
         self.transformer, self.tokenizer = transformer, tokenizer
         self.image, self.max_prompt_tokens = image, max_prompt_tokens

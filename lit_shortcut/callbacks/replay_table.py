@@ -44,6 +44,8 @@ class ReplayTable(L.Callback):
             predictors = {"hold": Hold(), "taylor_1": Taylor(1), "taylor_2": Taylor(2)}
         if "shortcut" in predictors:
             raise ValueError("predictors must not be named shortcut, which is the network being trained")
+        if not budgets and not others:
+            raise ValueError("budgets must name at least one number of full steps where there are no others")
         self.budgets, self.predictors, self.others = budgets, predictors, others or {}
         self._sums: dict[str, Tensor] = {}  # KL, full steps, samples
 
