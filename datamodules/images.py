@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from lit_shortcut.bounds import require_at_least
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.places import located
 
 

@@ -11,7 +11,7 @@ from torch.optim import AdamW
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_shortcut.bounds import require_at_least
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import load_module
 

@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
 from lit_shortcut.bounds import require_at_least
-from lit_shortcut.contracts import CaptionedImages
+from lit_shortcut.images import CaptionedImages
 from lit_shortcut.places import located
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import WeightsError

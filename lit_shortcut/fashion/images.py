@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_shortcut.bounds import require_at_least
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.places import located
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
