@@ -59,7 +59,7 @@ class PlanFile:
             ValueError: if it is missing or no such file.
         """
         try:
-            content = json.loads(located(path).read_text())
+            content = json.loads(path.read_text())
             return cls(**content | {"schedules": [Schedule(**one) for one in content["schedules"]]})
         except OSError as error:
             raise ValueError(f"{path}: not readable as a file of calibrated plans ({error.strerror})") from error
@@ -87,7 +87,7 @@ class _FromFile(Plan):
 
     def __init__(self, budget: int, path: Path) -> None:
         require_at_least(1, budget=budget)
-        self.budget, self.path = budget, Path(path)
+        self.budget, self.path = budget, located(path)
         self._file = PlanFile.read(self.path)
         self._digest = sha256(self.path.read_bytes()).hexdigest()[:16]
         self._found: tuple[Predictor, list[int], Any] | None = None
