@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import (
     Acceleration,
     Clock,
@@ -63,9 +64,8 @@ class Decoding:
     order: Order = "confidence"
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "confidence_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        require_at_least(1, num_steps=self.num_steps)
+        require_at_least(0, temperature=self.temperature, confidence_noise=self.confidence_noise)
         words = {"schedule": Schedule, "guidance_course": Course, "noise_course": NoiseCourse, "order": Order}
         for name, kind in words.items():
             if getattr(self, name) not in (known := get_args(kind)):

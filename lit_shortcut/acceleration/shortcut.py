@@ -28,6 +28,7 @@ from lit_shortcut.hub import local_file
 from lit_shortcut.networks.control import Layout, advance, lay_out_branches, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
+from lit_shortcut.places import located
 from lit_shortcut.weights import (
     WeightsError,
     build_module,
@@ -94,6 +95,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         Raises:
             WeightsError: if the file is missing, damaged, or holds something else.
         """
+        path = located(path)
         if path.is_dir():
             return cls.from_pretrained(path, dtype=dtype)
         network, metadata = load_module_with_metadata(NETWORKS, path)
