@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.images import LabelledImages
 
 
 class ImageFolder(L.LightningDataModule):

@@ -18,21 +18,6 @@ from torch.utils.data import DataLoader
 from lit_shortcut.interface import TokenInterface
 
 
-class LabelledImages(NamedTuple):
-    """Real images: ``pixels`` uint8 (B, 1 or 3, H, W) and class ``labels`` (B,)."""
-
-    pixels: Tensor
-    labels: Tensor
-
-
-class CaptionedImages(NamedTuple):
-    """:class:`LabelledImages` with a text for each, ``prompts`` (B)."""
-
-    pixels: Tensor
-    labels: Tensor
-    prompts: tuple[str, ...]
-
-
 class Conditions(NamedTuple):
     """What to generate: one row a sample.
 
@@ -47,7 +32,12 @@ class Conditions(NamedTuple):
 
     def first(self, count: int) -> Conditions:
         """Those of the first ``count`` samples."""
-        return Conditions(self.ids[:count], self.seeds[:count], self.labels[:count], self.prompts[:count])
+        return self.slice(0, count)
+
+    def slice(self, start: int, stop: int) -> Conditions:
+        """Return those of samples ``start`` to ``stop`` − 1."""
+        chosen = slice(start, stop)
+        return Conditions(self.ids[chosen], self.seeds[chosen], self.labels[chosen], self.prompts[chosen])
 
 
 def require_prompts(conditions: Conditions) -> tuple[str, ...]:
@@ -209,7 +199,9 @@ class Step(NamedTuple):
 
     ``features`` (G, B, S, C) belong to ``state``; ``is_full`` says whether the base computed them, for the whole batch
     or, where the plan decides so, sample by sample (B,). ``committed`` are the tokens this step revealed and ``tokens``
-    (B, L) the grid after it.
+    (B, L) the grid after it. ``log_probs`` (B, K), float32, are those of the codes revealed, under the distribution
+    they were drawn from: guided, at the decoding's temperature (at temperature 0, where codes are not drawn, at 1). The
+    choice of places is no part of it.
     """
 
     state: State
@@ -217,6 +209,7 @@ class Step(NamedTuple):
     is_full: bool | Tensor
     committed: Control
     tokens: Tensor
+    log_probs: Tensor
 
 
 class Trajectories(NamedTuple):
@@ -251,10 +244,7 @@ class Transition(NamedTuple):
 
 
 class BaseEnds(Protocol):
-    """What is known of a base without running it: its sizes, its cheap ends, and which base it is.
-
-    A recorded set answers this, too, so that predictors can be trained, replayed and calibrated without the base.
-    """
+    """What is known of a base without running it. A recorded set answers this, too, so predictors need no base."""
 
     spec: TokenSpec
     interface: TokenInterface
@@ -286,10 +276,7 @@ class MaskedImageModel(BaseEnds, Protocol):
 
 
 FeatureFn = Callable[[State], tuple[Tensor, bool | Tensor]]
-"""From a state to features (G, B, S, C) and whether the base computed them, as in :class:`Step`.
-
-Memory lives in its closure.
-"""
+"""From a state to features and whether the base computed them, as in :class:`Step`; memory lives in its closure."""
 
 
 class Acceleration(Protocol):
@@ -317,14 +304,3 @@ class ImageDecoder(Protocol):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
-
-
-class ImageTokenizer(ImageDecoder, Protocol):
-    """Images to codes and back."""
-
-    @property
-    def codebook_size(self) -> int:
-        """V, number of codes."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, L) of uint8 ``images`` (B, 1 or 3, H, W)."""

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-from lit_shortcut.contracts import CaptionedImages, LabelledImages
 from lit_shortcut.fashion.garments import caption, measure, true_attributes
 from lit_shortcut.fashion.images import FashionMNIST
+from lit_shortcut.images import CaptionedImages, LabelledImages
 
 SPECIAL_TOKENS = (
     "<mask>",

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import load_module
 

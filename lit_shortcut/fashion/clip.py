@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
-from lit_shortcut.contracts import CaptionedImages
+from lit_shortcut.images import CaptionedImages
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import WeightsError
 

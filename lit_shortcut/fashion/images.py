@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.images import LabelledImages
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _IDX_UINT8 = 0x08

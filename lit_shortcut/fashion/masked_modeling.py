@@ -15,8 +15,9 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import UNCONDITION
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.contracts import CaptionedImages, Clock, Conditions, ImageTokenizer, LabelledImages
+from lit_shortcut.contracts import Clock, Conditions
 from lit_shortcut.decoding.schedules import share_masked
+from lit_shortcut.images import CaptionedImages, ImageTokenizer, LabelledImages
 from lit_shortcut.tasks.optimized import OptimizedTask
 
 Images = TypeVar("Images", LabelledImages, CaptionedImages)

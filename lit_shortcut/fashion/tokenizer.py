@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from vector_quantize_pytorch import FSQ
 
-from lit_shortcut.contracts import Conditions, LabelledImages
+from lit_shortcut.contracts import Conditions
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import load_module

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 from torch import nn
 
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.metrics.reference import FeatureStatistics
 from lit_shortcut.weights import require_writable, update_manifest
 

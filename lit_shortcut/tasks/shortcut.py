@@ -78,9 +78,8 @@ class ShortcutTask(OptimizedTask):
             raise ValueError(f"losses must not be named {', '.join(taken)}: train/{taken[0]} is logged already")
         self.network, self.rollout_depth = network, rollout_depth
         if compiled:
-            network.compile(
-                fullgraph=True
-            )  # in place: weights keep their names, and what samples with the network is faster, too
+            # in place: weights keep their names, and what samples with the network is faster, too
+            network.compile(fullgraph=True)
         self.card: Card | None = None
         self.measures: Any = nn.ModuleDict()  # of a list by depth
         self._ends: tuple[RecordedEnds, ...] = ()

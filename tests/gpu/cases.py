@@ -21,6 +21,9 @@ from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
+from tests.published_amused import tiny_amused
+from tests.published_meissonic import tiny_meissonic
+from tests.tiny_bases import tiny_halton, tiny_mmada
 
 EQUAL_PROMPTS, UNEQUAL_PROMPTS = ("a cat", "a dog"), ("a cat", "three grey cats")
 
@@ -61,6 +64,15 @@ CASES = {
     "cross toy": Case(CrossToyBase, lambda: moving(ShortcutNet(16, num_heads=2)), UNEQUAL_PROMPTS),
     "maskgit": Case(maskgit, lambda: moving(ShortcutNet(32, num_heads=2))),
     "neighbourhood": Case(maskgit, lambda: moving(ShortcutNet(32, num_heads=2, grid=4, reach=1))),
+    "masked rows": Case(maskgit, lambda: moving(ShortcutNet(32, num_heads=2, rows="masked", anchored=True))),
+    "halton": Case(tiny_halton, lambda: moving(ShortcutNet(32, num_heads=2))),
+    "amused": Case(lambda: tiny_amused(0), lambda: moving(ShortcutNet(32, num_heads=2)), UNEQUAL_PROMPTS),
+    "meissonic": Case(
+        lambda: tiny_meissonic(0, 64, downsample=True, upsample=True),
+        lambda: moving(ShortcutNet(24, num_heads=2)),
+        UNEQUAL_PROMPTS,
+    ),
+    "mmada": Case(tiny_mmada, lambda: moving(LLaDAShortcutNet(16, num_heads=2, mlp_width=32)), UNEQUAL_PROMPTS),
     "dimoo": Case(toy_dimoo, lambda: moving(LLaDAShortcutNet(16, num_heads=2, mlp_width=32)), EQUAL_PROMPTS),
     "dimoo, padded": Case(toy_dimoo, lambda: moving(LLaDAShortcutNet(16, num_heads=2, mlp_width=32)), UNEQUAL_PROMPTS),
 }

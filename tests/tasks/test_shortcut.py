@@ -133,7 +133,8 @@ def test_training_logs_the_cosine_over_masked_places_and_its_gain_over_hold(fold
 def test_compiled_network_is_the_task_own_under_its_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[torch.nn.Module] = []
 
-    def compile_in_place(module: torch.nn.Module) -> None:
+    def compile_in_place(module: torch.nn.Module, fullgraph: bool) -> None:
+        assert fullgraph
         compiled.append(module)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)

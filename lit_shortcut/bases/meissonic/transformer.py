@@ -164,20 +164,7 @@ class MeissonicTransformer(nn.Module):
 
     def interface(self, height: int, width: int) -> ConvolutionalInterface:
         """The cheap ends on a grid of ``height`` × ``width`` tokens, sharing this transformer's parameters."""
-        codes = self.embed.layer_norm(self.embed.embeddings.weight[: self.codebook_size])
-        upsampling = dict(self.up_block.named_parameters())
-        kernel = upsampling.get("upsample.conv.weight")  # (in, out, row, column)
-        return ConvolutionalInterface(
-            num_tokens=height * width,
-            grid_width=width,
-            stride=self.stride,
-            code_embedding=self.embed.conv(codes[..., None, None])[..., 0, 0],
-            head_weight=self.mlm_layer.conv2.weight[..., 0, 0],
-            hidden_weight=self.mlm_layer.conv1.weight[..., 0, 0],
-            hidden_scale=self.mlm_layer.layer_norm.weight,
-            upsampling_scale=upsampling.get("upsample.norm.weight"),
-            upsampling_weight=None if kernel is None else kernel.permute(2, 3, 1, 0).flatten(0, 1),
-        )
+        return interface_of(self, height, width)
 
     def _rotation(self, num_text: int, image: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rows' places: 0 for ``num_text`` of text, then row and column in ``image``."""
@@ -188,3 +175,23 @@ class MeissonicTransformer(nn.Module):
         places = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
         cosines, sines = self.pos_embed(torch.cat([places.new_zeros(num_text, 3), places]))
         return cosines, sines
+
+
+def interface_of(transformer: nn.Module, height: int, width: int) -> ConvolutionalInterface:
+    """Return the cheap ends of a ``transformer`` of the published names, on a grid of ``height`` × ``width`` tokens."""
+    own: Any = transformer
+    head, hidden = own.mlm_layer.conv2.weight, own.mlm_layer.conv1.weight
+    codes = own.embed.layer_norm(own.embed.embeddings.weight[: len(head)])
+    upsampling = dict(own.up_block.named_parameters())
+    kernel = upsampling.get("upsample.conv.weight")  # (in, out, row, column)
+    return ConvolutionalInterface(
+        num_tokens=height * width,
+        grid_width=width,
+        stride=1 if kernel is None else kernel.shape[-1],
+        code_embedding=own.embed.conv(codes[..., None, None])[..., 0, 0],
+        head_weight=head[..., 0, 0],
+        hidden_weight=hidden[..., 0, 0],
+        hidden_scale=own.mlm_layer.layer_norm.weight,
+        upsampling_scale=upsampling.get("upsample.norm.weight"),
+        upsampling_weight=None if kernel is None else kernel.permute(2, 3, 1, 0).flatten(0, 1),
+    )
