@@ -123,7 +123,7 @@ class EvaluationTask(L.LightningModule):
             self.base,
             self.rows,
             precision=str(self.trainer.precision),
-            compiled=self.compiled and (self.compile_mode or True),
+            compiled=self.compiled and self.compile_mode,
         )
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         asked = data.identity()
