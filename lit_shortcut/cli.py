@@ -1,30 +1,38 @@
-"""The ``lightning`` command, also installed as ``lit-shortcut``: fit, validate, test, predict; verify."""
+"""The ``lightning`` command, also ``lit-shortcut``: fit, validate, test, predict, generate; verify, card."""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
-from jsonargparse import auto_cli, set_parsing_settings
+from jsonargparse import ActionYesNo, auto_cli, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
+from lit_shortcut.acceleration.card import write_card
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
 from lit_shortcut.callbacks.wandb_lineage import WandbLineage
 from lit_shortcut.checkpoints import WholeCheckpointIO
+from lit_shortcut.places import located, use_projects_of
 from lit_shortcut.precision import require_precision
+from lit_shortcut.trainer import Trainer
 from lit_shortcut.trajectory import problems
 from lit_shortcut.weights import read_pickle
 
 _UNION_REPORT = "Does not validate against any of the Union subtypes"  # of jsonargparse; the cause is the class's error
-_VERIFY = "verify"
+_FLAGS = {  # of generate
+    "compare": "Draw each picture by vanilla, too, beside it at the same seed.",
+    "overwrite": "Delete what other settings drew in the output folder.",
+}
+_VERIFY, _CARD = "verify", "card"
 
 
 class SaveConfig(SaveConfigCallback):
@@ -51,10 +59,36 @@ class ShortcutCLI(LightningCLI):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning does; the help tells of what is no verb of a trainer, too."""
         super().setup_parser(*args, **kwargs)
-        self.parser.epilog = f"lit-shortcut {_VERIFY} SET checks every byte of a recorded set of trajectories."
+        self.parser.epilog = (
+            f"lit-shortcut {_VERIFY} SET checks every byte of a recorded set of trajectories; "
+            f"lit-shortcut {_CARD} SHORTCUT REPORT writes a shortcut's model card from the results of test."
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's verbs and ``generate``, with the arguments that are no options."""
+        return LightningCLI.subcommands() | {"generate": {"model", "datamodule", *_FLAGS}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As Lightning does; YAMLs and inputs that are not in the current folder are found where they belong."""
+        words = sys.argv[1:] if args is None else args
+        if not isinstance(words, list):
+            super().parse_arguments(parser, args)
+            return
+        use_projects_of([])  # those of an earlier command in this process
+        words, configs = _located(words)
+        use_projects_of(configs)
+        self.config = parser.parse_args(words)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "generate":
+            for name, text in _FLAGS.items():  # with or without a value, where Lightning's options need one
+                parser.add_argument(
+                    f"--{name}", action=ActionYesNo(no_prefix="no_"), nargs="?", default=False, help=text
+                )
+            self._subcommand_method_arguments[subcommand] += _FLAGS
+            return parser
         parser.set_defaults(weights_only=True)
         if subcommand == "predict":
             parser.set_defaults(return_predictions=False)  # trajectories go to disk, not into memory
@@ -92,6 +126,22 @@ class ShortcutCLI(LightningCLI):
             read_pickle(Path(path))
 
 
+def _located(words: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """``words`` with the YAMLs they name by ``--config`` where these are, and these."""
+    found, configs = list(words), []
+    for index, word in enumerate(found):
+        option, equals, path = word.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        if equals:
+            configs.append(located(path))
+            found[index] = f"{option}={configs[-1]}"
+        elif index + 1 < len(found):
+            configs.append(located(found[index + 1]))
+            found[index + 1] = str(configs[-1])
+    return found, configs
+
+
 def verify(source: str, cache: Path | None = None) -> None:
     """Check every byte of a set of trajectories and name each file and sample that is damaged.
 
@@ -109,18 +159,30 @@ def verify(source: str, cache: Path | None = None) -> None:
         raise SystemExit(1)
 
 
+def card(shortcut: Path, report: Path) -> None:
+    """Write the model card of a shortcut, with the table and pictures that test measured.
+
+    Args:
+        shortcut: its folder.
+        report: folder of the results of test.
+    """
+    write_card(shortcut, report)
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line ``args``, or the process's own."""
     words = sys.argv[1:] if args is None else args
-    if isinstance(words, list) and words[:1] == [_VERIFY]:
-        auto_cli(verify, args=words[1:], prog=f"lit-shortcut {_VERIFY}")
-        return
+    for name, function in ((_VERIFY, verify), (_CARD, card)):
+        if isinstance(words, list) and words[:1] == [name]:
+            auto_cli(function, args=words[1:], prog=f"lit-shortcut {name}")
+            return
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.…} works under every verb
     os.environ.setdefault("WANDB_MODE", "offline")  # online is asked for by WANDB_MODE=online
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 against torch 2.14 and later
     warnings.filterwarnings("ignore", message="Found .* in eval mode")  # frozen parts of a task are meant to be
     torch.set_float32_matmul_precision("high")
     ShortcutCLI(
+        trainer_class=Trainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=SaveConfig,

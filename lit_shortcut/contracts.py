@@ -32,7 +32,12 @@ class Conditions(NamedTuple):
 
     def first(self, count: int) -> Conditions:
         """Those of the first ``count`` samples."""
-        return Conditions(self.ids[:count], self.seeds[:count], self.labels[:count], self.prompts[:count])
+        return self.slice(0, count)
+
+    def slice(self, start: int, stop: int) -> Conditions:
+        """Return those of samples ``start`` to ``stop`` − 1."""
+        chosen = slice(start, stop)
+        return Conditions(self.ids[chosen], self.seeds[chosen], self.labels[chosen], self.prompts[chosen])
 
 
 def require_prompts(conditions: Conditions) -> tuple[str, ...]:
@@ -194,7 +199,9 @@ class Step(NamedTuple):
 
     ``features`` (G, B, S, C) belong to ``state``; ``is_full`` says whether the base computed them, for the whole batch
     or, where the plan decides so, sample by sample (B,). ``committed`` are the tokens this step revealed and ``tokens``
-    (B, L) the grid after it.
+    (B, L) the grid after it. ``log_probs`` (B, K), float32, are those of the codes revealed, under the distribution
+    they were drawn from: guided, at the decoding's temperature (at temperature 0, where codes are not drawn, at 1). The
+    choice of places is no part of it.
     """
 
     state: State
@@ -202,6 +209,7 @@ class Step(NamedTuple):
     is_full: bool | Tensor
     committed: Control
     tokens: Tensor
+    log_probs: Tensor
 
 
 class Trajectories(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import inf, prod
@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import (
     Acceleration,
     Clock,
@@ -63,9 +64,8 @@ class Decoding:
     order: Order = "confidence"
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "confidence_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        require_at_least(1, num_steps=self.num_steps)
+        require_at_least(0, temperature=self.temperature, confidence_noise=self.confidence_noise)
         words = {"schedule": Schedule, "guidance_course": Course, "noise_course": NoiseCourse, "order": Order}
         for name, kind in words.items():
             if getattr(self, name) not in (known := get_args(kind)):
@@ -147,9 +147,9 @@ def sample(
     for index, count in enumerate(counts):
         state = State(Clock(index, decoding.num_steps), tokens, committed, shares[index], masked)
         features, is_full = feature_fn(state)
-        committed, masked = _choose(base, features, masked, decoding, noise, index, count)
+        committed, log_probs, masked = _choose(base, features, masked, decoding, noise, index, count)
         tokens = tokens.scatter(1, committed.positions, committed.tokens)
-        yield Step(state, features, is_full, committed, tokens)
+        yield Step(state, features, is_full, committed, tokens, log_probs)
 
 
 class Generated(NamedTuple):
@@ -160,14 +160,40 @@ class Generated(NamedTuple):
 
 
 def generate(
-    base: MaskedImageModel, conditions: Conditions, decoding: Decoding, acceleration: Acceleration
+    base: MaskedImageModel,
+    conditions: Conditions,
+    decoding: Decoding,
+    acceleration: Acceleration,
+    *,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Generated:
-    """Run :func:`sample` to its end; ``base.decode`` turns the tokens into images."""
+    """Run :func:`sample` to its end; ``base.decode`` turns the tokens into images.
+
+    ``on_step`` is called after each step: for progress, or to gather :class:`LogProbs`.
+    """
     full_steps = torch.zeros_like(conditions.seeds)
     for step in sample(base, conditions, decoding, acceleration):
         tokens = step.tokens
         full_steps = full_steps + step.is_full
+        if on_step is not None:
+            on_step(step)
     return Generated(tokens, full_steps)
+
+
+class LogProbs:
+    """Log-probabilities of all tokens of a run, under the policy that drew them; call it with each :class:`Step`."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, step: Step) -> None:
+        """Take in what ``step`` committed."""
+        self._parts.append((step.committed.positions, step.log_probs))
+
+    def gathered(self) -> Tensor:
+        """Return them place by place, float32 (B, L); see :class:`Step` for what they are."""
+        positions, values = (torch.cat(parts, dim=1) for parts in zip(*self._parts, strict=True))
+        return torch.empty_like(values).scatter_(1, positions, values)
 
 
 class _Noise(NamedTuple):
@@ -212,18 +238,20 @@ def _choose(
     noise: _Noise,
     index: int,
     count: int,
-) -> tuple[Control, Tensor]:
-    """Commit ``count`` of the places ``masked`` (B, M): codes and places, and the places left (B, M − count)."""
+) -> tuple[Control, Tensor, Tensor]:
+    """Commit ``count`` of the places ``masked`` (B, M): codes and places, their log-probabilities, the places left."""
     if decoding.order != "confidence":  # the next places are known: the head runs only there
         turn = masked[:, :count]
-        return Control(_draw(base, features, turn, decoding, noise, index).codes, turn), masked[:, count:]
+        choice = _draw(base, features, turn, decoding, noise, index)
+        return Control(choice.codes, turn), choice.log_probs, masked[:, count:]
     choice = _draw(base, features, masked, decoding, noise, index)
     confidence = choice.log_probs
     if noise.confidences is not None:  # log p + scale · Gumbel (arXiv 2202.04200, section 3.2)
         confidence = confidence + noise.confidences[index].gather(1, masked)
     ranked = confidence.argsort(dim=1, descending=True, stable=True)
     chosen, left = ranked[:, :count], ranked[:, count:]
-    return Control(choice.codes.gather(1, chosen), masked.gather(1, chosen)), masked.gather(1, left)
+    committed = Control(choice.codes.gather(1, chosen), masked.gather(1, chosen))
+    return committed, choice.log_probs.gather(1, chosen), masked.gather(1, left)
 
 
 def _draw(

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_shortcut.files import replacing
+from lit_shortcut.places import located
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -70,7 +71,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         WeightsError: if the file is missing, unreadable, or no whole safetensors file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(located(path), framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
     except FileNotFoundError as error:
@@ -86,7 +87,7 @@ def read_pickle(path: Path) -> Any:
         WeightsError: if the file is missing, damaged, or holds more than tensors, numbers and text.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(located(path), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such checkpoint") from error
     except Exception as error:  # a damaged pickle fails in whatever way it was damaged
@@ -130,16 +131,27 @@ def load_module(cls: type[Module], path: Path) -> Module:
 def load_module_with_metadata(classes: Sequence[type[Module]], path: Path) -> tuple[Module, dict[str, Any]]:
     """As :func:`load_module`, of whichever of ``classes`` it is, with the metadata kept beside the tensors."""
     tensors, metadata = load_checkpoint(path) if path.suffix == ".ckpt" else load_tensors(path)
+    return build_module(classes, metadata, tensors, path), metadata
+
+
+def build_module(
+    classes: Sequence[type[Module]], identity: dict[str, Any], tensors: dict[str, Tensor], path: Path
+) -> Module:
+    """Return the module of :func:`identity` ``identity`` with state ``tensors``, in eval mode and frozen.
+
+    Raises:
+        WeightsError: if it is none of ``classes``, or the tensors do not fit; the message names ``path``.
+    """
     known = {cls.__name__: cls for cls in classes}
-    found = metadata.get("class")
+    found = identity.get("class")
     if found not in known:
         raise WeightsError(f"{path}: expected the weights of a {' or '.join(known)}, found {found!r}")
     try:
-        module = known[found](**metadata["hparams"])
+        module = known[found](**identity["hparams"])
         module.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # no, other or wrong arguments; other tensors
         raise WeightsError(f"{path}: {error}") from error
-    return module.eval().requires_grad_(False), metadata
+    return module.eval().requires_grad_(False)
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -24,7 +24,7 @@ from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
 from lit_shortcut.decoding.temperature import TemperatureCourse
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.sampling import Decoding, Order, generate, sample
+from lit_shortcut.sampling import Decoding, LogProbs, Order, generate, sample
 
 GOLDEN = json.loads((Path(__file__).parent / "parity" / "schedules.json").read_text())
 SHARES = GOLDEN["maskgit_mask_ratio_before_next_step"]
@@ -399,3 +399,22 @@ def test_features_carry_no_gradient_history(base: MaskGIT, conditions: MakeCondi
         for step in sample(base, conditions(1), Decoding(3), Vanilla()):
             assert not step.features.requires_grad
             assert torch.is_grad_enabled()  # the loop's own mode does not reach its consumer
+
+
+@pytest.mark.parametrize("order", ["confidence", "halton_rolled"])
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_log_probs_are_those_of_the_accelerated_policy_that_drew_the_tokens(
+    base: MaskGIT, conditions: MakeConditions, temperature: float, order: Order
+) -> None:
+    decoding = Decoding(num_steps=5, temperature=temperature, order=order)
+    acceleration = Accelerated(Even(2), Hold())
+    log_probs = LogProbs()
+    generate(base, conditions(3), decoding, acceleration, on_step=log_probs)
+    for step in sample(base, conditions(3), decoding, acceleration):
+        conditional, unconditional = base.interface.logits(step.features)
+        guidance = decoding.guidance_at(step.state.clock.step)
+        logits = (1 + guidance) * conditional - guidance * unconditional
+        policy = torch.distributions.Categorical(logits=logits / (temperature or 1))
+        expected = policy.log_prob(step.tokens.clamp(max=base.spec.codebook_size - 1))
+        places = step.committed.positions
+        torch.testing.assert_close(log_probs.gathered().gather(1, places), expected.gather(1, places))

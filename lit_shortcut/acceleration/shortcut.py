@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lit_shortcut.acceleration.accelerated import Past, PredictFn
+from lit_shortcut.acceleration.card import model_card
+from lit_shortcut.acceleration.origin import (
+    CARD,
+    CONFIG,
+    PLAN,
+    WEIGHTS,
+    BaseReference,
+    Origin,
+    read_config,
+    write_config,
+)
 from lit_shortcut.contracts import BaseEnds, Context, Control, State
 from lit_shortcut.hub import local_file
 from lit_shortcut.networks.control import Layout, advance, lay_out_branches, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
-from lit_shortcut.weights import WeightsError, fingerprint, load_module_with_metadata
+from lit_shortcut.places import located
+from lit_shortcut.weights import (
+    WeightsError,
+    build_module,
+    fingerprint,
+    first_sentence,
+    load_module_with_metadata,
+    load_tensors,
+    save_module,
+)
+from lit_shortcut.weights import identity as network_identity
+
+NETWORKS = (ShortcutNet, LLaDAShortcutNet)
 
 Precision = Literal["bfloat16", "float16", "float32"]
 
 
-class Shortcut(nn.Module):
+class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["migm-shortcut"]):
     """Next features by a shortcut network.
+
+    As a folder or repository of the Hugging Face hub it is ``model.safetensors``, ``config.json``, a model card and,
+    where it has calibrated plans, ``plan.json``; ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` are those
+    of ``huggingface_hub``.
 
     Guidance branches run in one batch, or one after the other where their prompts differ in length. An anchored network
     starts from the last full step and all tokens committed since, any other from the latest features.
@@ -30,13 +59,23 @@ class Shortcut(nn.Module):
         network: trained on trajectories of the base it will stand in for.
         base_fingerprint: of that base; None trusts the caller.
         dtype: of the network's weights and arithmetic; None leaves them as they are.
+        origin: what it was trained on; None knows the base's fingerprint only.
     """
 
     def __init__(
-        self, network: ShortcutNetwork, base_fingerprint: str | None = None, dtype: Precision | None = None
+        self,
+        network: ShortcutNetwork,
+        base_fingerprint: str | None = None,
+        dtype: Precision | None = None,
+        origin: Origin | None = None,
     ) -> None:
         super().__init__()
         self.network, self.base_fingerprint = network, base_fingerprint
+        self.origin = origin or Origin(BaseReference(base_fingerprint or ""))
+        self.folder: Path | None = None  # that it was read from; its card, plan and pictures are saved along with it
+        is_trained = any(parameter.requires_grad for parameter in network.parameters())
+        # of the weights as they were read: a plan calibrated in float32 holds in bfloat16, too
+        self._weights = None if is_trained else fingerprint(network.state_dict())
         if dtype is not None:
             self.network.to(getattr(torch, dtype))
 
@@ -47,17 +86,112 @@ class Shortcut(nn.Module):
 
     @classmethod
     def load(cls, path: Path, dtype: Precision | None = None) -> Shortcut:
-        """The network at ``path``, a checkpoint (``.ckpt``) of fit or a safetensors file, tied to its base.
+        """Load a checkpoint (``.ckpt``) of fit, a safetensors file, or the folder of a shortcut, tied to its base.
 
         Args:
-            path: of the file.
+            path: of the file or folder.
             dtype: to run it in; None takes that of the file.
 
         Raises:
             WeightsError: if the file is missing, damaged, or holds something else.
         """
-        network, metadata = load_module_with_metadata((ShortcutNet, LLaDAShortcutNet), path)
-        return cls(network, metadata.get("base_fingerprint"), dtype)
+        path = located(path)
+        if path.is_dir():
+            return cls.from_pretrained(path, dtype=dtype)
+        network, metadata = load_module_with_metadata(NETWORKS, path)
+        origin = Origin.of_metadata(metadata)
+        return cls(network, origin.base.fingerprint or None, dtype, origin)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **model_kwargs: Any,
+    ) -> Shortcut:
+        """Load the folder of a shortcut, or a repository of the hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, ``owner/repository``, ``hf://owner/repository`` or
+                ``hf://owner/repository@revision``.
+            force_download: fetch again what the cache holds.
+            token: for a private repository.
+            cache_dir: of the downloads.
+            local_files_only: fetch nothing.
+            revision: branch, tag or commit.
+            model_kwargs: ``dtype`` to run it in; None takes that of the file.
+
+        Raises:
+            WeightsError: if it cannot be had, is damaged, or is no shortcut.
+        """
+        source = str(pretrained_model_name_or_path)
+        name, _, at = source.removeprefix("hf://").partition("@") if source.startswith("hf://") else (source, "", "")
+        if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+            raise WeightsError(f"{source}: no such folder, and no repository of the hub (owner/repository)")
+        if Path(name).is_dir():
+            read_config(Path(name))  # a damaged file is named here
+        try:
+            return super().from_pretrained(
+                name,
+                force_download=force_download,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                revision=revision or at or None,
+                **model_kwargs,
+            )
+        except WeightsError:
+            raise
+        except (OSError, ValueError) as error:
+            raise WeightsError(
+                f"{source}: no folder here, not in the hub's cache and not to be downloaded "
+                f"({first_sentence(error)}). Where there is a network run `hf download {name} --local-dir FOLDER`, and "
+                "give FOLDER in place of the address"
+            ) from error
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **model_kwargs: Any,
+    ) -> Shortcut:
+        model_kwargs.pop("network", None)  # config.json's, which the mixin takes for an argument of the constructor
+        folder = Path(model_id)
+        if not folder.is_dir():
+            wanted = [CONFIG, WEIGHTS, PLAN, CARD, "*.png"]
+            options: dict[str, Any] = {"force_download": force_download, "local_files_only": local_files_only}
+            options |= {"revision": revision, "cache_dir": cache_dir, "token": token}
+            folder = Path(snapshot_download(model_id, allow_patterns=wanted, **options))
+        found, origin = read_config(folder)
+        tensors, _ = load_tensors(folder / WEIGHTS)
+        network = build_module(NETWORKS, found, tensors, folder / CONFIG)
+        shortcut = cls(network, origin.base.fingerprint or None, origin=origin, **model_kwargs)
+        shortcut.folder = folder
+        return shortcut
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        facts = {"num_steps": self.origin.num_steps, "decoding": dict(self.origin.decoding)}  # of the file by itself
+        save_module(save_directory / WEIGHTS, self.network, facts | {"base_fingerprint": self.base_fingerprint})
+        write_config(save_directory, network_identity(self.network), self.origin)
+        if self.folder is not None and self.folder.resolve() != save_directory.resolve():
+            for path in (self.folder / PLAN, self.folder / CARD, *self.folder.glob("*.png")):
+                if path.exists():
+                    shutil.copyfile(path, save_directory / path.name)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Return the model card, without measurements; :func:`~lit_shortcut.acceleration.card.write_card` adds them."""
+        return ModelCard(model_card(self.origin, network_identity(self.network)))
 
     @classmethod
     def load_published(cls, path: str, num_heads: int = 16) -> Shortcut:
@@ -74,7 +208,7 @@ class Shortcut(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """Its name and the fingerprint of its weights."""
-        return {"method": "shortcut", "weights": fingerprint(self.network.state_dict())}
+        return {"method": "shortcut", "weights": self._weights or fingerprint(self.network.state_dict())}
 
     def start(self, base: BaseEnds, context: Context) -> PredictFn:
         """Predict from features and the tokens committed since, embedded by the base's own interface.
@@ -82,7 +216,7 @@ class Shortcut(nn.Module):
         Raises:
             WeightsError: if the network was trained for another base, or does not fit this one.
         """
-        self._require_fit(base)
+        self.require_fit(base)
         interface, network = base.interface, self.network
         if (weight := next(network.parameters())).device != interface.code_embedding.device:
             network.to(interface.code_embedding.device)
@@ -100,8 +234,7 @@ class Shortcut(nn.Module):
                 anchor = step
                 since.clear()
             since.append(state.control)
-            tokens, positions = (torch.cat(parts, dim=1) for parts in list(zip(*since, strict=True))[:2])
-            return features, Control(tokens, positions), torch.full_like(state.masked_share, state.clock.step - step)
+            return features, _joined(since), torch.full_like(state.masked_share, state.clock.step - step)
 
         def following(
             features: Tensor, control: Control, state: State, gap: Tensor | None, layout: Layout | None
@@ -114,7 +247,7 @@ class Shortcut(nn.Module):
             features, control, gap = source(past, state)
             branches, num_rows = features.shape[0], features.shape[-2]
             if not layouts:
-                control = Control(control.tokens.repeat(branches, 1), control.positions.repeat(branches, 1))
+                control = _repeated(control, branches)
                 share, masked = state.masked_share.repeat(branches), state.masked.repeat(branches, 1)
                 repeated = state._replace(masked_share=share, masked=masked)
                 gap = None if gap is None else gap.repeat(branches)
@@ -127,15 +260,42 @@ class Shortcut(nn.Module):
 
         return predict
 
-    def _require_fit(self, base: BaseEnds) -> None:
+    def require_fit(self, base: BaseEnds) -> None:
+        """Refuse a ``base`` it was not trained for; raises WeightsError."""
         # a base may have to read all its weights for its fingerprint: ask only where there is one to compare with
-        if self.base_fingerprint is not None and self.base_fingerprint != base.fingerprint:
-            raise WeightsError(
-                f"this shortcut was trained on trajectories of base {self.base_fingerprint}, "
-                f"it cannot accelerate base {base.fingerprint}"
-            )
+        if self.base_fingerprint is not None:
+            self.require_base(base.fingerprint)
         require_kind(self.network, base.interface, type(base).__name__)
         if (width := self.network.hparams["width"]) != base.spec.width:
             raise WeightsError(
                 f"the base's features are {base.spec.width} wide, but the shortcut network was built for width {width}"
             )
+        grid = self.network.hparams.get("grid", 0)
+        if self.network.hparams.get("reach") and base.spec.grid != (grid, grid):
+            raise WeightsError(f"the base's tokens lie on a grid of {base.spec.grid}, the shortcut's on {(grid, grid)}")
+
+    def require_base(self, fingerprint: str) -> None:
+        """Refuse a base of another ``fingerprint``; raises WeightsError."""
+        if self.base_fingerprint not in (None, fingerprint):
+            at = self.origin.base.revision
+            raise WeightsError(
+                f"this shortcut was trained on trajectories of base {self.base_fingerprint}"
+                f"{f' (revision {at})' * bool(at)}, it cannot accelerate base {fingerprint}"
+            )
+
+
+def _repeated(control: Control, times: int) -> Control:
+    """``control`` of B samples for as many guidance branches."""
+    is_real = None if control.is_real is None else control.is_real.repeat(times, 1)
+    return Control(control.tokens.repeat(times, 1), control.positions.repeat(times, 1), is_real)
+
+
+def _joined(controls: list[Control]) -> Control:
+    """What several steps committed, as one; padding is told apart where there is any."""
+    tokens, positions = (torch.cat(parts, dim=1) for parts in list(zip(*controls, strict=True))[:2])
+    if all(one.is_real is None for one in controls):
+        return Control(tokens, positions)
+    is_real = [
+        torch.ones_like(one.tokens, dtype=torch.bool) if one.is_real is None else one.is_real for one in controls
+    ]
+    return Control(tokens, positions, torch.cat(is_real, dim=1))

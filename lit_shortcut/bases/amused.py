@@ -76,16 +76,7 @@ class AMUSEd(nn.Module):
         self.tokenizer, self.text_encoder, self.negative = tokenizer, text_encoder, negative
         transformer.eval().requires_grad_(False)
         self.eval().requires_grad_(False)
-        head, embed = transformer.mlm_layer.conv2, transformer.embed
-        codes = embed.layer_norm(embed.embeddings.weight[: config.codebook_size])
-        if config.in_channels == config.block_out_channels:  # as published; otherwise only the features' width is here
-            codes = embed.conv(codes[..., None, None])[..., 0, 0]
-        self.interface = TokenInterface(
-            num_tokens=self.grid[0] * self.grid[1],
-            code_embedding=codes,
-            head_weight=head.weight[..., 0, 0],
-            head_bias=head.bias,
-        )
+        self.interface = interface_of(transformer, self.grid[0] * self.grid[1])
         self.spec = TokenSpec(
             num_tokens=self.interface.num_tokens,
             sequence_length=self.interface.num_tokens,
@@ -142,6 +133,15 @@ class AMUSEd(nn.Module):
     def decode(self, tokens: Tensor) -> Tensor:
         """Images, uint8 (B, 3, height, width), of codes ``tokens`` (B, L)."""
         return self.tokenizer.decode(tokens)
+
+
+def interface_of(transformer: UVit2DModel, num_tokens: int) -> TokenInterface:
+    """Return the cheap ends of ``transformer`` for ``num_tokens`` (L): the head is its last 1×1 convolution."""
+    config, head, embed = transformer.config, transformer.mlm_layer.conv2, transformer.embed
+    codes = embed.layer_norm(embed.embeddings.weight[: config.codebook_size])
+    if config.in_channels == config.block_out_channels:  # as published; otherwise only the features' width is here
+        codes = embed.conv(codes[..., None, None])[..., 0, 0]
+    return TokenInterface(num_tokens, codes, head.weight[..., 0, 0], head_bias=head.bias)
 
 
 def _without_head(transformer: UVit2DModel) -> UVit2DModel:

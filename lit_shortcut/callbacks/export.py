@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from lit_shortcut.acceleration.origin import WEIGHTS, BaseReference, Origin
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.optimized import OptimizedTask
+from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.weights import require_writable, save_module, update_manifest
 
 
@@ -55,6 +60,43 @@ class ExportFolder(ExportWeights):
         """Let ``task.network`` write itself; returns the file of its weights."""
         network: Any = task.network
         return network.save(self.path)
+
+
+class ExportShortcut(ExportWeights):
+    """As :class:`ExportWeights`, of a shortcut as a folder for :func:`lit_shortcut.load` and the hub.
+
+    Args:
+        path: folder for ``model.safetensors``, ``config.json`` and a model card; ``manifest.yaml`` beside it gets an
+            entry.
+        licence: SPDX identifier of the weights.
+        trained_on: the data, for configuration, card and manifest.
+        base: how to get the base: ``name``, ``source``, ``revision``, ``arguments``; the fingerprint is that of the
+            trajectories.
+        plan: that the shortcut is meant to be run under.
+        budget: b of that plan; 0 leaves it to the user.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        licence: str,
+        trained_on: str,
+        base: BaseReference | None = None,
+        plan: str = "even",
+        budget: int = 0,
+    ) -> None:
+        require_at_least(0, budget=budget)
+        super().__init__(path, licence, trained_on)
+        self.origin = Origin(base or BaseReference(), 0, {}, plan, budget, licence, trained_on)
+
+    def write(self, task: OptimizedTask) -> Path:
+        """Write the folder; returns the file of its weights."""
+        assert isinstance(task, ShortcutTask)
+        recorded = Origin.of_metadata(task.network_facts())
+        base = replace(self.origin.base, fingerprint=recorded.base.fingerprint)
+        origin = replace(self.origin, base=base, num_steps=recorded.num_steps, decoding=recorded.decoding)
+        Shortcut(task.network, base.fingerprint, origin=origin).save_pretrained(self.path)
+        return self.path / WEIGHTS
 
 
 def _outcome(trainer: L.Trainer) -> dict[str, Any]:

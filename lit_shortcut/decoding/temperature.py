@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lit_shortcut.bounds import require_above, require_at_least
+
 
 @dataclass(frozen=True)
 class TemperatureCourse:
@@ -31,10 +33,8 @@ class TemperatureCourse:
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"temperature_course.{name} must be positive, got {getattr(self, name)}")
-        if self.warmup < 0:
-            raise ValueError(f"temperature_course.warmup must not be negative, got {self.warmup}")
+            require_above(0, **{f"temperature_course.{name}": getattr(self, name)})
+        require_at_least(0, **{"temperature_course.warmup": self.warmup})
 
     def at(self, step: int, num_steps: int) -> float:
         """Return the factor at ``step`` of ``num_steps``."""

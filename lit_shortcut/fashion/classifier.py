@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torchmetrics.classification import MulticlassAccuracy
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import load_module
@@ -29,6 +30,7 @@ class FashionCNN(nn.Module):
 
     def __init__(self, num_classes: int = 10, width: int = 32) -> None:
         super().__init__()
+        require_at_least(1, num_classes=num_classes, width=width)
         self.hparams = {"num_classes": num_classes, "width": width}
         self.num_features = 4 * width
         self.body = nn.Sequential(

@@ -20,7 +20,9 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import CaptionedImages
+from lit_shortcut.places import located
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import WeightsError
 
@@ -59,6 +61,8 @@ class SmallCLIP(nn.Module):
         context: int = 32,
     ) -> None:
         super().__init__()
+        require_at_least(1, image_size=image_size, patch_size=patch_size, width=width, depth=depth, num_heads=num_heads)
+        require_at_least(3, context=context)  # begin, a token, end
         self.hparams = {
             "tokenizer": tokenizer,
             "image_size": image_size,
@@ -68,7 +72,7 @@ class SmallCLIP(nn.Module):
             "num_heads": num_heads,
             "context": context,
         }
-        words = _words(Path(tokenizer), context)
+        words = _words(located(tokenizer), context)
         sizes = {
             "hidden_size": width,
             "intermediate_size": 2 * width,

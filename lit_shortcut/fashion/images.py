@@ -15,7 +15,9 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
+from lit_shortcut.places import located
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _IDX_UINT8 = 0x08
@@ -65,6 +67,8 @@ class FashionMNIST(L.LightningDataModule):
 
     def __init__(self, folder: Path | None = None, batch_size: int = 64, validation_images: int = 2000) -> None:
         super().__init__()
+        require_at_least(1, batch_size=batch_size, validation_images=validation_images)
+        folder = None if folder is None else located(folder)
         self.folder, self.batch_size, self.validation_images = folder, batch_size, validation_images
 
     def prepare_data(self) -> None:

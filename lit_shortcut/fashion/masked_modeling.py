@@ -15,6 +15,7 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import UNCONDITION
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
+from lit_shortcut.bounds import require_share
 from lit_shortcut.contracts import Clock, Conditions
 from lit_shortcut.decoding.schedules import share_masked
 from lit_shortcut.images import CaptionedImages, ImageTokenizer, LabelledImages
@@ -95,6 +96,7 @@ class MaskedModelingTask(MaskedTokensTask[LabelledImages]):
         optimizer: OptimizerCallable = AdamW,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
+        require_share(class_drop=class_drop, label_smoothing=label_smoothing)
         super().__init__(tokenizer, class_drop, label_smoothing, optimizer, scheduler)
         self.network: MaskGITTransformer = transformer.train().requires_grad_(True)  # loaded weights come frozen
 
@@ -130,6 +132,7 @@ class PromptedMaskedModelingTask(MaskedTokensTask[CaptionedImages]):
         if not hasattr(base.tokenizer, "encode"):
             raise ValueError(f"the base's tokenizer must encode images; {type(base.tokenizer).__name__} only decodes")
         tokenizer = cast(ImageTokenizer, base.tokenizer)
+        require_share(prompt_drop=prompt_drop, label_smoothing=label_smoothing)
         super().__init__(tokenizer, prompt_drop, label_smoothing, optimizer, scheduler)
         self.base = base
         self.network: LLaDA = base.transformer.train().requires_grad_(True)  # the base froze it

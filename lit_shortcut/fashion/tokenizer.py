@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from vector_quantize_pytorch import FSQ
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.metrics.images import ImageMetric
@@ -47,9 +48,10 @@ class FSQTokenizer(nn.Module):
 
     def __init__(self, levels: list[int], width: int, image_size: int) -> None:
         super().__init__()
+        require_at_least(2, width=width, image_size=image_size)
         if image_size % 2:
             raise ValueError(f"image_size must be even, each token covers 2×2 pixels; got {image_size}")
-        if min(levels) < 3:
+        if not levels or min(levels) < 3:
             raise ValueError(f"levels must be at least 3 each, FSQ is skewed below that; got {levels}")
         self.hparams = {"levels": levels, "width": width, "image_size": image_size}
         self.image_size, self.grid = image_size, image_size // 2

@@ -19,6 +19,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.metrics.images import FrozenNetwork, ImageMetric
 from lit_shortcut.metrics.reference import load_reference
@@ -132,8 +133,8 @@ class KernelDistance(ReferenceMetric):
 
     def __init__(self, extractor: nn.Module, reference: Path, subsets: int = 100, subset_size: int = 1000) -> None:
         super().__init__(extractor, reference)
-        if subsets < 1 or subset_size < 2:
-            raise ValueError(f"subsets must be at least 1 and subset_size at least 2, got {subsets} and {subset_size}")
+        require_at_least(1, subsets=subsets)
+        require_at_least(2, subset_size=subset_size)
         self.subsets, self.subset_size = subsets, subset_size
         self._require(len(self.reference["features"]), f"reference features in {reference}")
 
@@ -237,8 +238,7 @@ class InceptionScore(FeatureMetric):
 
     def __init__(self, classifier: nn.Module, splits: int = 10) -> None:
         super().__init__(classifier)
-        if splits < 1:
-            raise ValueError(f"splits must be at least 1, got {splits}")
+        require_at_least(1, splits=splits)
         self.splits = splits
 
     def identity(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError
 
 Feature = Literal["64", "192", "768", "2048", "logits_unbiased"]
@@ -68,7 +69,7 @@ def _download() -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(located(path), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{path}: not a readable weight file ({type(error).__name__}). {_ADVICE}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

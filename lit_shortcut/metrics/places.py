@@ -90,3 +90,12 @@ def place_means(depth: int, suffix: str = "") -> MetricCollection:
     if depth == 1:
         return MetricCollection({name: PlaceMean(name) for name in MEASURES}, postfix=suffix, compute_groups=False)
     return MetricCollection({"mse": PlaceMean("mse")}, prefix="rollout_", postfix=f"_{depth}{suffix}")
+
+
+@torch.no_grad()
+def diagnostics(prediction: Tensor, held: Tensor, target: Tensor, where: Tensor) -> dict[str, Tensor]:
+    """Errors and cosines of ``prediction`` and of ``held`` features (B, S, C) against ``target`` ``where`` true."""
+    guesses = {"": prediction, "_hold": held}
+    return {f"mse{suffix}": masked_mse(guess, target, where) for suffix, guess in guesses.items()} | {
+        f"cosine{suffix}": masked_cosine(guess, target, where) for suffix, guess in guesses.items()
+    }

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.metrics.images import FrozenNetwork
+from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
 
 
@@ -24,8 +26,7 @@ class FeatureStatistics:
     """
 
     def __init__(self, extractor: nn.Module, num_features: int = 0, seed: int = 0) -> None:
-        if num_features < 0:
-            raise ValueError(f"num_features must be at least 0, got {num_features}")
+        require_at_least(0, num_features=num_features)
         self.extractor, self.count, self.num_features = FrozenNetwork(extractor), 0, num_features
         self.total = self.products = torch.zeros((), dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(seed)
@@ -72,6 +73,7 @@ def load_reference(path: Path, extractor: nn.Module, names: tuple[str, ...]) -> 
     Raises:
         WeightsError: if the file is missing or damaged, was made with another extractor, or lacks one of ``names``.
     """
+    path = located(path)
     if not path.is_file():
         raise WeightsError(
             f"{path}: no such file of reference statistics; write it by `lightning predict` with "

@@ -12,6 +12,7 @@ from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.compilation import Mode, compile_networks
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import draw, require_feasible
 from lit_shortcut.evaluation.identity import loop_identities, row_identity
@@ -74,14 +75,10 @@ class EvaluationTask(L.LightningModule):
         compile_mode: Mode = "default",
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("latency_rounds", latency_rounds, 1 if random_weights else 0),
-            ("latency_batch_size", latency_batch_size, 1),
-            ("grid_images", grid_images, 0),
-        ):
-            if value < least:
-                reason = " for random weights, which have a latency only" if random_weights else ""
-                raise ValueError(f"{name} must be at least {least}{reason}, got {value}")
+        require_at_least(0, latency_rounds=latency_rounds, grid_images=grid_images)
+        require_at_least(1, latency_batch_size=latency_batch_size)
+        if random_weights and not latency_rounds:
+            raise ValueError("latency_rounds must be at least 1 for random weights, which have a latency only; got 0")
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding = decoding or Decoding()

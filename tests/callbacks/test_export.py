@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
+from lit_shortcut.acceleration.origin import BaseReference, Origin
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.callbacks.ema import ModuleEMA
-from lit_shortcut.callbacks.export import ExportWeights
+from lit_shortcut.callbacks.export import ExportShortcut, ExportWeights
 from lit_shortcut.fashion.classifier import ClassifierTask, FashionCNN
 from lit_shortcut.images import LabelledImages
+from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.tasks.shortcut import ShortcutTask
 
 
 def fit(path: Path, *callbacks: L.Callback, **arguments: Any) -> ClassifierTask:
@@ -85,3 +90,17 @@ def test_manifest_says_what_made_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_trial_run_exports_nothing(tmp_path: Path) -> None:
     fit(tmp_path / "net.safetensors", fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_shortcut_is_exported_as_a_folder_with_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = ShortcutTask(ShortcutNet(width=16, num_heads=2))
+    card = {"base_fingerprint": "0123", "num_steps": 5, "decoding": {"num_steps": 5}}
+    monkeypatch.setattr(task, "network_facts", lambda: card)
+    base = BaseReference(name="dimoo", source="hf://owner/base")
+    export = ExportShortcut(tmp_path / "shortcut", "MIT", "noise", base, budget=2)
+    assert export.write(task) == tmp_path / "shortcut" / "model.safetensors"
+    found = Shortcut.from_pretrained(tmp_path / "shortcut")
+    expected = Origin(replace(base, fingerprint="0123"), 5, {"num_steps": 5}, "even", 2, "MIT", "noise")
+    assert found.origin == expected
+    for name, tensor in found.network.state_dict().items():
+        assert torch.equal(tensor, task.network.state_dict()[name])

@@ -51,11 +51,11 @@ def labels() -> torch.Tensor:
 
 
 def test_manifest_names_every_shipped_weight_file_and_no_other() -> None:
-    assert MANIFEST.keys() == {path.name for path in SHIPPED.glob("*.safetensors")}
+    assert MANIFEST.keys() == {path.relative_to(SHIPPED).as_posix() for path in SHIPPED.rglob("*.safetensors")}
 
 
 def test_shipped_shortcut_belongs_to_the_shipped_base(default: MaskGIT) -> None:
-    assert Shortcut.load(SHIPPED / "shortcut.safetensors").base_fingerprint == default.fingerprint
+    assert Shortcut.load(SHIPPED / "shortcut/model.safetensors").base_fingerprint == default.fingerprint
 
 
 @pytest.mark.parametrize("name", MANIFEST)

@@ -41,7 +41,7 @@ def test_shipped_files_are_small() -> None:
 
 def test_shipped_shortcut_belongs_to_the_shipped_base() -> None:
     base = LLaDA.load(SHIPPED / "base.safetensors")
-    assert Shortcut.load(SHIPPED / "shortcut.safetensors").base_fingerprint == fingerprint(base.state_dict())
+    assert Shortcut.load(SHIPPED / "shortcut/model.safetensors").base_fingerprint == fingerprint(base.state_dict())
 
 
 def test_held_out_prompts_all_name_a_class_and_many_an_attribute() -> None:
@@ -58,7 +58,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fashion_text")
     (folder / "checkpoints").symlink_to(SHIPPED.parent)
     (folder / "runs/fashion_text/shortcut").mkdir(parents=True)
-    shutil.copy(SHIPPED / "shortcut.safetensors", folder / "runs/fashion_text/shortcut")
+    shutil.copy(SHIPPED / "shortcut/model.safetensors", folder / "runs/fashion_text/shortcut/shortcut.safetensors")
     words = ('--model.rows=[[8], [8, 2, "shortcut"]]', "--data.run_seeds=[77]", "--model.latency_rounds=1")
     words += ("--data.num_images=20", "--data.batch_size=20", "--model.latency_batch_size=2", "--trainer.logger=false")
     lightning(folder, "test", "--config", CONFIGS / "fashion_text" / "evaluate.yaml", *words)

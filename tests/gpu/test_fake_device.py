@@ -118,7 +118,7 @@ def test_a_tensor_left_on_the_host_is_caught(monkeypatch: pytest.MonkeyPatch) ->
             generate(on.base, on.conditions, DECODINGS["default"], Vanilla())
 
 
-def one_step(on: OnDevice) -> tuple[Tensor, Tensor]:
+def one_step(on: OnDevice, is_masked: Tensor) -> tuple[Tensor, Tensor]:
     """Features before a step and the network's prediction of those after it, of the conditional branch."""
     base, network = on.base, on.network
     context = base.context(on.conditions, guided=False)
@@ -126,7 +126,8 @@ def one_step(on: OnDevice) -> tuple[Tensor, Tensor]:
     layout = next(iter(lay_out_branches(network, base.interface, context)), None)
     features = base.features(codes, context, Clock(0, NUM_STEPS))[0]
     share = on.moved(torch.tensor([0.5, 0.5]))
-    return features, advance(network, base.interface, features, Control(codes[:, :3], codes[:, :3]), share, layout)
+    control, gap = Control(codes[:, :3], codes[:, :3]), share if network.options.anchored else None
+    return features, advance(network, base.interface, features, control, share, layout, masked=is_masked, gap=gap)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,12 +136,13 @@ def test_the_network_trains_and_is_validated_without_waiting(name: str, monkeypa
     with fake(name, monkeypatch, META) as on:
         optimizer = torch.optim.AdamW(on.network.requires_grad_(True).parameters(), lr=1e-3)
         is_masked = on.moved(torch.rand(2, on.base.spec.num_tokens) < 0.5)
-        features, predicted = one_step(on)
-        loss = masked_mse(predicted, features, is_masked) + masked_cosine(predicted, features, is_masked)
+        rows = on.base.interface.masked_rows(is_masked)
+        features, predicted = one_step(on, is_masked)
+        loss = masked_mse(predicted, features, rows) + masked_cosine(predicted, features, rows)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            target, guess = (on.base.interface.logits(rows) for rows in one_step(on))
+            target, guess = (on.base.interface.logits(rows) for rows in one_step(on, is_masked))
             measured = masked_mean(head_kl(target, guess), is_masked), token_agreement(guess, target, is_masked)
         assert {part.device for part in (loss, *measured)} == {on.device}
 

@@ -18,6 +18,7 @@ from diffusers.models.unets.uvit_2d import ConvMlmLayer, UVit2DConvEmbed
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import ConvolutionalInterface
 
 _EPS = 1e-6
@@ -65,6 +66,9 @@ class MeissonicTransformer(nn.Module):
         upsample: bool = False,
     ) -> None:
         super().__init__()
+        require_at_least(1, num_layers=num_layers, num_attention_heads=num_attention_heads, codebook_size=codebook_size)
+        require_at_least(0, num_single_layers=num_single_layers)
+        require_at_least(1, attention_head_dim=attention_head_dim, joint_attention_dim=joint_attention_dim)
         heads, head_width = num_attention_heads, attention_head_dim
         width = heads * head_width
         if pooled_projection_dim != width:
@@ -164,20 +168,7 @@ class MeissonicTransformer(nn.Module):
 
     def interface(self, height: int, width: int) -> ConvolutionalInterface:
         """The cheap ends on a grid of ``height`` × ``width`` tokens, sharing this transformer's parameters."""
-        codes = self.embed.layer_norm(self.embed.embeddings.weight[: self.codebook_size])
-        upsampling = dict(self.up_block.named_parameters())
-        kernel = upsampling.get("upsample.conv.weight")  # (in, out, row, column)
-        return ConvolutionalInterface(
-            num_tokens=height * width,
-            grid_width=width,
-            stride=self.stride,
-            code_embedding=self.embed.conv(codes[..., None, None])[..., 0, 0],
-            head_weight=self.mlm_layer.conv2.weight[..., 0, 0],
-            hidden_weight=self.mlm_layer.conv1.weight[..., 0, 0],
-            hidden_scale=self.mlm_layer.layer_norm.weight,
-            upsampling_scale=upsampling.get("upsample.norm.weight"),
-            upsampling_weight=None if kernel is None else kernel.permute(2, 3, 1, 0).flatten(0, 1),
-        )
+        return interface_of(self, height, width)
 
     def _rotation(self, num_text: int, image: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rows' places: 0 for ``num_text`` of text, then row and column in ``image``."""
@@ -188,3 +179,23 @@ class MeissonicTransformer(nn.Module):
         places = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
         cosines, sines = self.pos_embed(torch.cat([places.new_zeros(num_text, 3), places]))
         return cosines, sines
+
+
+def interface_of(transformer: nn.Module, height: int, width: int) -> ConvolutionalInterface:
+    """Return the cheap ends of a ``transformer`` of the published names, on a grid of ``height`` × ``width`` tokens."""
+    own: Any = transformer
+    head, hidden = own.mlm_layer.conv2.weight, own.mlm_layer.conv1.weight
+    codes = own.embed.layer_norm(own.embed.embeddings.weight[: len(head)])
+    upsampling = dict(own.up_block.named_parameters())
+    kernel = upsampling.get("upsample.conv.weight")  # (in, out, row, column)
+    return ConvolutionalInterface(
+        num_tokens=height * width,
+        grid_width=width,
+        stride=1 if kernel is None else kernel.shape[-1],
+        code_embedding=own.embed.conv(codes[..., None, None])[..., 0, 0],
+        head_weight=head[..., 0, 0],
+        hidden_weight=hidden[..., 0, 0],
+        hidden_scale=own.mlm_layer.layer_norm.weight,
+        upsampling_scale=upsampling.get("upsample.norm.weight"),
+        upsampling_weight=None if kernel is None else kernel.permute(2, 3, 1, 0).flatten(0, 1),
+    )

@@ -1,0 +1,51 @@
+"""What to generate, given one by one: prompts or classes in turn, seeds that count up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from datamodules.conditions import InTurn
+from lit_shortcut.contracts import Conditions
+from lit_shortcut.pictures import require_seeds
+
+
+class Listed(InTurn):
+    """``num_images`` images, prompts or labels in turn. Image i has seed ``seed`` + i, and so can be asked for again.
+
+    Args:
+        prompts: texts; empty where labels are given.
+        labels: classes; empty where prompts are given.
+        num_images: to generate; None one for each prompt or label.
+        batch_size: images per batch.
+        seed: of the first image.
+
+    Raises:
+        ValueError: if there are neither prompts nor labels, or both; if a prompt is empty, or a seed outside 64 bits.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str] = (),
+        labels: Sequence[int] = (),
+        num_images: int | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        self.prompts, self.labels = tuple(prompts), tuple(labels)
+        if bool(self.prompts) == bool(self.labels):
+            raise ValueError(f"expected either prompts or labels, got {'both' if self.prompts else 'neither'}")
+        if empty := [number for number, prompt in enumerate(self.prompts, start=1) if not prompt.strip()]:
+            raise ValueError(f"prompt {empty[0]}: expected a text, found an empty one")
+        count = len(self.prompts) or len(self.labels)
+        super().__init__(count if num_images is None else num_images, batch_size, seed, count)
+        require_seeds([seed, seed + self.num_images - 1])
+
+    def asked_for(self, conditions: Conditions) -> Conditions:
+        """Return ``conditions`` with seeds that count up, and the prompts or labels whose turn it is."""
+        conditions = conditions._replace(seeds=torch.tensor([self.seed + index for index in conditions.ids.tolist()]))
+        turns = conditions.labels.tolist()
+        if self.prompts:
+            return conditions._replace(prompts=tuple(self.prompts[turn] for turn in turns))
+        return conditions._replace(labels=torch.tensor([self.labels[turn] for turn in turns]))

@@ -1,0 +1,125 @@
+"""Where a shortcut comes from: its base, how that base drew, and the ``config.json`` that says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lit_shortcut.files import replacing
+from lit_shortcut.weights import WeightsError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PLAN = "plan.json"
+CARD = "README.md"
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """The base that a shortcut belongs to.
+
+    Args:
+        fingerprint: of its weights; empty where the shortcut's file does not say.
+        name: under which :func:`lit_shortcut.load` knows it: ``dimoo``, ``maskgit``, …; empty for a base of one's own.
+        source: ``hf://`` address of its weights, or a folder, which counts from that of the shortcut.
+        revision: of the hub's repository; empty for the newest.
+        arguments: further arguments of the function that builds it.
+    """
+
+    fingerprint: str = ""
+    name: str = ""
+    source: str = ""
+    revision: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a shortcut was trained on, and how it is meant to be used.
+
+    Args:
+        base: the base that recorded the trajectories.
+        num_steps: N of the trajectories; 0 where the file does not say.
+        decoding: how their tokens were drawn, the arguments of :class:`~lit_shortcut.sampling.Decoding`.
+        plan: name of the plan it is meant to be run under, ``even`` or ``even_tokens``.
+        budget: b of that plan; 0 leaves it to the user.
+        licence: SPDX identifier of the weights.
+        trained_on: the data.
+    """
+
+    base: BaseReference = field(default_factory=BaseReference)
+    num_steps: int = 0
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    plan: str = "even"
+    budget: int = 0
+    licence: str = ""
+    trained_on: str = ""
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, Any]) -> Origin:
+        """Return what the metadata of a checkpoint or safetensors file says, the card of its trajectories."""
+        base = BaseReference(metadata.get("base_fingerprint") or "")
+        return cls(base, metadata.get("num_steps", 0), metadata.get("decoding", {}))
+
+    def require_steps(self, num_steps: int) -> None:
+        """Refuse to run in another number of steps than the shortcut was trained for.
+
+        Raises:
+            WeightsError: if ``num_steps`` differs.
+        """
+        if self.num_steps not in (0, num_steps):
+            raise WeightsError(
+                f"this shortcut was trained on runs of num_steps {self.num_steps}, it cannot accelerate one of "
+                f"{num_steps}; budget {num_steps} runs the base at every step"
+            )
+
+
+Record = TypeVar("Record", BaseReference, Origin)
+
+
+def write_config(folder: Path, network: dict[str, Any], origin: Origin) -> None:
+    """Write ``config.json``: class and ``hparams`` of the ``network``, and ``origin``."""
+    content = {"format_version": _FORMAT_VERSION, "network": network} | asdict(origin)
+    with replacing(folder / CONFIG) as aside:
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], Origin]:
+    """Return class and ``hparams`` of the network, and the origin, that ``config.json`` in ``folder`` names.
+
+    Raises:
+        WeightsError: if the file is missing or damaged, or a key is missing, unknown or of another kind; the message
+            names the file and the key.
+    """
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(f"{path}: no such file; expected the folder of a shortcut ({error.strerror})") from error
+    except ValueError as error:
+        raise WeightsError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(content, dict) or content.pop("format_version", None) != _FORMAT_VERSION:
+        raise WeightsError(f"{path}: expected the configuration of a shortcut, of format_version {_FORMAT_VERSION}")
+    network = content.pop("network", None)
+    if not isinstance(network, dict) or network.keys() != {"class", "hparams"}:
+        raise WeightsError(f"{path}: network must have the keys class and hparams, found {network!r}")
+    content["base"] = _filled(BaseReference, content.get("base"), path, "base.")
+    return network, _filled(Origin, content, path, "")
+
+
+def _filled(record: type[Record], content: Any, path: Path, prefix: str) -> Record:
+    """Return the ``record`` whose fields are the keys of ``content``, each of the kind of the field's default."""
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: {prefix.rstrip('.')} must be an object, found {content!r}")
+    expected = {one.name: type(getattr(record(), one.name)) for one in fields(record)}
+    for name, value in content.items():
+        if name not in expected:
+            raise WeightsError(f"{path}: {prefix}{name} is unknown; known are {', '.join(expected)}")
+        if type(value) is not expected[name]:
+            raise WeightsError(f"{path}: {prefix}{name} must be of type {expected[name].__name__}, found {value!r}")
+    return record(**content)

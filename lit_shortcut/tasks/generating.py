@@ -1,0 +1,102 @@
+"""Draw pictures with a frozen base, accelerated or not: ``predict`` and ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from lit_shortcut.acceleration.accelerated import Predictor
+from lit_shortcut.acceleration.compilation import compile_networks
+from lit_shortcut.contracts import Conditions, MaskedImageModel
+from lit_shortcut.evaluation.drawing import require_feasible
+from lit_shortcut.evaluation.rows import Row
+from lit_shortcut.pictures import Drawing, PlanName, draw, row_of, settings_of
+from lit_shortcut.sampling import Decoding, sample
+
+
+class GenerateTask(L.LightningModule):
+    """Pictures of a frozen base; nothing is trained.
+
+    Args:
+        base: the frozen model.
+        decoding: how tokens are drawn.
+        shortcut: computes the features of the steps that the base leaves out; None is vanilla only.
+        plan: which steps the base computes.
+        budget: b, at how many; None is all of them, vanilla.
+        compare: draw each picture by vanilla, too.
+        compiled: run base and shortcut through ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        base: MaskedImageModel,
+        *,
+        decoding: Decoding | None = None,
+        shortcut: Predictor | None = None,
+        plan: PlanName = "even",
+        budget: int | None = None,
+        compare: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        assert isinstance(base, nn.Module)
+        self.base: MaskedImageModel = base
+        self.decoding, self.shortcut = decoding or Decoding(), shortcut
+        self.plan: PlanName = plan
+        self.budget, self.compare, self.compiled = budget, compare, compiled
+        self.on_step: Callable[[], None] | None = None
+        row_of(shortcut, plan, budget, self.decoding)  # a budget outside 1..N is refused here
+
+    @property
+    def rows(self) -> list[Row]:
+        """The ways to draw, vanilla first where it is compared with.
+
+        Raises:
+            ValueError: if the budget lies outside 1..N.
+            WeightsError: if the shortcut is for another N.
+        """
+        chosen = row_of(self.shortcut, self.plan, self.budget, self.decoding)
+        beside = row_of(None, self.plan, None, self.decoding)
+        return [beside, chosen] if self.compare and chosen.name != beside.name else [chosen]
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Steps of the decoding loop for each batch, all ways together."""
+        return self.decoding.num_steps * len(self.rows)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Return what pictures follow from, by row; see :func:`~lit_shortcut.pictures.settings_of`."""
+        return {row.name: settings_of(self.base, row) for row in self.rows}
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot be drawn before anything is.
+
+        Raises:
+            ValueError: if the base does not know a condition, the schedule cannot spend the tokens in so many steps, or
+                the budget lies outside 1..N.
+            WeightsError: if the shortcut is for another base or N.
+        """
+        if (data := getattr(self.trainer, "datamodule", None)) is not None and len(data.loader()):
+            require_feasible(self.base, self.rows, data)
+
+    def on_predict_start(self) -> None:
+        """Compile where that is asked for."""
+        if self.compiled:
+            compile_networks(self.base, [self.shortcut] if isinstance(self.shortcut, nn.Module) else [])
+
+    def predict_step(self, batch: Conditions, batch_idx: int) -> dict[str, Drawing]:
+        """Return the pictures of one batch by row; the first batch is preceded by two steps of each to warm up."""
+        rows = self.rows
+        if batch_idx == 0:
+            for row in rows:
+                for _ in islice(sample(self.base, batch, row.decoding, row.acceleration), 2):
+                    pass
+        return {row.name: draw(self.base, batch, row, on_step=self._stepped) for row in rows}
+
+    def _stepped(self, step: object) -> None:
+        if self.on_step is not None:
+            self.on_step()
