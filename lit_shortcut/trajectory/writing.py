@@ -119,7 +119,7 @@ def _in_numpy(dtype: torch.dtype) -> torch.dtype:
 
 def _npy(array: np.ndarray[Any, Any]) -> tuple[bytes, memoryview]:
     """Numpy's header and the bytes of ``array``."""
-    return _npy_header(array.dtype.str, array.shape), memoryview(np.ascontiguousarray(array)).cast("B")
+    return _npy_header(array.dtype.str, array.shape), np.ascontiguousarray(array).data.cast("B")
 
 
 @lru_cache(maxsize=64)
