@@ -174,7 +174,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         found, origin = read_config(folder)
         tensors, _ = load_tensors(folder / WEIGHTS)
         network = build_module(NETWORKS, found, tensors, folder / CONFIG)
-        identity = {"base_fingerprint": origin.base.fingerprint or None, "weights": fingerprint(tensors)}
+        identity: Any = {"base_fingerprint": origin.base.fingerprint or None, "weights": fingerprint(tensors)}
         shortcut = cls(network, origin=origin, **identity, **model_kwargs)
         shortcut.folder = folder
         return shortcut
