@@ -23,8 +23,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Let links that lead out of docs/ lead to the files added above."""
-    return re.sub(r"\]\((?:\.\./)+(CONTRIBUTING\.md|checkpoints/)", r"](/\1", markdown)
+    """Let links that lead out of docs/, or into it, lead to the same files of the site."""
+    return re.sub(r"\]\((?:(?:\.\./)+(?=CONTRIBUTING\.md|checkpoints/)|docs/)", "](/", markdown)
 
 
 class Roles(griffe.Extension):

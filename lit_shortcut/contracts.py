@@ -30,10 +30,6 @@ class Conditions(NamedTuple):
     labels: Tensor
     prompts: tuple[str, ...] = ()
 
-    def first(self, count: int) -> Conditions:
-        """Return the conditions of the first ``count`` samples."""
-        return self.slice(0, count)
-
     def slice(self, start: int, stop: int) -> Conditions:
         """Return the conditions of samples ``start`` to ``stop`` − 1."""
         chosen = slice(start, stop)
@@ -73,8 +69,7 @@ class Prefix(NamedTuple):
 class PrefixSize(NamedTuple):
     """Plain numbers for the shapes of one guidance branch's prefixes, so that no shape waits for a device.
 
-    ``longest`` and ``longest_control`` bound ``lengths`` and ``num_control``; ``is_padded`` is false only where all
-    prefixes of the branch reach both bounds, and nothing needs a mask.
+    ``longest`` and ``longest_control`` bound ``lengths`` and ``num_control``; without ``is_padded`` all reach them.
     """
 
     longest: int

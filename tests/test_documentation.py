@@ -126,7 +126,7 @@ def run_python(page: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 2), ("docs/tutorial.md", 3)])
+@pytest.mark.parametrize(("page", "count"), [("README.md", 2), ("docs/tutorial.md", 3), ("docs/how-to/generate.md", 2)])
 def test_python_of_the_first_pages_draws_pictures(page: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run_python(page, monkeypatch)
     images: list[Image.Image] = names["images"] if "images" in names else names["pictures"].images

@@ -49,8 +49,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
     """Next features by a shortcut network.
 
     As a folder or repository of the Hugging Face hub it is ``model.safetensors``, ``config.json``, a model card and,
-    where it has calibrated plans, ``plan.json``; ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` are those
-    of ``huggingface_hub``.
+    where it has calibrated plans, ``plan.json``; ``from_pretrained`` and the like are those of ``huggingface_hub``.
 
     Guidance branches run in one batch, or one after the other where their prompts differ in length. An anchored network
     starts from the last full step and all tokens committed since, any other from the latest features.

@@ -17,7 +17,7 @@ _MISSING = "nothing"
 
 
 def loop_identities(
-    base: MaskedImageModel, rows: Sequence[Row], *, precision: str, compiled: bool
+    base: MaskedImageModel, rows: Sequence[Row], *, precision: str, compiled: bool | str
 ) -> dict[str, dict[str, Any]]:
     """Return, by row name, everything the decoding loop and its latency depend on.
 
@@ -25,7 +25,7 @@ def loop_identities(
         base: the frozen model, in the precision it runs in.
         rows: ways to decode.
         precision: the trainer's precision.
-        compiled: whether networks run through ``torch.compile``.
+        compiled: whether networks run through ``torch.compile``, or its mode.
     """
     shared = {"base": base.identity(), "dtype": dtype_of(base), "precision": precision, "compiled": compiled}
     return {

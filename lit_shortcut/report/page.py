@@ -22,6 +22,7 @@ from lit_shortcut.report.plot import FAINT, front, point_label, series_name
 from lit_shortcut.report.table import for_people, shown_passes
 
 _THEME = "plotly_white"
+_BUTTONS = ["toImage", "zoom2d", "pan2d", "resetScale2d"]  # others, such as sharing, need a network
 _MOST_PIXELS = 128  # height of a strip; a page of photographs stays at a few MB
 _LEAST_PIXELS = 64  # a strip of tiny images is magnified to this height
 
@@ -50,7 +51,7 @@ def page(
         provenance: what made the figures, by name.
     """
     pictures = {name: _data_uri(path) for name, path in strips.items()}
-    heights = [Image.open(path).height for path in strips.values()]
+    heights = [_height(path) for path in strips.values()]
     height = min(max([*heights, _LEAST_PIXELS]), _MOST_PIXELS)
     shown = for_people(table)
     has_plot = quality is not None and {"latency_ms", quality} <= set(table.columns)
@@ -80,7 +81,7 @@ def page(
 
 def _inline(figure: go.Figure) -> str:
     """Return ``figure`` as a ``div`` of id ``plot``, with plotly.js."""
-    config = {"responsive": True, "displaylogo": False}
+    config = {"responsive": True, "displaylogo": False, "modeBarButtons": [_BUTTONS]}
     text: str = figure.to_html(config, include_plotlyjs=True, full_html=False, div_id="plot", default_height="30rem")
     return text
 
@@ -101,12 +102,12 @@ def _figure(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> go.F
     direction = "higher" if higher_is_better else "lower"
     figure.update_layout(
         template=_THEME,
-        margin={"l": 70, "r": 20, "t": 20, "b": 60},
+        margin={"l": 70, "r": 20, "t": 60, "b": 60},
         hovermode="closest",
-        hoverlabel={"align": "left", "namelength": -1},
+        hoverlabel={"align": "left", "bgcolor": "white"},
         xaxis_title_text="latency of the decoding loop, ms per image",
         yaxis_title_text=_escaped(f"{metric} ({direction} is better)"),
-        legend_title_text="at a point: N or (N, base passes)",
+        legend={"title_text": "at a point: N or (N, base passes)", "orientation": "h", "y": 1.02, "yanchor": "bottom"},
     )
     return figure
 
@@ -147,6 +148,11 @@ def _label(line: Mapping[str, Any]) -> str:
 def _escaped(text: str) -> str:
     """Return ``text`` so that plotly shows it as it is; it knows no entity for quotes."""
     return html.escape(text, quote=False)
+
+
+def _height(path: Path) -> int:
+    with Image.open(path) as picture:
+        return picture.height
 
 
 def _data_uri(path: Path) -> str:

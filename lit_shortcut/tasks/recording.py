@@ -145,7 +145,7 @@ def card_of(
         precision: that the trainer computes them in.
         base_identity: all of the base that they depend on, as JSON has it; with its ``fingerprint``.
     """
-    first = move_data_to_device(asked.loader().dataset[0].first(1), base.interface.code_embedding.device)
+    first = move_data_to_device(asked.loader().dataset[0].slice(0, 1), base.interface.code_embedding.device)
     return Card(
         format_version=FORMAT_VERSION,
         base=json.loads(json.dumps(base_identity)),

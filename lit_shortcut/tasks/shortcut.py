@@ -98,7 +98,7 @@ class ShortcutTask(OptimizedTask):
     def guidance(self) -> list[float]:
         """Scale of the recorded set's guidance at each of its N steps."""
         assert self.card is not None
-        decoding = Decoding(**self.card.decoding)
+        decoding = Decoding.from_values(self.card.decoding)
         return [decoding.guidance_at(step) for step in range(self.card.num_steps)]
 
     def replay(self, batch: Trajectories) -> Replay:

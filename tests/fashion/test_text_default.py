@@ -57,8 +57,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Vanilla and shortcut measured by the command on 20 prompts, one seed that no report uses."""
     folder = tmp_path_factory.mktemp("fashion_text")
     (folder / "checkpoints").symlink_to(SHIPPED.parent)
-    (folder / "runs/fashion_text/shortcut").mkdir(parents=True)
-    shutil.copy(SHIPPED / "shortcut/model.safetensors", folder / "runs/fashion_text/shortcut/shortcut.safetensors")
+    shutil.copytree(SHIPPED / "shortcut", folder / "runs/fashion_text/shortcut")
     words = ('--model.rows=[[8], [8, 2, "shortcut"]]', "--data.run_seeds=[77]", "--model.latency_rounds=1")
     words += ("--data.num_images=20", "--data.batch_size=20", "--model.latency_batch_size=2", "--trainer.logger=false")
     lightning(folder, "test", "--config", CONFIGS / "fashion_text" / "evaluate.yaml", *words)
