@@ -29,6 +29,7 @@ from lit_shortcut.trajectory import (
     save_interface,
     write_shard,
 )
+from lit_shortcut.trials import report_trial
 from lit_shortcut.weights import require_writable
 
 _GB = 1e9
@@ -86,6 +87,10 @@ class TrajectoryWriter(BasePredictionWriter):
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
+        self.limit = trainer.limit_predict_batches
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a limit alone records a part, which is gone on with
+            report_trial(self.folder)
+            return
         datamodule = getattr(trainer, "datamodule", None)
         if datamodule is None:
             raise TrajectoryError(
@@ -112,7 +117,7 @@ class TrajectoryWriter(BasePredictionWriter):
         if len(data.finished) < self.card.num_shards:
             self.jobs = Background()
         else:  # Lightning warns of an empty loader, but not of none
-            self.limit, trainer.limit_predict_batches = trainer.limit_predict_batches, 0
+            trainer.limit_predict_batches = 0
 
     def write_on_batch_end(
         self,
@@ -125,7 +130,8 @@ class TrajectoryWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Queue the batch as the shard that its first id belongs to; wait where ``waiting`` batches are before it."""
-        assert self.jobs is not None
+        if self.jobs is None:  # a trial run
+            return
         index = int(prediction.conditions.ids[0]) // self.card.samples_per_shard
         deque(self.jobs.results(leave=self.waiting - 1), maxlen=0)
         self.jobs.submit(write_shard, self.folder, index, prediction, self.card)
