@@ -190,8 +190,8 @@ def load(
     where, shortcut = _shortcut_at(source, dtype, revision)
     origin = shortcut.origin
     try:
-        decoding = Decoding(**origin.decoding)
-    except (TypeError, ValueError) as error:
+        decoding = Decoding.from_values(origin.decoding)
+    except ValueError as error:
         raise WeightsError(f"{where}: decoding: {error}") from error
     decoding = decoding.at(num_steps or origin.num_steps or decoding.num_steps)
     pipeline = Pipeline(

@@ -120,7 +120,10 @@ class EvaluationTask(L.LightningModule):
         if self.compiled:
             compile_networks(self.base, self.methods, self.compile_mode)
         self.loops = loop_identities(
-            self.base, self.rows, precision=str(self.trainer.precision), compiled=self.compiled
+            self.base,
+            self.rows,
+            precision=str(self.trainer.precision),
+            compiled=self.compiled and self.compile_mode,
         )
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         asked = data.identity()
@@ -130,7 +133,7 @@ class EvaluationTask(L.LightningModule):
     def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Draw one batch for every row that is not finished."""
         if dataloader_idx == 0 and batch_idx == 0:
-            self.timed = batch.first(self.latency_batch_size)
+            self.timed = batch.slice(0, self.latency_batch_size)
         seed = self.run_seeds[dataloader_idx]
         rows = [row for row in self.rows if row.name in self.unfinished[seed]]
         if batch_idx == 0:
