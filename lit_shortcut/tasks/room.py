@@ -96,7 +96,7 @@ class HostRing(HostRoom):
         super().__init__(memory_limit_gb, scratch)
         self._device, self._backend = device, torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
-        pinned = {"dtype": torch.uint8, "pin_memory": device.type == "cuda"}
+        pinned: dict[str, Any] = {"dtype": torch.uint8, "pin_memory": device.type == "cuda"}
         self._ring = [torch.empty(_BUFFER_BYTES, **pinned) for _ in range(_BUFFERS)]
         self._jobs: Background[Any] = Background()
         self._copies: list[Future[None]] = []  # of the batch that is recorded
