@@ -16,9 +16,10 @@ class Background(Generic[Result]):
     def __init__(self, threads: int = 1) -> None:
         self._threads, self._jobs = ThreadPoolExecutor(threads), deque[Future[Result]]()
 
-    def submit(self, job: Callable[..., Result], *arguments: Any) -> None:
-        """Queue ``job(*arguments)``."""
-        self._jobs.append(self._threads.submit(job, *arguments))
+    def submit(self, job: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Queue ``job(*arguments)``; return its future, for jobs that need the result of this one."""
+        self._jobs.append(future := self._threads.submit(job, *arguments))
+        return future
 
     def results(self, leave: int = 0) -> Iterator[Result]:
         """Yield results, oldest first, until at most ``leave`` jobs are left; wait for those that still run.

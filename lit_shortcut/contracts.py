@@ -30,10 +30,6 @@ class Conditions(NamedTuple):
     labels: Tensor
     prompts: tuple[str, ...] = ()
 
-    def first(self, count: int) -> Conditions:
-        """Those of the first ``count`` samples."""
-        return self.slice(0, count)
-
     def slice(self, start: int, stop: int) -> Conditions:
         """Return those of samples ``start`` to ``stop`` − 1."""
         chosen = slice(start, stop)
@@ -73,8 +69,7 @@ class Prefix(NamedTuple):
 class PrefixSize(NamedTuple):
     """Plain numbers for the shapes of one guidance branch's prefixes, so that no shape waits for a device.
 
-    ``longest`` and ``longest_control`` bound ``lengths`` and ``num_control``; ``is_padded`` is false only where all
-    prefixes of the branch reach both bounds, and nothing needs a mask.
+    ``longest`` and ``longest_control`` bound ``lengths`` and ``num_control``; without ``is_padded`` all reach them.
     """
 
     longest: int
@@ -199,9 +194,8 @@ class Step(NamedTuple):
 
     ``features`` (G, B, S, C) belong to ``state``; ``is_full`` says whether the base computed them, for the whole batch
     or, where the plan decides so, sample by sample (B,). ``committed`` are the tokens this step revealed and ``tokens``
-    (B, L) the grid after it. ``log_probs`` (B, K), float32, are those of the codes revealed, under the distribution
-    they were drawn from: guided, at the decoding's temperature (at temperature 0, where codes are not drawn, at 1). The
-    choice of places is no part of it.
+    (B, L) the grid after it. ``log_probs`` (B, K), float32, are those of the codes under the guided distribution they
+    were drawn from (at temperature 1 where the temperature is 0); the choice of places has no part in it.
     """
 
     state: State

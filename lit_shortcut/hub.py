@@ -7,11 +7,12 @@ from pathlib import Path
 
 from huggingface_hub import HfUri, hf_hub_download, hf_hub_url, parse_hf_uri, snapshot_download
 
+from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError, first_sentence
 
 
 def local_file(address: str) -> Path:
-    """``address`` itself where it is a path; else the file's copy in the hub's cache, downloaded once.
+    """Where the file at path ``address`` is; else its copy in the hub's cache, downloaded once.
 
     Args:
         address: a path, or ``hf://owner/repository/file``, ``hf://owner/repository@revision/file``.
@@ -20,7 +21,7 @@ def local_file(address: str) -> Path:
         WeightsError: if the file cannot be had; the message says which to download and where to put it.
     """
     if not address.startswith("hf://"):
-        return Path(address)
+        return located(address)
     place = _parsed(address, "hf://owner/repository/file")
     try:
         return Path(hf_hub_download(place.id, place.path_in_repo, revision=place.revision))
@@ -34,7 +35,7 @@ def local_file(address: str) -> Path:
 
 
 def local_folder(address: str, patterns: Sequence[str]) -> Path:
-    """``address`` itself where it is a path; else the repository's copy in the hub's cache, downloaded once.
+    """Where the folder at path ``address`` is; else the repository's copy in the hub's cache, downloaded once.
 
     Args:
         address: a path, or ``hf://owner/repository``, ``hf://owner/repository@revision``.
@@ -44,7 +45,7 @@ def local_folder(address: str, patterns: Sequence[str]) -> Path:
         WeightsError: if they cannot be had; the message says what to download and where to put it.
     """
     if not address.startswith("hf://"):
-        return Path(address)
+        return located(address)
     place = _parsed(address, "hf://owner/repository")
     try:
         return Path(snapshot_download(place.id, revision=place.revision, allow_patterns=list(patterns)))

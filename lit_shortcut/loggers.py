@@ -56,6 +56,14 @@ def log_table(trainer: L.Trainer, name: str, table: pd.DataFrame) -> None:
                 table.to_csv(path, index=False)
 
 
+def log_page(trainer: L.Trainer, name: str, path: Path) -> None:
+    """Log the self-contained HTML file ``path`` to W&B, which shows it; other loggers have no place for one."""
+    for logger in _loggers(trainer):
+        if isinstance(logger, WandbLogger):
+            with carry_on(f"logging the page {name}"):
+                logger.experiment.log({name: wandb.Html(str(path), inject=False)})
+
+
 def log_artifact(
     trainer: L.Trainer, name: str, kind: str, paths: Sequence[Path], metadata: dict[str, Any] | None = None
 ) -> None:

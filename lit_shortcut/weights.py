@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_shortcut.files import replacing
+from lit_shortcut.places import located
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -70,7 +71,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         WeightsError: if the file is missing, unreadable, or no whole safetensors file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(located(path), framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
     except FileNotFoundError as error:
@@ -86,7 +87,7 @@ def read_pickle(path: Path) -> Any:
         WeightsError: if the file is missing, damaged, or holds more than tensors, numbers and text.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(located(path), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such checkpoint") from error
     except Exception as error:  # a damaged pickle fails in whatever way it was damaged

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -418,3 +419,19 @@ def test_log_probs_are_those_of_the_accelerated_policy_that_drew_the_tokens(
         expected = policy.log_prob(step.tokens.clamp(max=base.spec.codebook_size - 1))
         places = step.committed.positions
         torch.testing.assert_close(log_probs.gathered().gather(1, places), expected.gather(1, places))
+
+
+def test_decoding_comes_back_from_its_values() -> None:
+    course = TemperatureCourse(first=1.0, last=1.2, power=2.0, warmup=1)
+    decoding = Decoding(num_steps=5, guidance=3, order="halton", temperature_course=course)
+    assert Decoding.from_values(json.loads(json.dumps(asdict(decoding)))) == decoding
+    assert Decoding.from_values({"num_steps": 5}) == Decoding(num_steps=5)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"temp": 1}, {"guidance": "much"}, {"schedule": 3}, {"temperature_course": {"middle": 1}}, {"order": "odd"}],
+)
+def test_value_that_is_none_of_a_decoding_is_named(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values))):
+        Decoding.from_values(values)

@@ -28,6 +28,7 @@ from lit_shortcut.hub import local_file
 from lit_shortcut.networks.control import Layout, advance, lay_out_branches, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
+from lit_shortcut.places import located
 from lit_shortcut.weights import (
     WeightsError,
     build_module,
@@ -48,8 +49,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
     """Next features by a shortcut network.
 
     As a folder or repository of the Hugging Face hub it is ``model.safetensors``, ``config.json``, a model card and,
-    where it has calibrated plans, ``plan.json``; ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` are those
-    of ``huggingface_hub``.
+    where it has calibrated plans, ``plan.json``; ``from_pretrained`` and the like are those of ``huggingface_hub``.
 
     Guidance branches run in one batch, or one after the other where their prompts differ in length. An anchored network
     starts from the last full step and all tokens committed since, any other from the latest features.
@@ -72,6 +72,9 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         self.network, self.base_fingerprint = network, base_fingerprint
         self.origin = origin or Origin(BaseReference(base_fingerprint or ""))
         self.folder: Path | None = None  # that it was read from; its card, plan and pictures are saved along with it
+        is_trained = any(parameter.requires_grad for parameter in network.parameters())
+        # of the weights as they were read: a plan calibrated in float32 holds in bfloat16, too
+        self._weights = None if is_trained else fingerprint(network.state_dict())
         if dtype is not None:
             self.network.to(getattr(torch, dtype))
 
@@ -91,6 +94,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         Raises:
             WeightsError: if the file is missing, damaged, or holds something else.
         """
+        path = located(path)
         if path.is_dir():
             return cls.from_pretrained(path, dtype=dtype)
         network, metadata = load_module_with_metadata(NETWORKS, path)
@@ -203,7 +207,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
 
     def identity(self) -> dict[str, Any]:
         """Its name and the fingerprint of its weights."""
-        return {"method": "shortcut", "weights": fingerprint(self.network.state_dict())}
+        return {"method": "shortcut", "weights": self._weights or fingerprint(self.network.state_dict())}
 
     def start(self, base: BaseEnds, context: Context) -> PredictFn:
         """Predict from features and the tokens committed since, embedded by the base's own interface.

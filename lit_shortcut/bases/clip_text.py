@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lit_shortcut.bases.saved import TRANSFORMERS, Variant, read_json, read_weights, take
-from lit_shortcut.contracts import Conditions, Context
+from lit_shortcut.contracts import Conditions, Context, require_prompts
 from lit_shortcut.weights import WeightsError, network_fingerprint
 
 _POSITIONS = "text_model.embeddings.position_ids"  # 0, 1, 2 …, in files of old versions
@@ -221,14 +221,7 @@ def encoded_context(
     Raises:
         ValueError: if there is not a prompt for each sample, or one is empty.
     """
-    prompts = conditions.prompts
-    if len(prompts) != len(conditions.ids):
-        raise ValueError(
-            f"expected a prompt for each of {len(conditions.ids)} samples, got {len(prompts)}; "
-            "datamodules.prompts.Prompts makes such conditions"
-        )
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("expected a prompt, got an empty one")
+    prompts = require_prompts(conditions)
     states, pooled = encoder.encode([*prompts, negative] if guided else prompts)
     count, height, width = len(prompts), *size
     branches = [slice(0, count)] + ([slice(count, None)] if guided else [])

@@ -10,6 +10,8 @@ from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_shortcut.bounds import require_at_least
+
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
@@ -52,6 +54,8 @@ class CodeDecoder(nn.Module):
             raise ValueError(
                 f"num_blocks must hold a positive number for each of {len(multipliers)} levels, got {list(num_blocks)}"
             )
+        require_at_least(1, codebook_size=codebook_size, code_width=code_width, latent_width=latent_width)
+        require_at_least(1, width=width, chunk=chunk)
         self.hparams = {
             "codebook_size": codebook_size,
             "code_width": code_width,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import (
     Clock,
     Conditions,
@@ -88,6 +89,7 @@ class PromptedLLaDA(nn.Module, ABC):
         max_prompt_tokens: int,
     ) -> None:
         super().__init__()
+        require_at_least(1, max_prompt_tokens=max_prompt_tokens, codebook_size=image.codebook_size)
         self.special = special
         self.transformer, self.tokenizer = transformer, tokenizer
         self.image, self.max_prompt_tokens = image, max_prompt_tokens
@@ -215,6 +217,7 @@ def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
     Raises:
         ValueError: if either is no positive multiple of ``patch_size``.
     """
+    require_at_least(1, patch_size=patch_size)
     for name, size in (("height", height), ("width", width)):
         if size < 1 or size % patch_size:
             raise ValueError(f"{name} must be a positive multiple of {patch_size} pixels, got {size}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_shortcut.bases.class_tokens import ClassContext, class_context
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Clock, Conditions, Context, TokenSpec
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention
@@ -29,6 +30,7 @@ class ToyBase(nn.Module):
         self, grid: int = 4, codebook_size: int = 8, num_classes: int = 10, width: int = 16, seed: int = 0
     ) -> None:
         super().__init__()
+        require_at_least(1, grid=grid, codebook_size=codebook_size, num_classes=num_classes, width=width)
         self.spec = TokenSpec(
             num_tokens=grid * grid,
             sequence_length=grid * grid + 1,

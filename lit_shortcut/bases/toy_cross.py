@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Clock, Conditions, Context, TokenSpec, require_prompts
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention
@@ -45,6 +46,7 @@ class CrossToyBase(nn.Module):
         self, grid: int = 4, codebook_size: int = 8, width: int = 16, negative: str = "nothing", seed: int = 0
     ) -> None:
         super().__init__()
+        require_at_least(1, grid=grid, codebook_size=codebook_size, width=width)
         num_tokens = grid * grid
         self.spec = TokenSpec(num_tokens, num_tokens, width, codebook_size, codebook_size, num_classes=0)
         self.grid, self.negative = grid, negative

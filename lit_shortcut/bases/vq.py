@@ -9,6 +9,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from lit_shortcut.bases.saved import DIFFUSERS, Variant, build, read_weights, take
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.weights import WeightsError
 
 
@@ -24,6 +25,7 @@ class VQDecoder(nn.Module):
 
     def __init__(self, vqvae: VQModel, height: int, width: int, chunk: int = 8) -> None:
         super().__init__()
+        require_at_least(1, height=height, width=width, chunk=chunk)
         self.vqvae, self.height, self.width, self.chunk = vqvae, height, width, chunk
         self.eval().requires_grad_(False)
 

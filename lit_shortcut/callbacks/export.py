@@ -10,6 +10,7 @@ import lightning as L
 
 from lit_shortcut.acceleration.origin import WEIGHTS, BaseReference, Origin
 from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.weights import require_writable, save_module, update_manifest
@@ -84,6 +85,7 @@ class ExportShortcut(ExportWeights):
         plan: str = "even",
         budget: int = 0,
     ) -> None:
+        require_at_least(0, budget=budget)
         super().__init__(path, licence, trained_on)
         self.origin = Origin(base or BaseReference(), 0, {}, plan, budget, licence, trained_on)
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
@@ -37,11 +38,12 @@ class ImageWriter(BasePredictionWriter):
     Args:
         folder: for the pictures; it is made.
         overwrite: delete the pictures of other settings in ``folder``.
-        grid_images: pictures in the grid, at most.
+        grid_images: pictures in the grid, at most; 0 leaves it out.
     """
 
     def __init__(self, folder: Path, overwrite: bool = False, grid_images: int = 64) -> None:
         super().__init__("batch")
+        require_at_least(0, grid_images=grid_images)
         self.folder, self.overwrite, self.grid_images = Path(folder), overwrite, grid_images
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -98,9 +100,10 @@ class ImageWriter(BasePredictionWriter):
         paths = [self._path(index, name) for index in shown for name in self.settings]
         if not all(path.exists() for path in paths):  # interrupted
             return
-        grid = _grid([Image.open(path) for path in paths], per_cell=len(self.settings))
-        write_png(self.folder / _GRID, grid, {"methods": list(self.settings), "seed": "in each picture's own file"})
-        rank_zero_info(f"{self.folder}: {self.num_images} images, {_GRID}")
+        if paths:
+            grid = _grid([Image.open(path) for path in paths], per_cell=len(self.settings))
+            write_png(self.folder / _GRID, grid, {"methods": list(self.settings), "seed": "in each picture's own file"})
+        rank_zero_info(f"{self.folder}: {self.num_images} images{f', {_GRID}' if paths else ''}")
         assert isinstance(pl_module, GenerateTask)
         for line in self._latencies(pl_module):
             rank_zero_info(line)

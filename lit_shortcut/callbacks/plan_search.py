@@ -16,6 +16,7 @@ from lit_shortcut.acceleration.calibration import Segments, best_plan, cost_of, 
 from lit_shortcut.acceleration.plans import Adaptive, even_steps
 from lit_shortcut.acceleration.replay import replayed
 from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.weights import require_writable
@@ -50,6 +51,8 @@ class PlanSearch(L.Callback):
     ) -> None:
         if not budgets:
             raise ValueError("budgets must name at least one number of full steps")
+        if max_gap is not None:
+            require_at_least(1, max_gap=max_gap)
         self.path, self.budgets, self.predictor = path, budgets, predictor
         self.adaptive, self.max_gap = adaptive, max_gap
         self._segments: Segments | None = None

@@ -16,6 +16,7 @@ from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.compilation import Mode, compile_networks
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import require_feasible
 from lit_shortcut.evaluation.identity import dtype_of
@@ -62,8 +63,7 @@ class BenchTask(L.LightningModule):
         compile_mode: Mode = "default",
     ) -> None:
         super().__init__()
-        if rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        require_at_least(1, rounds=rounds)
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.rows, self.path, self.rounds = build_rows(rows, decoding or Decoding(), methods, plans), path, rounds

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 from torch import nn
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.metrics.reference import FeatureStatistics
 from lit_shortcut.weights import require_writable, update_manifest
@@ -34,6 +35,7 @@ class ReferenceTask(L.LightningModule):
         num_reference_features: int = 0,
     ) -> None:
         super().__init__()
+        require_at_least(0, num_reference_features=num_reference_features)
         self.statistics, self.path = FeatureStatistics(extractor, num_reference_features), path
         self.facts = {"images": images, "licence": licence}
         self.extractor = extractor

@@ -18,6 +18,7 @@ from lit_shortcut.callbacks.replay_table import ReplayTable
 from lit_shortcut.contracts import Trajectories, Transition
 from lit_shortcut.losses import HeadKL, Loss, MaskedMSE
 from lit_shortcut.metrics.functional import head_kl, masked_mse
+from lit_shortcut.metrics.places import diagnostics
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
@@ -412,8 +413,9 @@ def test_interface_is_no_submodule_and_follows_the_task(folder: Path) -> None:
 def test_diagnostics_run_at_log_steps_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     task, batch = Task(folder, network(1)), batch_of(folder)
-    diagnostics = task._diagnostics
-    monkeypatch.setattr(task, "_diagnostics", lambda *arguments: calls.append(1) or diagnostics(*arguments))
+    monkeypatch.setattr(
+        "lit_shortcut.tasks.shortcut.diagnostics", lambda *arguments: calls.append(1) or diagnostics(*arguments)
+    )
     for step in range(8):
         task.stand_in.global_step = step
         task.logged.clear()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lit_shortcut.bounds import require_above, require_at_least
 from lit_shortcut.networks.deepening import deepened
 from lit_shortcut.networks.llada import LLaDABlock, RMSNorm, Rotation, rotation
 from lit_shortcut.weights import load_module
@@ -37,6 +38,8 @@ class LLaDA(nn.Module):
         is_tied: bool = False,
     ) -> None:
         super().__init__()
+        require_at_least(1, vocab_size=vocab_size, width=width, depth=depth, num_heads=num_heads, mlp_width=mlp_width)
+        require_above(0, rope_theta=rope_theta, norm_eps=norm_eps)
         self.hparams = {
             "vocab_size": vocab_size,
             "width": width,

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
+from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError
 
 TEMPLATE = "<system>Generate an image according to the text prompt.</system><user>{}</user>"
@@ -94,6 +95,7 @@ class TextTokenizer:
     """
 
     def __init__(self, path: Path, special: SpecialTokens | None) -> None:
+        path = located(path)
         if not path.is_file():
             raise WeightsError(f"{path}: no such file; expected a text tokenizer")
         try:

@@ -11,6 +11,7 @@ from lit_shortcut.bases.halton.llamagen import llamagen_decoder, load_llamagen
 from lit_shortcut.bases.halton.transformer import HaltonTransformer, swiglu_width
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.hub import local_file
+from lit_shortcut.places import located
 
 Size = Literal["tiny", "small", "base", "large", "xlarge"]
 Resolution = Literal[256, 384]
@@ -75,7 +76,7 @@ def imagenet_sizes(size: Size, resolution: Resolution) -> dict[str, Any]:
 
 def _file(source: str, name: str) -> Path:
     if not source.startswith("hf://"):
-        converted = (Path(source) / name).with_suffix(".safetensors")
+        converted = located((Path(source) / name).with_suffix(".safetensors"))
         if converted.exists():
             return converted
     return local_file(f"{source}/{name}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import attend, split_heads
 from lit_shortcut.networks.llada import RMSNorm
@@ -119,6 +120,9 @@ class HaltonTransformer(nn.Module):
         is_tied: bool = True,
     ) -> None:
         super().__init__()
+        require_at_least(1, codebook_size=codebook_size, num_classes=num_classes, grid=grid, width=width)
+        require_at_least(1, depth=depth, num_heads=num_heads, mlp_width=mlp_width)
+        require_at_least(0, num_registers=num_registers)
         self.hparams = {
             "codebook_size": codebook_size,
             "num_classes": num_classes,

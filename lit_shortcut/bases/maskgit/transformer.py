@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention, feed_forward
 from lit_shortcut.networks.deepening import deepened
@@ -55,6 +56,8 @@ class MaskGITTransformer(nn.Module):
         self, codebook_size: int, num_classes: int, grid: int, width: int, depth: int, num_heads: int, mlp_width: int
     ) -> None:
         super().__init__()
+        require_at_least(1, codebook_size=codebook_size, num_classes=num_classes, grid=grid, width=width)
+        require_at_least(1, depth=depth, num_heads=num_heads, mlp_width=mlp_width)
         self.hparams = {
             "codebook_size": codebook_size,
             "num_classes": num_classes,

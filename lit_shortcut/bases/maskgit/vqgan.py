@@ -13,6 +13,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from lit_shortcut.bases.code_decoder import taming_pairs
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.published import Names, fill, load_state
 from lit_shortcut.weights import WeightsError
 
@@ -45,6 +46,8 @@ class VQGAN(nn.Module):
         chunk: int = 8,
     ) -> None:
         super().__init__()
+        require_at_least(1, codebook_size=codebook_size, code_width=code_width, latent_width=latent_width)
+        require_at_least(1, width=width, num_blocks=num_blocks, chunk=chunk)
         self.hparams = {
             "codebook_size": codebook_size,
             "code_width": code_width,

@@ -18,6 +18,7 @@ from diffusers.models.unets.uvit_2d import ConvMlmLayer, UVit2DConvEmbed
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import ConvolutionalInterface
 
 _EPS = 1e-6
@@ -65,6 +66,9 @@ class MeissonicTransformer(nn.Module):
         upsample: bool = False,
     ) -> None:
         super().__init__()
+        require_at_least(1, num_layers=num_layers, num_attention_heads=num_attention_heads, codebook_size=codebook_size)
+        require_at_least(0, num_single_layers=num_single_layers)
+        require_at_least(1, attention_head_dim=attention_head_dim, joint_attention_dim=joint_attention_dim)
         heads, head_width = num_attention_heads, attention_head_dim
         width = heads * head_width
         if pooled_projection_dim != width:
