@@ -62,9 +62,8 @@ class HostRoom(Room):
         if not self._has_said:
             self._has_said = True
             rank_zero_info(
-                f"the features of a batch take {size / _GB:.3g} GB, "
-                f"more than memory_limit_gb: {self._limit / _GB:.3g}; "
-                f"they go through files in {self._scratch}"
+                f"the features of a batch take {size / _GB:.3g} GB, more than memory_limit_gb: "
+                f"{self._limit / _GB:.3g}; they go through files in {self._scratch}"
             )
         return _mapped(shape, like.dtype, self._scratch)
 
@@ -97,7 +96,8 @@ class HostRing(HostRoom):
         super().__init__(memory_limit_gb, scratch)
         self._device, self._backend = device, torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
-        self._is_pinned, self._ring = device.type == "cuda", list[Tensor]()
+        pinned = {"dtype": torch.uint8, "pin_memory": device.type == "cuda"}
+        self._ring = [torch.empty(_BUFFER_BYTES, **pinned) for _ in range(_BUFFERS)]
         self._jobs: Background[Any] = Background()
         self._copies: list[Future[None]] = []  # of the batch that is recorded
 
@@ -127,17 +127,13 @@ class HostRing(HostRoom):
 
     @torch.inference_mode()
     def _copy(self, target: Tensor, source: Tensor, computed: Any) -> None:
-        if not self._ring:
-            self._ring = [
-                torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=self._is_pinned) for _ in range(_BUFFERS)
-            ]
-        piece = _BUFFER_BYTES // source.dtype.itemsize
+        piece = len(self._ring[0]) // source.dtype.itemsize
         on_the_way: deque[tuple[Any, Tensor, Tensor]] = deque()
         with self._backend.stream(self._stream):
             self._stream.wait_event(computed)
             pieces = zip(source.reshape(-1).split(piece), target.view(-1).split(piece), strict=True)
             for buffer, (values, place) in zip(cycle(self._ring), pieces, strict=False):
-                if len(on_the_way) == _BUFFERS:
+                if len(on_the_way) == len(self._ring):
                     _land(*on_the_way.popleft())
                 pinned = buffer.view(source.dtype)[: len(values)]
                 pinned.copy_(values, non_blocking=True)

@@ -55,7 +55,10 @@ class EncodedTransition(NamedTuple):
 
 
 def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], window: int = 1) -> Transition:
-    """Return the windows of ``window`` (R) steps at ``places``: row, branch and the step before the window."""
+    """Return the windows of ``window`` (R) steps at ``places``: row, branch and the step before the window.
+
+    Features may lie on another device than the rest, which is small and best left on the CPU: their windows do, too.
+    """
     row, branch, step = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
     features, prefix = trajectories.features, None
     if trajectories.prefix is not None:  # rows that are padding everywhere are left out, other padding is set to 0
@@ -67,7 +70,7 @@ def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], w
     features = features[row[:, None], branch[:, None], steps]
     if prefix is not None:
         is_real = torch.arange(features.shape[2], device=step.device) < frame + prefix.lengths.to(step.device)[:, None]
-        features = features.where(is_real[:, None, :, None], 0)
+        features = features.where(is_real[:, None, :, None].to(features.device), 0)
     tokens, committed_at = trajectories.tokens[row], trajectories.committed_at[row]
     encoding = str(features.dtype).removeprefix("torch.")
     return EncodedTransition.of(encoding, {"npy": features}, tokens, committed_at, step, prefix).decode()

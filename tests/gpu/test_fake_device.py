@@ -5,8 +5,11 @@ Shapes, types and devices of all tensors are computed, their values are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from math import inf
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.plans import Adaptive
 from lit_shortcut.acceleration.predictors import Hold
-from lit_shortcut.contracts import Clock, Conditions, Control, MaskedImageModel
+from lit_shortcut.contracts import Clock, Conditions, Control, MaskedImageModel, Trajectories
 from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.decoding.unmasking import sample_codes
@@ -27,9 +30,11 @@ from lit_shortcut.metrics.functional import head_kl, masked_cosine, masked_mean,
 from lit_shortcut.networks.control import advance, lay_out_branches
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding, generate, sample
+from lit_shortcut.tasks import room
 from lit_shortcut.tasks.recording import record
+from lit_shortcut.tasks.room import HostRing, HostRoom
 from tests.gpu.cases import CASES, accelerations
-from tests.gpu.launches import launches_of
+from tests.gpu.launches import Launches, launches_of
 
 NUM_STEPS, CUDA = 3, "cuda:0"
 META = "meta"  # takes gradients without a driver, too; CUDA's autograd asks for one
@@ -103,6 +108,61 @@ def test_recording_waits_for_nothing_and_images_are_decoded_on_the_device(
         recorded = record(on.base, on.conditions, DECODINGS["default"])
         assert recorded.committed_at.device == recorded.tokens.device == on.device
         assert on.base.decode(recorded.tokens).device == on.device
+
+
+class Later:
+    """Stands in for a background thread, in which the fake device does not work: does its jobs when asked to."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
+
+    def submit(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        self.jobs.append((Future(), job, arguments))
+        return self.jobs[-1][0]
+
+    def results(self, leave: int) -> list[Any]:
+        return []
+
+    def work(self) -> None:
+        for future, job, arguments in self.jobs:
+            future.set_result(job(*arguments))
+
+
+def recording(on: OnDevice, kind: type[HostRoom], *arguments: Any) -> tuple[Future[Trajectories], Launches]:
+    """The future of what is recorded, and what the main thread asks for from step 1 on."""
+    launches = Launches()
+
+    class Noted(kind):  # type: ignore[misc, valid-type]
+        def put(self, target: Tensor, source: Tensor) -> None:
+            super().put(target, source)
+            if self.is_first:
+                launches.reads.clear()
+                self.is_first = False
+
+    kept = Noted(*arguments, inf, Path("nowhere"))
+    kept.is_first = True
+    with launches:
+        future = kept.finished(record(on.base, on.conditions, DECODINGS["default"], kept))
+    return future, launches
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features_leave_the_device_while_nothing_waits_for_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake(name, monkeypatch) as on:
+        later = Later()
+        monkeypatch.setattr(room, "Background", lambda: later)
+        monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cpu)  # streams that are none
+        future, launches = recording(on, HostRing, on.device)
+        assert not launches.reads
+        later.work()
+        found = future.result()
+        tensors = [found.features, found.tokens, found.committed_at, *found.conditions[:3], *(found.prefix or ())]
+        assert {tensor.device for tensor in tensors} == {torch.device("cpu")}
+
+
+def test_features_copied_without_the_ring_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake("toy", monkeypatch) as on:
+        assert recording(on, HostRoom)[1].reads
 
 
 def test_a_plan_that_reads_features_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
