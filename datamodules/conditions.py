@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from math import ceil
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from datamodules.ranks import rank_and_world_size
+from lit_shortcut.bounds import require_at_least
+from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions
 
 
@@ -81,14 +83,11 @@ class InTurn(L.LightningDataModule):
         self, num_images: int, batch_size: int, seed: int, num_classes: int, run_seeds: list[int] | None = None
     ) -> None:
         super().__init__()
-        for name, value in {"num_images": num_images, "batch_size": batch_size, "num_classes": num_classes}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_at_least(1, num_images=num_images, batch_size=batch_size, num_classes=num_classes)
         self.run_seeds = [seed] if run_seeds is None else run_seeds
         if not self.run_seeds or len(set(self.run_seeds)) < len(self.run_seeds):
             raise ValueError(f"run_seeds must be one or more different numbers, got {self.run_seeds}")
         self.num_images, self.batch_size, self.seed, self.num_classes = num_images, batch_size, seed, num_classes
-        self.finished: set[int] = set()  # batches that predict leaves out
         self.allow_zero_length_dataloader_with_multiple_devices = True  # the last batches may be fewer than the ranks
 
     def identity(self) -> dict[str, Any]:
@@ -108,10 +107,13 @@ class InTurn(L.LightningDataModule):
         """All batches under each of the run seeds."""
         return [self.loader(seed) for seed in self.run_seeds]
 
-    def predict_dataloader(self) -> DataLoader[Conditions]:
-        """The batches not ``finished``."""
+    def predict_dataloader(self) -> Iterable[Conditions]:
+        """The batches that no :class:`TrajectoryWriter` of the trainer has a finished shard of."""
+        callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]  # Lightning sets it late
+        finished = set[int]().union(*(one.finished for one in callbacks if isinstance(one, TrajectoryWriter)))
         batches = self._batches(self.seed)
-        return self._loader(batches, [index for index in range(len(batches)) if index not in self.finished])
+        left = [index for index in range(len(batches)) if index not in finished]
+        return self._loader(batches, left) if left else iter(())  # Lightning warns of a loader of length 0
 
     def _batches(self, seed: int) -> _Batches:
         return _Batches(self, seed)

@@ -86,8 +86,9 @@ class OnlineDataModule(L.LightningDataModule):
 
     The base runs in the trainer's own process, on its device and in its precision, as under ``predict``; there are no
     workers. Training waits meanwhile: both want the same device, and nothing would be won by letting them overlap. The
-    pool lies in the host's memory, pool_images × G × N × S × C × bytes per value: 0.8 GB for 16 images of MaskGIT at
-    512×512 in bfloat16; twice that while the next one is put together.
+    pool takes pool_images × G × N × S × C × bytes per value, 0.8 GB for 16 images of MaskGIT at 512×512 in bfloat16;
+    twice that while the next one is put together. Where that is little its features stay on the device and batches are
+    put together there; otherwise they lie in the host's memory.
 
     Args:
         base: the frozen model.
@@ -99,6 +100,7 @@ class OnlineDataModule(L.LightningDataModule):
         pool_images: images whose transitions are mixed, a multiple of the images drawn at once.
         window: R, steps in a transition.
         dtype: of the features in the pool.
+        device_memory_gb: what pools may take on the device, in GB (10⁹ bytes); a pool stays there if two fit.
         seed: of the order.
 
     Raises:
@@ -118,6 +120,7 @@ class OnlineDataModule(L.LightningDataModule):
         pool_images: int = 64,
         window: int = 1,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        device_memory_gb: float = 4.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -136,7 +139,7 @@ class OnlineDataModule(L.LightningDataModule):
         self.base: MaskedImageModel = base
         self.decoding, self.conditions, self.validation = decoding, conditions, validation
         self.batch_size, self.pool_images, self.window, self.seed = batch_size, pool_images, window, seed
-        self.dtype = dtype
+        self.dtype, self.device_memory_gb = dtype, device_memory_gb
         self._pool = lru_cache(maxsize=1)(self._draw_pool)
 
     @cached_property
@@ -214,8 +217,16 @@ class OnlineDataModule(L.LightningDataModule):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def draw(self, conditions: Conditions) -> Trajectories:
-        """Trajectories of ``conditions``, as ``predict`` draws them, in the host's memory."""
+    def draw(self, conditions: Conditions, *, stays: bool = False) -> Trajectories:
+        """Trajectories of ``conditions``, as ``predict`` draws them, in the host's memory.
+
+        Args:
+            conditions: what to draw, in one batch.
+            stays: keep the features on the device.
+
+        Raises:
+            TrajectoryError: if features are not finite.
+        """
         assert isinstance(self.base, nn.Module)
         device, precision = torch.device("cpu"), None
         if self.trainer:
@@ -224,17 +235,25 @@ class OnlineDataModule(L.LightningDataModule):
         self.base.to(device)
         with precision.predict_step_context() if precision else nullcontext():
             drawn = record(self.base, move_data_to_device(conditions, device), self.decoding)
-        drawn = drawn._replace(features=drawn.features.to(getattr(torch, self.dtype)))
-        drawn = move_data_to_device(drawn, torch.device("cpu"))
+        features = drawn.features.to(getattr(torch, self.dtype))
         try:
-            require_finite("features", drawn.features)
+            require_finite("features", features)
         except ValueError as error:
             raise TrajectoryError(f"{self.source}: {error}") from error
-        return drawn
+        others = drawn._replace(features=features.new_empty(0))
+        return move_data_to_device(others, torch.device("cpu"))._replace(features=features if stays else features.cpu())
 
     def _draw_pool(self, epoch: int, number: int) -> Trajectories:
         """Pool ``number`` of ``epoch``, the images of the same numbers put together."""
         self._pool.cache_clear()  # the pool before this one
         run_seed = self.conditions.seed if epoch == 0 else sample_seed(self.conditions.seed, -epoch)
         batches, at_once = self.conditions.loader(run_seed).dataset, self.pool_images // self.conditions.batch_size
-        return concatenated([self.draw(batches[number * at_once + index]) for index in range(at_once)])
+        conditions = (batches[number * at_once + index] for index in range(at_once))
+        return concatenated([self.draw(batch, stays=self._pool_stays) for batch in conditions])
+
+    @property
+    def _pool_stays(self) -> bool:
+        """Whether the device has room for a pool while the next is put together."""
+        spec, itemsize = self.base.spec, getattr(torch, self.dtype).itemsize
+        step = self.pool_images * self.decoding.branches * spec.sequence_length * spec.width * itemsize
+        return 2 * step * self.decoding.num_steps <= self.device_memory_gb * 1e9

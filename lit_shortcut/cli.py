@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lit_shortcut.callbacks.wandb_axes import WandbAxes
 from lit_shortcut.callbacks.wandb_lineage import WandbLineage
 from lit_shortcut.checkpoints import WholeCheckpointIO
 from lit_shortcut.pipeline import Pipeline, load
+from lit_shortcut.places import located, use_projects_of
 from lit_shortcut.precision import require_precision
 from lit_shortcut.trainer import Trainer
 from lit_shortcut.trajectory import problems
@@ -70,6 +72,17 @@ class ShortcutCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return Lightning's verbs and ``generate``, with the arguments that are no options."""
         return LightningCLI.subcommands() | {"generate": {"model", "datamodule", *_FLAGS}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As Lightning does; YAMLs and inputs that are not in the current folder are found where they belong."""
+        words = sys.argv[1:] if args is None else args
+        if not isinstance(words, list):
+            super().parse_arguments(parser, args)
+            return
+        use_projects_of([])  # those of an earlier command in this process
+        words, configs = _located(words)
+        use_projects_of(configs)
+        self.config = parser.parse_args(words)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -121,6 +134,22 @@ class ShortcutCLI(LightningCLI):
         path = self.config[self.config["subcommand"]].get("ckpt_path")
         if path and Path(path).is_file():
             read_pickle(Path(path))
+
+
+def _located(words: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """``words`` with the YAMLs they name by ``--config`` where these are, and these."""
+    found, configs = list(words), []
+    for index, word in enumerate(found):
+        option, equals, path = word.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        if equals:
+            configs.append(located(path))
+            found[index] = f"{option}={configs[-1]}"
+        elif index + 1 < len(found):
+            configs.append(located(found[index + 1]))
+            found[index + 1] = str(configs[-1])
+    return found, configs
 
 
 def verify(source: str, cache: Path | None = None) -> None:

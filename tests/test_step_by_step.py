@@ -25,7 +25,7 @@ from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import RecordingTask, record
-from lit_shortcut.tasks.room import room_like
+from lit_shortcut.tasks.room import HostRoom
 from lit_shortcut.trajectory import ENCODINGS, TrajectoryError, problems, read_shard, write_shard
 from tests.tiny_trajectories import SPEC, card, trajectories
 
@@ -78,7 +78,7 @@ def test_features_above_the_limit_are_mapped_from_a_file_without_a_name(tmp_path
     expected = record(base, conditions, DECODING)
     size = expected.features.numel() * dtype.itemsize / 1e9
     for limit in (0, size * 0.999, size):
-        found = record(base, conditions, DECODING, memory_limit_gb=limit, scratch=tmp_path / "scratch")
+        found = record(base, conditions, DECODING, HostRoom(limit, tmp_path / "scratch"))
         assert is_mapped(found.features) == (limit < size)
         assert found.features.dtype == dtype
         for name in ("features", "tokens", "committed_at"):
@@ -90,7 +90,7 @@ def test_texts_of_different_lengths_are_recorded_the_same_in_a_scratch_file(
     tmp_path: Path, dimoo: DiMOO, prompted: Callable[..., Conditions]
 ) -> None:
     expected = record(dimoo, prompted(3), DECODING)
-    found = record(dimoo, prompted(3), DECODING, memory_limit_gb=0, scratch=tmp_path)
+    found = record(dimoo, prompted(3), DECODING, HostRoom(0, tmp_path))
     assert torch.equal(found.features, expected.features)
     assert found.prefix is not None
     assert expected.prefix is not None
@@ -158,7 +158,7 @@ def test_disk_too_small_is_refused_before_anything_lies_on_it(tmp_path: Path, mo
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
     message = r"scratch: the features of a batch need 4 GB of scratch space, and the disk has 3 GB free"
     with pytest.raises(TrajectoryError, match=message):
-        room_like(torch.empty(0), (1000, 1000, 1000), 3.9, tmp_path / "scratch")
+        HostRoom(3.9, tmp_path / "scratch").make(torch.empty(0), (1000, 1000, 1000))
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -170,14 +170,14 @@ def test_space_gone_after_it_was_counted_is_an_error_and_no_broken_mapping(
 
     monkeypatch.setattr("os.posix_fallocate", full, raising=False)
     with pytest.raises(TrajectoryError, match=r"no scratch file of 4e-06 GB can be made \(No space left on device\)"):
-        room_like(torch.empty(0), (1000,), 0, tmp_path)
+        HostRoom(0, tmp_path).make(torch.empty(0), (1000,))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_scratch_that_is_no_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "scratch").touch()
     with pytest.raises(TrajectoryError, match=r"scratch: no scratch file of .* can be made \(File exists\)"):
-        room_like(torch.empty(0), (1000,), 0, tmp_path / "scratch")
+        HostRoom(0, tmp_path / "scratch").make(torch.empty(0), (1000,))
 
 
 @pytest.mark.parametrize("limit", [-1.0, float("nan")])
@@ -194,6 +194,7 @@ from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import record
+from lit_shortcut.tasks.room import HostRoom
 from lit_shortcut.trajectory import write_shard
 from tests.tiny_trajectories import card
 
@@ -229,7 +230,7 @@ decoding = Decoding(num_steps=STEPS, schedule="linear")
 made = card(spec=base.spec._asdict(), num_steps=STEPS, num_samples=1, encoding=sys.argv[2])
 
 def recorded(limit):
-    return record(base, Conditions(ids, ids, ids), decoding, memory_limit_gb=limit, scratch=folder)
+    return record(base, Conditions(ids, ids, ids), decoding, HostRoom(limit, folder))
 
 recording, trajectories = growth(lambda: recorded(0.1))
 writing, _ = growth(lambda: write_shard(folder, 0, trajectories, made))

@@ -65,10 +65,10 @@ def test_ranks_record_different_samples_which_together_are_the_set_of_one_proces
 ) -> None:
     record = lit_shortcut.tasks.recording.record
 
-    def noted(base: Any, conditions: Conditions, decoding: Any, **room: Any) -> Trajectories:
+    def noted(base: Any, conditions: Conditions, decoding: Any, *room: Any) -> Trajectories:
         with (tmp_path / f"drawn_by_{os.getpid()}").open("a") as file:
             file.writelines(f"{number}\n" for number in conditions.ids.tolist())
-        return record(base, conditions, decoding, **room)
+        return record(base, conditions, decoding, *room)
 
     monkeypatch.setattr(lit_shortcut.tasks.recording, "record", noted)
     lightning(tmp_path, "predict", "--config", TOY / "extract.yaml", *UNEVEN, *TWO)

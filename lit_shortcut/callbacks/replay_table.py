@@ -9,26 +9,30 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_shortcut.acceleration.accelerated import Accelerated, Predictor
-from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.replay import replayed
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.contracts import Acceleration
+from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows
+from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.trajectory import Card
+
+_TRAINED = "shortcut"
 
 
 class ReplayTable(L.Callback):
     """Total KL of the guided heads in nats an image, at the places each step committed, along recorded tokens.
 
     Every method is rolled from the recorded features of its own full steps, with the control tokens that were recorded;
-    N is that of the set. Logged as ``val/kl/<method>_b<budget>`` and printed as a table.
+    N and decoding are those of the set. Logged as ``val/kl/<row>`` and printed as a table.
 
     Args:
-        budgets: of the even plan, for every predictor.
-        predictors: by name, beside ``shortcut``, the network being trained; hold and Taylor by default.
-        others: accelerations with plans of their own, by name.
+        budgets: of the even plan, for every method.
+        methods: predictors by name, beside ``shortcut``, the network being trained; hold and Taylor by default.
+        rows: further rows, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them, with the set's N.
+        plans: plans by name, beside ``even`` and ``even_tokens``.
 
     Raises:
         ValueError: if a name is taken.
@@ -37,22 +41,30 @@ class ReplayTable(L.Callback):
     def __init__(
         self,
         budgets: list[int],
-        predictors: dict[str, Predictor] | None = None,
-        others: dict[str, Accelerated] | None = None,
+        methods: dict[str, Predictor] | None = None,
+        rows: list[RowEntry] | None = None,
+        plans: dict[str, NamedPlan] | None = None,
     ) -> None:
-        if predictors is None:
-            predictors = {"hold": Hold(), "taylor_1": Taylor(1), "taylor_2": Taylor(2)}
-        if "shortcut" in predictors:
-            raise ValueError("predictors must not be named shortcut, which is the network being trained")
-        self.budgets, self.predictors, self.others = budgets, predictors, others or {}
+        if methods is None:
+            methods = {"hold": Hold(), "taylor_1": Taylor(1), "taylor_2": Taylor(2)}
+        if _TRAINED in methods:
+            raise ValueError(f"methods must not name {_TRAINED!r}, which is the network in training")
+        if not budgets and not rows:
+            raise ValueError("budgets must name at least one number of full steps where there are no rows")
+        self.budgets, self.methods, self.rows, self.plans = budgets, methods, rows or [], plans
         self._sums: dict[str, Tensor] = {}  # KL, full steps, samples
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse budgets that the set's N does not allow."""
+        """Refuse rows that cannot be replayed on the set.
+
+        Raises:
+            ValueError: if a row is malformed, or has another N or decoding than the set.
+        """
         assert isinstance(pl_module, ShortcutTask)
-        num_steps = trainer.datamodule.card.num_steps  # type: ignore[attr-defined]
-        if not all(1 <= budget <= num_steps for budget in self.budgets):
-            raise ValueError(f"budgets must lie in 1..{num_steps}, the set's number of steps; got {self.budgets}")
+        card: Card = trainer.datamodule.card  # type: ignore[attr-defined]
+        for row in self._rows(pl_module, card.num_steps):
+            if row.overrides or row.decoding.num_steps != card.num_steps:
+                raise ValueError(f"row {row.name}: trajectories of {card.num_steps} steps are replayed as recorded")
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int
@@ -61,9 +73,10 @@ class ReplayTable(L.Callback):
         assert isinstance(pl_module, ShortcutTask)
         if trainer.sanity_checking:
             return
-        methods = self._methods(pl_module)
+        replay = pl_module.replay(batch)
+        methods = {row.name: row.acceleration for row in self._rows(pl_module, len(replay.counts))}
         with trainer.precision_plugin.val_step_context():
-            found = replayed(pl_module.replay(batch), methods, pl_module.guidance)
+            found = replayed(replay, methods, pl_module.guidance)
         for name, (kl, full_steps) in found.items():
             added = torch.stack([kl.sum(), full_steps.sum(), torch.full_like(kl.sum(), len(kl))])
             self._sums[name] = self._sums[name] + added if name in self._sums else added
@@ -73,7 +86,7 @@ class ReplayTable(L.Callback):
         assert isinstance(pl_module, ShortcutTask)
         if trainer.sanity_checking:
             return
-        names = list(self._methods(pl_module))
+        names = [row.name for row in self._rows(pl_module, len(pl_module.counts))]
         nothing = torch.zeros(3, device=pl_module.device)
         sums = sum_over_ranks(torch.stack([self._sums.get(name, nothing) for name in names]))
         self._sums = {}
@@ -87,11 +100,7 @@ class ReplayTable(L.Callback):
         heading = f"{'method':<28}{'full steps':>12}{'nats an image':>14}"
         rank_zero_info("\n".join([f"replayed along {int(sums[0, 2])} recorded trajectories:", heading, *lines]))
 
-    def _methods(self, pl_module: ShortcutTask) -> dict[str, Acceleration]:
-        predictors: dict[str, Predictor] = {"shortcut": Shortcut(pl_module.network), **self.predictors}
-        even: dict[str, Acceleration] = {
-            f"{name}_b{budget}": Accelerated(Even(budget), predictor)
-            for name, predictor in predictors.items()
-            for budget in self.budgets
-        }
-        return even | self.others
+    def _rows(self, pl_module: ShortcutTask, num_steps: int) -> list[Row]:
+        methods = {_TRAINED: Shortcut(pl_module.network), **self.methods}
+        even = [(num_steps, budget, name) for name in methods for budget in self.budgets]
+        return build_rows([*even, *self.rows], Decoding(), methods, self.plans)

@@ -6,9 +6,11 @@ import logging
 import shutil
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, cast
 
 import lightning as L
@@ -16,6 +18,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_shortcut.background import Background
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import MaskedImageModel, Trajectories
 from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
@@ -28,6 +31,7 @@ from lit_shortcut.trajectory import (
     save_interface,
     write_shard,
 )
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
 _GB = 1e9
@@ -35,16 +39,10 @@ _log = logging.getLogger(__name__)
 
 
 class Recording(Protocol):
-    """What the LightningModule has: its ``predict_step`` returns :class:`Trajectories` of ``base``."""
+    """What the LightningModule has: its ``predict_step`` returns the future of :class:`Trajectories` of ``base``."""
 
     base: MaskedImageModel
     decoding: Decoding
-
-
-class Recorded(Asked, Protocol):
-    """What the data module has: batches of conditions, of which those ``finished`` are left out."""
-
-    finished: set[int]
 
 
 class TrajectoryWriter(BasePredictionWriter):
@@ -54,29 +52,33 @@ class TrajectoryWriter(BasePredictionWriter):
     batches later, or at the end; what was generated before is written all the same.
 
     Interrupted and started again, predict generates only the missing shards; their bytes are the same as without the
-    interruption. While it records, a second predict into the same folder is refused.
+    interruption. While it records, a second predict into the same folder is refused. The data module asks for
+    ``finished``, the batches whose shards are there already, and leaves them out.
+
+    A trial run (``fast_dev_run``, ``limit_predict_batches``) writes its shards to a temporary folder.
 
     Args:
         folder: of the set.
         encoding: of the recorded features: ``bfloat16``, ``float16``, ``float32``, or ``int8`` with a scale for each
             row; or one registered with :func:`lit_shortcut.trajectory.register`.
         overwrite: record again where ``folder`` holds a complete set, or another one; its shards are deleted first.
-        waiting: batches that are kept until they are written; more make generation wait. Their features lie where they
-            were recorded: in memory, or in scratch files, which then take as much of the disk and none of memory.
+        waiting: batches that are kept until they are written; more make generation wait. With the one that is
+            generated they take ``waiting`` + 1 times the ``memory_limit_gb`` of the recording task at most; those in
+            scratch files take as much of the disk and none of memory.
     """
 
     def __init__(self, folder: Path, encoding: str = "bfloat16", overwrite: bool = False, waiting: int = 2) -> None:
         super().__init__("batch")
-        if waiting < 1:
-            raise ValueError(f"waiting must be at least 1, got {waiting}")
+        require_at_least(1, waiting=waiting)
         if encoding not in ENCODINGS:
             raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}")
         self.folder, self.encoding, self.overwrite, self.waiting = Path(folder), encoding, overwrite, waiting
+        self.finished: set[int] = set()
         self.jobs: Background[None] | None = None
         self._held = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write card and interface, and name the finished shards to the data module.
+        """Look at what is finished, and write card and interface.
 
         Raises:
             TrajectoryError: if the folder holds another set, another predict records into it, or the disk has too
@@ -92,7 +94,7 @@ class TrajectoryWriter(BasePredictionWriter):
                 "recording needs a data module of conditions, such as datamodules.conditions.ClassLabels"
             )
         trainer.predict_loop.return_predictions = False  # the whole set would be kept in memory
-        module, data = cast(Recording, pl_module), cast(Recorded, datamodule)
+        module, data = cast(Recording, pl_module), cast(Asked, datamodule)
         self.card = card_of(
             module.base,
             module.decoding,
@@ -101,6 +103,11 @@ class TrajectoryWriter(BasePredictionWriter):
             precision=str(trainer.precision),
             base_identity=module.base.identity(),
         )
+        self.finished, self._shards = set(), self.folder
+        if is_trial(trainer, "predict"):
+            self._shards, self.jobs = Path(self._held.enter_context(TemporaryDirectory())), Background()
+            report_trial(self.folder)
+            return
         if trainer.is_global_zero:
             require_writable(self.folder)
             self._hold()
@@ -108,27 +115,26 @@ class TrajectoryWriter(BasePredictionWriter):
         trainer.strategy.barrier("looked at the set")  # before the first rank may delete what others look at
         if trainer.is_global_zero:
             self._prepare(module.base, replace)
-        data.finished = trainer.strategy.broadcast(set(finished_shards(self.folder, self.card)))
-        if len(data.finished) < self.card.num_shards:
+        self.finished = trainer.strategy.broadcast(set(finished_shards(self.folder, self.card)))
+        if len(self.finished) < self.card.num_shards:
             self.jobs = Background()
-        else:  # Lightning warns of an empty loader, but not of none
-            self.limit, trainer.limit_predict_batches = trainer.limit_predict_batches, 0
 
     def write_on_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        prediction: Trajectories,
+        prediction: Future[Trajectories],
         batch_indices: Sequence[int] | None,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Queue the batch as the shard that its first id belongs to; wait where ``waiting`` batches are before it."""
+        """Queue the batch as the shard of its number; wait where ``waiting`` batches are before it."""
         assert self.jobs is not None
-        index = int(prediction.conditions.ids[0]) // self.card.samples_per_shard
+        assert batch_indices is not None
+        (index,) = batch_indices
         deque(self.jobs.results(leave=self.waiting - 1), maxlen=0)
-        self.jobs.submit(write_shard, self.folder, index, prediction, self.card)
+        self.jobs.submit(_write, self._shards, index, prediction, self.card)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Write what was generated before the run failed."""
@@ -148,9 +154,10 @@ class TrajectoryWriter(BasePredictionWriter):
             return
         with self._held:
             if self.jobs is None:
-                trainer.limit_predict_batches = self.limit
                 return
             self._finish()
+            if is_trial(trainer, "predict"):
+                return
             trainer.strategy.barrier("shards written")
             if trainer.is_global_zero:
                 finished = finished_shards(self.folder, self.card)
@@ -223,6 +230,10 @@ class TrajectoryWriter(BasePredictionWriter):
         rank_zero_info(f"{self.folder}: recording {size}; {free:.3g} GB free")
         self.card.write(self.folder)
         save_interface(self.folder, base.interface)
+
+
+def _write(folder: Path, index: int, recorded: Future[Trajectories], card: Card) -> None:
+    write_shard(folder, index, recorded.result(), card)
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:

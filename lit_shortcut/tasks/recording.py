@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from dataclasses import asdict
-from math import inf
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader
 
 from lit_shortcut.acceleration.accelerated import Vanilla
 from lit_shortcut.acceleration.compilation import Mode, compile_networks
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.evaluation.drawing import require_known
 from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.tasks.room import room_like
+from lit_shortcut.tasks.room import HostRoom, Room, room_of
 from lit_shortcut.trajectory import FORMAT_VERSION, Card, interface_fingerprint
 
 SCRATCH = Path("runs/scratch")
@@ -47,9 +48,10 @@ class RecordingTask(L.LightningModule):
         decoding: how tokens are drawn.
         compiled: run the base through ``torch.compile``.
         compile_mode: ``reduce-overhead`` replays CUDA graphs.
-        memory_limit_gb: features of a batch that are kept in the memory of the base's device, in GB (10⁹ bytes);
-            batches that wait to be written take as much each. Where a batch's take more, they go to a file step by
-            step, and no trajectory lies in memory whole.
+        memory_limit_gb: features of a batch that are kept in the host's memory, in GB (10⁹ bytes); each batch that
+            waits to be written takes as much. Where a batch's take more, they go to a file step by step, and no
+            trajectory lies in memory whole. A GPU keeps those of three steps at most, see
+            :class:`~lit_shortcut.tasks.room.HostRing`.
         scratch: folder of such files, on a disk and not in memory (tmpfs); they leave nothing behind.
 
     Raises:
@@ -67,8 +69,7 @@ class RecordingTask(L.LightningModule):
         scratch: Path = SCRATCH,
     ) -> None:
         super().__init__()
-        if not memory_limit_gb >= 0:
-            raise ValueError(f"memory_limit_gb must be at least 0, got {memory_limit_gb}")
+        require_at_least(0, memory_limit_gb=memory_limit_gb)
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding, self.compiled, self.compile_mode = decoding or Decoding(), compiled, compile_mode
@@ -85,49 +86,44 @@ class RecordingTask(L.LightningModule):
             require_known(self.base, datamodule, guided=self.decoding.is_guided)
 
     def on_predict_start(self) -> None:
-        """Compile where that is asked for."""
+        """Compile where that is asked for, and make room for features."""
         if self.compiled:
             compile_networks(self.base, (), self.compile_mode)
+        self.room: HostRoom = room_of(self.device, self.memory_limit_gb, self.scratch)
 
-    def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
-        """Return trajectories of one batch, all features kept."""
-        return record(self.base, batch, self.decoding, memory_limit_gb=self.memory_limit_gb, scratch=self.scratch)
+    def predict_step(self, batch: Conditions, batch_idx: int) -> Future[Trajectories]:
+        """Return the future of one batch's trajectories in the host's memory, all features kept."""
+        return self.room.finished(record(self.base, batch, self.decoding, self.room))
+
+    def on_predict_end(self) -> None:
+        """Wait until all features have left the device."""
+        self.room.close()
 
 
-def record(
-    base: MaskedImageModel,
-    conditions: Conditions,
-    decoding: Decoding,
-    *,
-    memory_limit_gb: float = inf,
-    scratch: Path = SCRATCH,
-) -> Trajectories:
+_ON_DEVICE = Room()
+
+
+def record(base: MaskedImageModel, conditions: Conditions, decoding: Decoding, room: Room = _ON_DEVICE) -> Trajectories:
     """Run the vanilla loop and keep the features of every step, each as it is computed.
 
     Args:
         base: the frozen model.
         conditions: what to generate, in one batch.
         decoding: how tokens are drawn.
-        memory_limit_gb: features of the batch that take more (10⁹ bytes) lie in a file on disk, mapped, on the CPU.
-        scratch: folder of that file.
-
-    Raises:
-        TrajectoryError: if the file cannot be made, or the disk has too little space for it.
+        room: what keeps the features; step by step, so that each step's are contiguous.
     """
     features, tokens = None, conditions.ids
     context = base.context(conditions, guided=decoding.is_guided)
     committed_at = torch.empty(len(conditions.ids), base.spec.num_tokens, dtype=torch.long, device=tokens.device)
     for step in sample(base, conditions, decoding, Vanilla(), context):
         if features is None:
-            branches, batch, *rows = step.features.shape
-            shape = (batch, branches, decoding.num_steps, *rows)
-            features = room_like(step.features, shape, memory_limit_gb, scratch)
-        features[:, :, step.state.clock.step] = step.features.transpose(0, 1)
+            features = room.make(step.features, (decoding.num_steps, *step.features.shape))
+        room.put(features[step.state.clock.step], step.features)
         tokens = step.tokens
         committed_at.scatter_(1, step.committed.positions, step.state.clock.step)
     assert features is not None
     prefix = context.prefix and context.prefix.map(lambda part: part.transpose(0, 1))  # (G, B, …) to (B, G, …)
-    return Trajectories(conditions, features, tokens, committed_at, prefix)
+    return Trajectories(conditions, features.permute(2, 1, 0, 3, 4), tokens, committed_at, prefix)
 
 
 def card_of(
@@ -149,7 +145,7 @@ def card_of(
         precision: that the trainer computes them in.
         base_identity: all of the base that they depend on, as JSON has it; with its ``fingerprint``.
     """
-    first = move_data_to_device(asked.loader().dataset[0].first(1), base.interface.code_embedding.device)
+    first = move_data_to_device(asked.loader().dataset[0].slice(0, 1), base.interface.code_embedding.device)
     return Card(
         format_version=FORMAT_VERSION,
         base=json.loads(json.dumps(base_identity)),

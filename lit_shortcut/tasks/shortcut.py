@@ -10,24 +10,22 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW
 
-from lit_shortcut.acceleration.accelerated import Accelerated
-from lit_shortcut.acceleration.plans import Even
-from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.replay import RecordedEnds, Replay
-from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Control, Prefix, TokenSpec, Trajectories, Transition
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.losses import Loss, MaskedMSE, Places, weighted_sum
-from lit_shortcut.metrics.functional import gain_over_hold, masked_cosine, masked_mse
-from lit_shortcut.metrics.places import Masked, Seen, place_means
+from lit_shortcut.metrics.functional import gain_over_hold
+from lit_shortcut.metrics.places import diagnostics
 from lit_shortcut.networks.control import advance, lay_out, require_kind
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.tasks.ranks import sum_over_ranks
+from lit_shortcut.tasks.rollouts import Rollouts
 from lit_shortcut.trajectory import Card
 from lit_shortcut.weights import WeightsError
 
@@ -69,8 +67,7 @@ class ShortcutTask(OptimizedTask):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler)
-        if rollout_depth < 1:
-            raise ValueError(f"rollout_depth must be at least 1, got {rollout_depth}")
+        require_at_least(1, rollout_depth=rollout_depth)
         self.losses: dict[str, Loss] = {"mse": MaskedMSE()} if losses is None else losses
         if not self.losses:
             raise ValueError("losses must name at least one loss")
@@ -78,11 +75,9 @@ class ShortcutTask(OptimizedTask):
             raise ValueError(f"losses must not be named {', '.join(taken)}: train/{taken[0]} is logged already")
         self.network, self.rollout_depth = network, rollout_depth
         if compiled:
-            network.compile(
-                fullgraph=True
-            )  # in place: weights keep their names, and what samples with the network is faster, too
+            network.compile(fullgraph=True)  # in place: weights keep their names, and sampling with it is faster, too
         self.card: Card | None = None
-        self.measures: Any = nn.ModuleDict()  # of a list by depth
+        self.rollouts: Rollouts | None = None
         self._ends: tuple[RecordedEnds, ...] = ()
         self._loss: Tensor | None = None
         self._masked_before: list[int] = []
@@ -103,7 +98,7 @@ class ShortcutTask(OptimizedTask):
     def guidance(self) -> list[float]:
         """Scale of the recorded set's guidance at each of its N steps."""
         assert self.card is not None
-        decoding = Decoding(**self.card.decoding)
+        decoding = Decoding.from_values(self.card.decoding)
         return [decoding.guidance_at(step) for step in range(self.card.num_steps)]
 
     def replay(self, batch: Trajectories) -> Replay:
@@ -132,9 +127,7 @@ class ShortcutTask(OptimizedTask):
             ValueError: if a loss cannot have what it needs, or the precision is one that cannot train.
         """
         if stage == "fit" and self.trainer.precision == "16-true":
-            raise ValueError(
-                "trainer.precision: 16-true cannot train, small gradients vanish in float16; use 16-mixed or bf16-true"
-            )
+            raise ValueError("trainer.precision: 16-true loses small gradients; train in 16-mixed or bf16-true")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.card, spec = data.card, TokenSpec(**data.card.spec)
         self.use(RecordedEnds(spec, data.interface, data.card.base_fingerprint))
@@ -150,13 +143,7 @@ class ShortcutTask(OptimizedTask):
             except ValueError as error:
                 raise ValueError(f"model.losses.{name}: {error}") from error
         self._masked_before = [sum(self.counts[step:]) for step in range(1 + data.card.num_steps)]
-        depths = range(1, 1 + min(self.rollout_depth, data.card.num_steps - 1))
-        self.measures = nn.ModuleDict(
-            {
-                name: nn.ModuleList(place_means(depth, suffix) for depth in depths)
-                for name, suffix in (("shortcut", ""), ("hold", "_hold"))
-            }
-        )
+        self.rollouts = Rollouts(min(self.rollout_depth, data.card.num_steps - 1))
 
     def network_facts(self) -> dict[str, Any]:
         """The base the network belongs to, and how its trajectories were drawn."""
@@ -179,8 +166,7 @@ class ShortcutTask(OptimizedTask):
         gap: Tensor | None = None,
     ) -> Tensor:
         """Predict features (B, S, C); see :func:`~lit_shortcut.networks.control.advance`."""
-        dtype, interface = next(self.network.parameters()).dtype, self.ends.interface
-        features = features.to(dtype)
+        features, interface = features.to(next(self.network.parameters()).dtype), self.ends.interface
         layout = None if prefix is None else lay_out(self.network, interface, prefix, features.shape[-2])
         return advance(self.network, interface, features, control, masked_share, layout, masked=masked, gap=gap)
 
@@ -199,7 +185,8 @@ class ShortcutTask(OptimizedTask):
         self._loss = loss.detach()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            self._log(terms, self._diagnostics(prediction, batch, last, where["masked"], shares["masked"]))
+            found = diagnostics(prediction, batch.features, batch.targets[:, last], where["masked"])
+            self._log(terms, {name: value * shares["masked"] for name, value in found.items()})
         return loss
 
     def predict(self, batch: Transition, last: int) -> Tensor:
@@ -231,30 +218,8 @@ class ShortcutTask(OptimizedTask):
 
         Trajectories are on the host; a step at a time lies on the device.
         """
-        replay = self.replay(batch)
-        methods = {
-            name: Accelerated(Even(1), predictor)
-            for name, predictor in (("shortcut", Shortcut(self.network)), ("hold", Hold()))
-        }
-        interface = self.ends.interface
-        # of a trajectory's own places, whatever the batch
-        centre = torch.stack([features[:, :, : interface.num_rows].mean(2) for _, features in replay.steps()]).mean(0)[
-            :, :, None
-        ]
-        rolled: list[dict[str, Any]] = []  # rolled[k]: runs whose last base features are k + 1 steps old
-        for state, features in replay.steps():
-            truth = Seen(features, interface.logits(features), centre)
-            tokens = (state.tokens == self.ends.spec.mask_id).expand(len(features), -1, -1)
-            masked = Masked(interface.masked_rows(tokens), tokens)
-            for depth, runs in enumerate(rolled):
-                for name, run in runs.items():
-                    guess, _ = run(state)
-                    logits = interface.logits(guess) if depth == 0 else truth.logits
-                    self.measures[name][depth].update(Seen(guess, logits, centre), truth, masked)
-            begun = {name: method.start(replay, replay.recorded, replay.counts) for name, method in methods.items()}
-            for run in begun.values():
-                run(state)
-            rolled = [begun, *rolled][: len(self.measures["hold"])]
+        assert self.rollouts is not None
+        self.rollouts.update(self.replay(batch), self.network)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the whole validation set, exact over ranks, and each as gain over hold.
@@ -262,44 +227,27 @@ class ShortcutTask(OptimizedTask):
         Raises:
             ValueError: if one is not finite.
         """
-        mean: dict[str, Tensor] = {}
-        for by_depth in self.measures.values():
-            for measured in by_depth:
-                mean |= measured.compute()
-                measured.reset()
-        for name, value in mean.items():
+        assert self.rollouts is not None
+        for name, value in self.rollouts.compute().items():
             if not torch.isfinite(value):
                 raise ValueError(f"val/{name} is {float(value)} at optimiser step {self.global_step}")
-        logged = {name: value for name, value in mean.items() if not name.startswith("rollout")}
-        for k in range(2, 1 + len(self.measures["hold"])):
-            logged[f"rollout_mse_{k}"] = mean[f"rollout_mse_{k}"]
-            logged[f"rollout_gain_{k}"] = gain_over_hold(mean[f"rollout_mse_{k}"], mean[f"rollout_mse_{k}_hold"])
-        logged["gain"] = gain_over_hold(mean["mse"], mean["mse_hold"])
-        for cosine in ("cosine", "cosine_centred"):
-            logged[f"{cosine}_gain"] = gain_over_hold(1 - mean[cosine], 1 - mean[f"{cosine}_hold"])
-        logged["head_kl_gain"] = gain_over_hold(mean["head_kl"], mean["head_kl_hold"])
-        for name, value in logged.items():
             self.log(f"val/{name}", value, prog_bar=name == "gain", sync_dist=True)  # equal already; Lightning warns
 
     def _advance(self, features: Tensor, batch: Transition, first: int, last: int) -> Tensor:
         """Predict step ``last`` of the window from ``features`` and the tokens of steps ``first`` … ``last``."""
         steps = slice(first, last + 1)
         tokens, positions, is_real = (part if part is None else part[:, steps].flatten(1) for part in batch.control)
-        assert tokens is not None
-        assert positions is not None
-        gap = torch.full_like(batch.step, last - first + 1) if self.network.options.anchored else None
+        assert tokens is not None and positions is not None  # noqa: PT018
+        gap = torch.full_like(batch.step, last - first + 1)
         share, masked = batch.masked_share[:, last], batch.is_masked[:, last]
-        following: Tensor = self(
-            features, Control(tokens, positions, is_real), share, batch.prefix, masked=masked, gap=gap
-        )
-        return following
+        made: Tensor = self(features, Control(tokens, positions, is_real), share, batch.prefix, masked=masked, gap=gap)
+        return made
 
     def _real_rows(self, batch: Transition) -> Tensor:
         """Rows (B, S) that are no padding."""
-        count, num_rows = batch.features.shape[:2]
         if batch.prefix is None:
-            return torch.ones(count, num_rows, dtype=torch.bool, device=batch.features.device)
-        return self.ends.interface.row_places(batch.prefix.lengths, num_rows)[1]
+            return torch.ones_like(batch.features[..., 0], dtype=torch.bool)
+        return self.ends.interface.row_places(batch.prefix.lengths, batch.features.shape[1])[1]
 
     def _shares(
         self, where: dict[Places, Tensor], batch: Transition, last: int, batch_idx: int
@@ -329,35 +277,24 @@ class ShortcutTask(OptimizedTask):
             shares |= dict(zip(sent, own * ranks / sum_over_ranks(own).clamp(min=1), strict=True))
         return shares
 
-    @torch.no_grad()
-    def _diagnostics(
-        self, prediction: Tensor, batch: Transition, last: int, where: Tensor, share: float | Tensor
-    ) -> dict[str, Tensor]:
-        """Errors and cosines at masked rows of the prediction and of hold."""
-        target = batch.targets[:, last]
-        guesses = {"": prediction, "_hold": batch.features}
-        return {f"mse{suffix}": masked_mse(guess, target, where) * share for suffix, guess in guesses.items()} | {
-            f"cosine{suffix}": masked_cosine(guess, target, where) * share for suffix, guess in guesses.items()
-        }
-
-    def _log(self, terms: dict[str, Tensor], diagnostics: dict[str, Tensor]) -> None:
+    def _log(self, terms: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         """Log means over ranks by one reduction and one read of the device."""
-        stacked = torch.stack([*(term.detach() for term in terms.values()), *diagnostics.values()]).float()
+        stacked = torch.stack([*(term.detach() for term in terms.values()), *found.values()]).float()
         means = torch.tensor((sum_over_ranks(stacked) / self.trainer.world_size).tolist())  # on the CPU: not read again
         named = dict(zip(terms, means, strict=False))
         loss = weighted_sum(self.losses, named)
         self._require_finite(float(loss))
-        found = dict(zip(diagnostics, means[len(terms) :], strict=True))
+        found = dict(zip(found, means[len(terms) :], strict=True))
         self.log_dict({f"train/{name}": value for name, value in named.items()})
+        cosine_gain = gain_over_hold(1 - found["cosine"], 1 - found["cosine_hold"])
+        self.log_dict({"train/cosine": found["cosine"], "train/cosine_gain": cosine_gain})
         self.log("train/gain", gain_over_hold(found["mse"], found["mse_hold"]))
-        self.log("train/cosine", found["cosine"])
-        self.log("train/cosine_gain", gain_over_hold(1 - found["cosine"], 1 - found["cosine_hold"]))
         self.log("train/loss", loss, prog_bar=True)
 
     def _require_finite(self, loss: float) -> None:
         """Refuse a loss over all ranks that is not finite: on every rank, as all have the same sum."""
         if not math.isfinite(loss):
             raise ValueError(
-                f"training loss is {loss} at optimiser step {self.global_step} or since the step that was logged last: "
-                "lower the learning rate or the precision's risk (the stored features were checked and are finite)"
+                f"training loss is {loss} at optimiser step {self.global_step}, or was since the step logged last: "
+                "lower the learning rate or raise the precision (stored features are checked and finite)"
             )

@@ -1,4 +1,4 @@
-"""Write shards with WebDataset, a few steps at a time."""
+"""Writing shards with WebDataset, a few steps at a time."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from lit_shortcut.trajectory.card import Card, TrajectoryError, shard_name
 from lit_shortcut.trajectory.encoding import require_finite
 from lit_shortcut.trajectory.index import Index, Member, checksum, step_ending
 
-_AT_ONCE = 2**22  # bytes of features that are encoded together, one step at least
+_AT_ONCE = 2**22  # bytes of features encoded together, at least one step
 _BLOCK = 512  # bytes that a tar's members are padded to
-_UNSIGNED = {1: torch.uint8, 2: torch.uint16}  # what stands in for a dtype that numpy lacks, by its size
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16}  # for dtypes that numpy lacks, by their size in bytes
 
 
 def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card) -> None:
-    """Write ``trajectories``, all samples of shard ``index``, to ``folder``: whole or not at all.
+    """Write ``trajectories``, all samples of shard ``index``, to ``folder`` atomically.
 
-    Equal trajectories give equal bytes, wherever their features lie. Of memory it takes what a few steps do.
+    Equal trajectories give equal bytes on every device. Only a few steps are held in memory at a time.
 
     Raises:
-        TrajectoryError: if they are not the shard's samples, do not fit ``card``, are not finite, or if the file cannot
-            be written.
+        TrajectoryError: if ``trajectories`` are not the shard's samples, do not fit ``card`` or are not finite.
+        AccessError: if the file cannot be written.
     """
     path = folder / shard_name(index)
     ids = trajectories.conditions.ids.tolist()
@@ -44,7 +44,7 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
     with whole(path) as file:
         hashing = _Hashing(file)
         with TarWriter(hashing, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
-            tar.tarstream.format = tarfile.USTAR_FORMAT  # WebDataset's choice, too; the same bytes, sooner
+            tar.tarstream.format = tarfile.USTAR_FORMAT  # the same bytes as WebDataset's default, written faster
             for row, key in enumerate(f"{number:08d}" for number in ids):
                 samples[key] = {}
                 try:
@@ -54,12 +54,12 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
                         samples[key][ending] = (end - len(content), len(content), checksum(content))
                 except ValueError as error:
                     raise TrajectoryError(f"{path}: sample {key}: {error}") from error
-        # before the shard, whose presence says that both are there
+        # before the shard is renamed into place: a shard that is there has its index
         Index(card.digest, hashing.size, hashing.digest.hexdigest(), samples).write(path)
 
 
 def require_values(grids: dict[str, Tensor], rows: list[int], lengths: list[int], card: Card) -> None:
-    """Raise a :class:`ValueError` unless ``grids``, and ``rows`` and text ``lengths`` of each branch, fit ``card``."""
+    """Raise a :class:`ValueError` unless ``grids`` and each branch's ``rows`` and text ``lengths`` fit ``card``."""
     for name, end in (("tokens", card.spec["codebook_size"]), ("committed_at", card.num_steps)):
         low, high = (int(bound) for bound in torch.aminmax(grids[name]))
         if low < 0 or high >= end:
@@ -72,10 +72,10 @@ def require_values(grids: dict[str, Tensor], rows: list[int], lengths: list[int]
 
 
 def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple[str, bytes, bytes]]:
-    """Ending, header and content of the members of one sample, without what pads it to its batch."""
+    """Yield ending, header and content of the members of one sample, without the padding of its batch."""
     features, prefix, prompts = trajectories.features[row], trajectories.prefix, trajectories.conditions.prompts
     if (prefix is not None) != card.text_rows or bool(prompts) != bool(card.prompts):
-        raise ValueError(f"expected text_rows: {card.text_rows}, prompts: {bool(card.prompts)}, as the card says")
+        raise ValueError(f"expected text_rows: {card.text_rows}, prompts: {bool(card.prompts)} by the card")
     if features.shape[1::2] != (card.num_steps, card.spec["width"]):
         raise ValueError(f"features: expected {card.num_steps} steps of {card.spec['width']}, found {features.shape}")
     others = {"tokens": trajectories.tokens[row].int(), "committed_at": trajectories.committed_at[row].short()}
@@ -92,7 +92,8 @@ def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple
         steps = features[branch, :, :own]
         at_once = max(1, _AT_ONCE // max(1, steps[0].nbytes))
         for first in range(0, card.num_steps, at_once):
-            parts = {part: all_.cpu() for part, all_ in card.encoder.encode(steps[first : first + at_once]).items()}
+            encoded = card.encoder.encode(steps[first : first + at_once])
+            parts = {part: tensor.cpu() for part, tensor in encoded.items()}
             card.encoder.check(parts)
             for step, values in enumerate(zip(*parts.values(), strict=True), start=first):
                 for part, value in zip(parts, values, strict=True):
@@ -105,7 +106,7 @@ def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple
 
 
 def _npy(tensor: Tensor) -> tuple[bytes, bytes]:
-    """Numpy's header and the bytes of ``tensor``."""
+    """Return numpy's header and the bytes of ``tensor``."""
     try:
         array = tensor.numpy()
     except TypeError:
@@ -121,7 +122,7 @@ def _header(descr: str, shape: tuple[int, ...]) -> bytes:
 
 
 class _Hashing:
-    """Passes on what is written to ``file`` and knows its size and xxh3_64."""
+    """Writer to ``file`` that counts and hashes (xxh3_64) the bytes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.size, self.digest = file, 0, xxh3_64()

@@ -15,8 +15,8 @@ from lit_shortcut.acceleration.origin import BaseReference, Origin
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.callbacks.ema import ModuleEMA
 from lit_shortcut.callbacks.export import ExportShortcut, ExportWeights
-from lit_shortcut.contracts import LabelledImages
 from lit_shortcut.fashion.classifier import ClassifierTask, FashionCNN
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,12 @@ import lightning as L
 import pytest
 
 from datamodules.trajectories import TrajectoryDataModule
-from lit_shortcut.acceleration.accelerated import Accelerated
 from lit_shortcut.acceleration.calibrated import Calibrated, CalibratedAdaptive, PlanFile
-from lit_shortcut.acceleration.plans import even_steps
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.callbacks.plan_search import PlanSearch
 from lit_shortcut.callbacks.replay_table import ReplayTable
+from lit_shortcut.evaluation.rows import NamedPlan, RowEntry
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from tests.acceleration.recorded import network
 from tests.command_line import TOY, lightning, record_toy
@@ -39,7 +39,7 @@ def validate(folder: Path, *callbacks: L.Callback, **strategy: Any) -> dict[str,
 def test_table_shows_each_method_at_each_budget(folder: Path) -> None:
     logged = validate(folder, ReplayTable([1, 2, 4]))
     names = ("shortcut", "hold", "taylor_1", "taylor_2")
-    found = {name: [logged[f"val/kl/{name}_b{budget}"] for budget in (1, 2, 4)] for name in names}
+    found = {name: [logged[f"val/kl/{name}_n4_b{budget}"] for budget in (1, 2, 4)] for name in names}
     assert {values[2] for values in found.values()} == {0}
     assert found["hold"][0] == found["taylor_1"][0] > found["hold"][1] > 0
 
@@ -55,18 +55,17 @@ def test_written_plan_is_at_least_as_good_as_the_even_one_in_the_table(folder: P
     validate(folder, PlanSearch(path, [1, 2, 3], adaptive="sample"))
     (schedule,) = PlanFile.read(path).schedules
     assert schedule.trajectories == 27
-    made = Shortcut(network())
-    methods = {
-        "calibrated": Accelerated(Calibrated(2, path), made),
-        "adaptive": Accelerated(CalibratedAdaptive(2, path), made),
+    plans: dict[str, NamedPlan] = {
+        "calibrated": partial(Calibrated, path=path),
+        "adaptive": partial(CalibratedAdaptive, path=path),
     }
-    logged = validate(folder, ReplayTable([2], predictors={}, others=methods))
-    assert logged["val/kl/calibrated"] == pytest.approx(schedule.kl["2"], rel=1e-4)
-    assert logged["val/kl/calibrated"] <= logged["val/kl/shortcut_b2"] + 1e-4
-    if schedule.steps["2"] == even_steps(4, 2):
-        assert logged["val/kl/calibrated"] == pytest.approx(logged["val/kl/shortcut_b2"])
+    rows: list[RowEntry] = [(4, 2, "shortcut", "calibrated"), (4, 2, "shortcut", "adaptive")]
+    logged = validate(folder, ReplayTable([2], methods={}, rows=rows, plans=plans))
+    calibrated, even = (logged[f"val/kl/shortcut_n4_b2{plan}"] for plan in ("_calibrated", ""))
+    assert calibrated == pytest.approx(schedule.kl["2"], rel=1e-4)
+    assert calibrated <= even + 1e-4
     assert schedule.mean_full_steps["2"] == pytest.approx(2, abs=0.25)
-    assert logged["val/kl/adaptive"] > 0
+    assert logged["val/kl/shortcut_n4_b2_adaptive"] > 0
 
 
 def test_features_that_do_not_change_get_no_threshold(folder: Path) -> None:
@@ -81,9 +80,18 @@ def test_budgets_out_of_range_are_refused(folder: Path, budgets: list[int]) -> N
         validate(folder, PlanSearch(folder / "plan.json", budgets))
 
 
-def test_budget_of_the_table_out_of_range_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"budgets.*1\.\.4"):
-        validate(folder, ReplayTable([5]))
+@pytest.mark.parametrize(
+    ("table", "named"),
+    [
+        (ReplayTable([5]), r"1\.\.4"),
+        (ReplayTable([2], rows=[(3, 2, "hold")]), "hold_n3_b2"),
+        (ReplayTable([2], rows=[(4, 3, "hold", {"guidance": 1})]), "hold_n4_b3_guidance1"),
+        (ReplayTable([2], rows=[(4, 2, "unheard_of")]), "unheard_of"),
+    ],
+)
+def test_row_that_cannot_be_replayed_is_refused(folder: Path, table: ReplayTable, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        validate(folder, table)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # calibrating leaves out fit's callbacks

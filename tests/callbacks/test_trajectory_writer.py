@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,8 @@ from lit_shortcut.trajectory import Card, TrajectoryError, finished_shards, load
 from lit_shortcut.trajectory.writing import _Hashing
 from tests.tiny_trajectories import SPEC, interface, trajectories
 
+TRIALS = ("fast_dev_run", "limit_predict_batches")
+
 
 class Recorder(L.LightningModule):
     """Records what depends on the ids alone; raises at batch ``fails_at``."""
@@ -37,12 +40,13 @@ class Recorder(L.LightningModule):
         self.decoding = Decoding(num_steps=4)
         self.fails_at, self.batches = fails_at, 0
 
-    def predict_step(self, batch: Conditions, batch_idx: int) -> Trajectories:
+    def predict_step(self, batch: Conditions, batch_idx: int) -> Future[Trajectories]:
         if self.batches == self.fails_at:
             raise RuntimeError("interrupted")
         self.batches += 1
-        recorded = trajectories(batch.ids.tolist())
-        return recorded._replace(conditions=batch)
+        recorded: Future[Trajectories] = Future()
+        recorded.set_result(trajectories(batch.ids.tolist())._replace(conditions=batch))
+        return recorded
 
 
 def predict(folder: Path, module: Recorder | None = None, num_images: int = 11, **arguments: Any) -> Recorder:
@@ -53,7 +57,7 @@ def predict(folder: Path, module: Recorder | None = None, num_images: int = 11, 
         logger=False,
         enable_progress_bar=False,
         callbacks=[TrajectoryWriter(folder, encoding, overwrite=overwrite)],
-        **{key: arguments.pop(key) for key in ("strategy", "devices") if key in arguments},
+        **{key: arguments.pop(key) for key in ("strategy", "devices", *TRIALS) if key in arguments},
     )
     trainer.predict(module, datamodule=ClassLabels(num_images, **({"batch_size": 3} | arguments)))
     return module
@@ -205,6 +209,25 @@ def test_full_disk_ends_the_run_and_leaves_what_was_written_valid(
     assert found.items() <= whole.items()
     predict(tmp_path / "set", num_images=30)
     assert contents(tmp_path / "set") == whole
+
+
+@pytest.mark.parametrize(
+    "trial", [{"fast_dev_run": True}, {"limit_predict_batches": 2}, {"limit_predict_batches": 0.5}]
+)
+def test_trial_run_writes_nothing_that_lasts_and_says_so(
+    tmp_path: Path, said: list[str], trial: dict[str, Any]
+) -> None:
+    written: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        write = trajectory_writer.write_shard
+        patch.setattr(
+            trajectory_writer, "write_shard", lambda folder, *rest: (written.append(folder), write(folder, *rest))
+        )
+        module = predict(tmp_path / "set", overwrite=True, **trial)
+    assert module.batches == len(written) == 1 if "fast_dev_run" in trial else 2
+    assert not (tmp_path / "set").exists()
+    assert not any(folder.exists() for folder in written)
+    assert said == [f"a trial run: nothing is written to {tmp_path / 'set'}"]
 
 
 def test_error_in_writing_the_last_shard_is_raised_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

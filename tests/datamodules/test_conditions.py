@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from datamodules.conditions import ClassLabels, sample_seed
+from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions
 
 
@@ -52,10 +54,11 @@ def test_every_batch_goes_to_one_rank_even_where_ranks_are_more() -> None:
 
 
 def test_predict_leaves_out_what_is_finished() -> None:
-    source = ClassLabels(50, batch_size=8)
-    source.finished = {0, 1, 2, 4, 5}
+    source, writer = ClassLabels(50, batch_size=8), TrajectoryWriter(Path("set"))
+    source.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[writer])
+    writer.finished = {0, 1, 2, 4, 5}
     assert [batch.ids[0].item() for batch in source.predict_dataloader()] == [24, 48]
-    source.finished = set(range(7))
+    writer.finished = set(range(7))
     assert list(source.predict_dataloader()) == []
 
 

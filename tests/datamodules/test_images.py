@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.images import ImageFolder
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.images import LabelledImages
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from datamodules.conditions import ClassLabels
 from datamodules.online import OnlineDataModule
@@ -21,7 +22,7 @@ from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories, Transition
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import RecordingTask, record
-from lit_shortcut.trajectory import TrajectoryError, concatenated
+from lit_shortcut.trajectory import TrajectoryError, concatenated, select
 from tests.tiny_trajectories import transitions
 
 DECODING = Decoding(num_steps=5)
@@ -183,6 +184,37 @@ def test_scale_of_the_velocity_is_that_of_a_recorded_set(tmp_path: Path) -> None
     trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(tmp_path, "float32")])
     trainer.predict(RecordingTask(ToyBase(), decoding=DECODING), ClassLabels(12, batch_size=2))
     torch.testing.assert_close(make().velocity_scale(), TrajectoryDataModule(str(tmp_path)).velocity_scale())
+
+
+@pytest.mark.parametrize(("over", "stays"), [(0, True), (1, False)])
+def test_pool_stays_on_the_device_if_two_fit(monkeypatch: pytest.MonkeyPatch, over: int, stays: bool) -> None:
+    found: list[bool] = []
+    draw = OnlineDataModule.draw
+
+    def noted(self: OnlineDataModule, conditions: Conditions, *, stays: bool = False) -> Trajectories:
+        found.append(stays)
+        return draw(self, conditions, stays=stays)
+
+    monkeypatch.setattr(OnlineDataModule, "draw", noted)
+    spec = ToyBase().spec
+    two_pools = 2 * 4 * 2 * 5 * spec.sequence_length * spec.width * 4
+    module = make(device_memory_gb=(two_pools - over) / 1e9)
+    next(iter(module.train_dataloader()))
+    next(iter(module.val_dataloader()))
+    assert found == [stays, stays, False]
+
+
+def test_windows_of_features_on_a_device_are_put_together_there() -> None:
+    (conditions,) = ClassLabels(4, batch_size=4).loader()
+    recorded, places = record(ToyBase(), conditions, DECODING), [(0, 0, 3), (2, 1, 0)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        features = torch.empty(recorded.features.shape, device="cuda:0")
+    found = select(recorded._replace(features=features), places)
+    expected = select(recorded, places)
+    for name in ("features", "targets"):
+        assert getattr(found, name).device == torch.device("cuda:0")
+        assert getattr(found, name).shape == getattr(expected, name).shape
+    assert torch.equal(found.is_masked, expected.is_masked)
 
 
 @pytest.mark.parametrize(

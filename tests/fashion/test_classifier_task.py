@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lit_shortcut.contracts import LabelledImages
 from lit_shortcut.fashion.classifier import ClassifierTask, FashionCNN
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.weights import load_module
 
 QUIET: dict[str, Any] = {

@@ -13,8 +13,8 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from lit_shortcut.callbacks.ema import ModuleEMA
 from lit_shortcut.callbacks.export import ExportFolder
-from lit_shortcut.contracts import CaptionedImages
 from lit_shortcut.fashion.clip import ClipTask, SmallCLIP, contrastive_loss
+from lit_shortcut.images import CaptionedImages
 from lit_shortcut.metrics.clip import CLIPScore
 from lit_shortcut.weights import fingerprint, load_module
 from tests.fashion.small_clip import SIZES, write_tokenizer

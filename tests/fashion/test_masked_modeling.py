@@ -12,9 +12,9 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.contracts import LabelledImages
 from lit_shortcut.fashion.masked_modeling import MaskedModelingTask
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.weights import fingerprint, load_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode")  # the frozen tokenizer, as meant

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.toy import toy_dimoo
-from lit_shortcut.contracts import CaptionedImages
 from lit_shortcut.fashion.masked_modeling import PromptedMaskedModelingTask
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
+from lit_shortcut.images import CaptionedImages
 from lit_shortcut.weights import fingerprint, load_module, save_module
 from tests.tasks.short_runs import short_trainer
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from lit_shortcut.contracts import Conditions, LabelledImages
+from lit_shortcut.contracts import Conditions
 from lit_shortcut.fashion.tokenizer import FSQTokenizer, TokenizerTask
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.weights import fingerprint
 from tests.metrics.brightness import Brightness
 from tests.tasks.short_runs import short_trainer

@@ -5,8 +5,11 @@ Shapes, types and devices of all tensors are computed, their values are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from math import inf
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.plans import Adaptive
 from lit_shortcut.acceleration.predictors import Hold
-from lit_shortcut.contracts import Clock, Conditions, Control, MaskedImageModel
+from lit_shortcut.contracts import Clock, Conditions, Control, MaskedImageModel, Trajectories
 from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.decoding.unmasking import sample_codes
@@ -27,9 +30,11 @@ from lit_shortcut.metrics.functional import head_kl, masked_cosine, masked_mean,
 from lit_shortcut.networks.control import advance, lay_out_branches
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding, generate, sample
+from lit_shortcut.tasks import room
 from lit_shortcut.tasks.recording import record
+from lit_shortcut.tasks.room import HostRing, HostRoom
 from tests.gpu.cases import CASES, accelerations
-from tests.gpu.launches import launches_of
+from tests.gpu.launches import Launches, launches_of
 
 NUM_STEPS, CUDA = 3, "cuda:0"
 META = "meta"  # takes gradients without a driver, too; CUDA's autograd asks for one
@@ -105,6 +110,61 @@ def test_recording_waits_for_nothing_and_images_are_decoded_on_the_device(
         assert on.base.decode(recorded.tokens).device == on.device
 
 
+class Later:
+    """Stands in for a background thread, in which the fake device does not work: does its jobs when asked to."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
+
+    def submit(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        self.jobs.append((Future(), job, arguments))
+        return self.jobs[-1][0]
+
+    def results(self, leave: int) -> list[Any]:
+        return []
+
+    def work(self) -> None:
+        for future, job, arguments in self.jobs:
+            future.set_result(job(*arguments))
+
+
+def recording(on: OnDevice, kind: type[HostRoom], *arguments: Any) -> tuple[Future[Trajectories], Launches]:
+    """The future of what is recorded, and what the main thread asks for from step 1 on."""
+    launches = Launches()
+
+    class Noted(kind):  # type: ignore[misc, valid-type]
+        def put(self, target: Tensor, source: Tensor) -> None:
+            super().put(target, source)
+            if self.is_first:
+                launches.reads.clear()
+                self.is_first = False
+
+    kept = Noted(*arguments, inf, Path("nowhere"))
+    kept.is_first = True
+    with launches:
+        future = kept.finished(record(on.base, on.conditions, DECODINGS["default"], kept))
+    return future, launches
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features_leave_the_device_while_nothing_waits_for_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake(name, monkeypatch) as on:
+        later = Later()
+        monkeypatch.setattr(room, "Background", lambda: later)
+        monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cpu)  # streams that are none
+        future, launches = recording(on, HostRing, on.device)
+        assert not launches.reads
+        later.work()
+        found = future.result()
+        tensors = [found.features, found.tokens, found.committed_at, *found.conditions[:3], *(found.prefix or ())]
+        assert {tensor.device for tensor in tensors} == {torch.device("cpu")}
+
+
+def test_features_copied_without_the_ring_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake("toy", monkeypatch) as on:
+        assert recording(on, HostRoom)[1].reads
+
+
 def test_a_plan_that_reads_features_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake device does raise."""
     with fake("toy", monkeypatch) as on, pytest.raises(DataDependentOutputException):
@@ -118,7 +178,7 @@ def test_a_tensor_left_on_the_host_is_caught(monkeypatch: pytest.MonkeyPatch) ->
             generate(on.base, on.conditions, DECODINGS["default"], Vanilla())
 
 
-def one_step(on: OnDevice) -> tuple[Tensor, Tensor]:
+def one_step(on: OnDevice, is_masked: Tensor) -> tuple[Tensor, Tensor]:
     """Features before a step and the network's prediction of those after it, of the conditional branch."""
     base, network = on.base, on.network
     context = base.context(on.conditions, guided=False)
@@ -126,7 +186,8 @@ def one_step(on: OnDevice) -> tuple[Tensor, Tensor]:
     layout = next(iter(lay_out_branches(network, base.interface, context)), None)
     features = base.features(codes, context, Clock(0, NUM_STEPS))[0]
     share = on.moved(torch.tensor([0.5, 0.5]))
-    return features, advance(network, base.interface, features, Control(codes[:, :3], codes[:, :3]), share, layout)
+    control, gap = Control(codes[:, :3], codes[:, :3]), share if network.options.anchored else None
+    return features, advance(network, base.interface, features, control, share, layout, masked=is_masked, gap=gap)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,12 +196,13 @@ def test_the_network_trains_and_is_validated_without_waiting(name: str, monkeypa
     with fake(name, monkeypatch, META) as on:
         optimizer = torch.optim.AdamW(on.network.requires_grad_(True).parameters(), lr=1e-3)
         is_masked = on.moved(torch.rand(2, on.base.spec.num_tokens) < 0.5)
-        features, predicted = one_step(on)
-        loss = masked_mse(predicted, features, is_masked) + masked_cosine(predicted, features, is_masked)
+        rows = on.base.interface.masked_rows(is_masked)
+        features, predicted = one_step(on, is_masked)
+        loss = masked_mse(predicted, features, rows) + masked_cosine(predicted, features, rows)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            target, guess = (on.base.interface.logits(rows) for rows in one_step(on))
+            target, guess = (on.base.interface.logits(rows) for rows in one_step(on, is_masked))
             measured = masked_mean(head_kl(target, guess), is_masked), token_agreement(guess, target, is_masked)
         assert {part.device for part in (loss, *measured)} == {on.device}
 

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_shortcut.contracts import LabelledImages
+from lit_shortcut.images import LabelledImages
 from lit_shortcut.metrics.distances import FrechetDistance
 from lit_shortcut.tasks.reference import ReferenceTask
 from lit_shortcut.weights import load_tensors

@@ -18,6 +18,7 @@ from lit_shortcut.callbacks.replay_table import ReplayTable
 from lit_shortcut.contracts import Trajectories, Transition
 from lit_shortcut.losses import HeadKL, Loss, MaskedMSE
 from lit_shortcut.metrics.functional import head_kl, masked_mse
+from lit_shortcut.metrics.places import diagnostics
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import (
@@ -133,7 +134,8 @@ def test_training_logs_the_cosine_over_masked_places_and_its_gain_over_hold(fold
 def test_compiled_network_is_the_task_own_under_its_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[torch.nn.Module] = []
 
-    def compile_in_place(module: torch.nn.Module) -> None:
+    def compile_in_place(module: torch.nn.Module, fullgraph: bool) -> None:
+        assert fullgraph
         compiled.append(module)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
@@ -411,8 +413,9 @@ def test_interface_is_no_submodule_and_follows_the_task(folder: Path) -> None:
 def test_diagnostics_run_at_log_steps_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     task, batch = Task(folder, network(1)), batch_of(folder)
-    diagnostics = task._diagnostics
-    monkeypatch.setattr(task, "_diagnostics", lambda *arguments: calls.append(1) or diagnostics(*arguments))
+    monkeypatch.setattr(
+        "lit_shortcut.tasks.shortcut.diagnostics", lambda *arguments: calls.append(1) or diagnostics(*arguments)
+    )
     for step in range(8):
         task.stand_in.global_step = step
         task.logged.clear()
