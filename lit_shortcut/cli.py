@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -229,7 +230,12 @@ def main(args: ArgsType = None) -> None:
     _run(ShortcutCLI, args)
 
 
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "💡 Tip" not in record.getMessage()
+
+
 def _run(kind: type[ShortcutCLI], args: ArgsType) -> ShortcutCLI:
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)  # adverts for other packages
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.…} works under every verb
     os.environ.setdefault("WANDB_MODE", "offline")  # online is asked for by WANDB_MODE=online
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 against torch 2.14 and later
