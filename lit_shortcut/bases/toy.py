@@ -1,4 +1,4 @@
-"""The base protocol at its smallest, with random weights: for tests, and to copy when a base is added."""
+"""The smallest base, with random weights: for tests, and to copy when adding a base."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lit_shortcut.weights import fingerprint
 
 
 class ToyBase(nn.Module):
-    """One attention layer over image tokens and a class token; codes are shades of grey. It has learned nothing.
+    """One attention layer over image tokens and a class token, with random weights; codes are shades of grey.
 
     Args:
         grid: side of the square token grid.
         codebook_size: V, shades of grey.
-        num_classes: classes that can be asked for.
+        num_classes: number of classes.
         width: C.
-        seed: of the random weights.
+        seed: seed of the random weights.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ToyBase(nn.Module):
         return super().train(False)
 
     def identity(self) -> dict[str, Any]:
-        """Its fingerprint, which its images follow from."""
+        """Class and fingerprint, which determine the images."""
         return {"class": type(self).__name__, "fingerprint": self.fingerprint}
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:

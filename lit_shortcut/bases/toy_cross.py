@@ -1,4 +1,4 @@
-"""A toy base that sees its prompt by cross-attention, with random weights: prompts without any row in the features."""
+"""Toy base that sees its prompt by cross-attention, with random weights: prompts without rows in the features."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CrossToyBase(nn.Module):
         codebook_size: V, shades of grey.
         width: C.
         negative: prompt of the unconditional branch.
-        seed: of the random weights.
+        seed: seed of the random weights.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class CrossToyBase(nn.Module):
         return super().train(False)
 
     def identity(self) -> dict[str, Any]:
-        """Fingerprint and negative prompt."""
+        """Class, fingerprint and negative prompt."""
         return {"class": type(self).__name__, "fingerprint": self.fingerprint, "negative": self.negative}
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:

@@ -33,7 +33,7 @@ class ExportWeights(L.Callback):
         """Refuse a place that cannot be written, before anything is trained; raises OSError."""
         if stage != "fit" or not trainer.is_global_zero:
             return
-        if is_trial(trainer, stage):
+        if is_trial(trainer, "fit"):
             report_trial(self.path)
         else:
             require_writable(self.path.parent)

@@ -1,4 +1,4 @@
-"""The bidirectional transformer of LLaDA (Nie et al., arXiv 2502.09992), as Lumina-DiMOO uses it (arXiv 2510.06308)."""
+"""Bidirectional transformer of LLaDA (Nie et al., arXiv 2502.09992), as Lumina-DiMOO uses it (arXiv 2510.06308)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_shortcut.weights import load_module
 
 
 class LLaDA(nn.Module):
-    """Token ids in, features out. Submodules carry the names of the published weights, ``transformer.`` left out.
+    """Transformer from token ids to features. Submodules have their published names without ``transformer.``.
 
     Args:
         vocab_size: rows of the embedding table, and of the head.
@@ -22,8 +22,8 @@ class LLaDA(nn.Module):
         num_heads: attention heads.
         mlp_width: hidden width of the SwiGLUs.
         rope_theta: base of the rotary frequencies.
-        norm_eps: of the RMS norms.
-        is_tied: the head is the embedding table.
+        norm_eps: eps of the RMS norms.
+        is_tied: whether the head is the embedding table.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class LLaDA(nn.Module):
         return self.wte.weight if self.ff_out is None else self.ff_out.weight
 
     def rotation(self, places: Tensor) -> Rotation:
-        """Rotation of tokens at ``places`` (B, S) in the sequence, for all passes in which they stand there."""
+        """Rotation of tokens at ``places`` (B, S) in the sequence, for all passes with the same places."""
         return rotation(places, self.head_width, self.rope_theta)
 
     def forward(self, ids: Tensor, by: Rotation, is_real: Tensor | None = None) -> Tensor:
-        """Features (B, S, C), behind the last norm, of token ``ids`` (B, S).
+        """Features (B, S, C), output of the last norm, of token ``ids`` (B, S).
 
         Args:
-            ids: in any order: what they are rotated by says where each stands.
-            by: of their places.
-            is_real: (B, S), false at padding, which nothing attends to.
+            ids: token ids in any order, since each is rotated by its place.
+            by: rotation of their places.
+            is_real: (B, S), false at padding, which is never attended to.
         """
         x: Tensor = self.wte(ids)
         for block in self.blocks:
@@ -81,12 +81,12 @@ class LLaDA(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> LLaDA:
-        """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """Load the frozen network at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it fails."""
         return load_module(cls, path)
 
     @classmethod
     def load_deepened(cls, path: Path, depth: int) -> LLaDA:
-        """The network stored at ``path``, grown to ``depth`` blocks without a change of its features, to train on."""
+        """Load the network at ``path`` and grow it to ``depth`` blocks with the same features, to train further."""
         network = cls.load(path)
         network.blocks = deepened(network.blocks, depth, lambda block: (block.attn_out, block.ff_out))
         network.hparams["depth"] = depth

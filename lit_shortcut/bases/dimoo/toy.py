@@ -1,4 +1,4 @@
-"""Lumina-DiMOO at its smallest, with random weights: for tests alone."""
+"""Lumina-DiMOO at its smallest, with random weights, for tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import SpecialTokens, Utf8Tokenizer
 from lit_shortcut.bounds import require_at_least
 
-SPECIAL = SpecialTokens(  # behind the 256 bytes
+SPECIAL = SpecialTokens(  # after the 256 bytes
     mask=256, newline=257, boi=258, eoi=259, answer_start=260, answer_end=261, uncondition=262, first_code=264
 )
 _CODES = 8
