@@ -31,6 +31,7 @@ EXPORT = (
 COMMANDS = [
     f"predict --config configs/fashion/extract.yaml {QUICK} --data.num_images=8 --data.batch_size=2",
     f"fit --config configs/fashion/fit.yaml {QUICK} {EXPORT} --trainer.logger=false --trainer.max_steps=2 "
+    "--trainer.enable_checkpointing=false "
     "--trainer.val_check_interval=2 --data.batch_size=8",
     f"test --config configs/fashion/evaluate.yaml {QUICK} --trainer.logger=false --trainer.callbacks=[] "
     "--data.num_images=4 --data.batch_size=4 --model.latency_rounds=0 --model.rows=[[8],[8,2,shortcut]] "
