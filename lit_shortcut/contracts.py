@@ -126,7 +126,7 @@ class Context:
 
 
 class Clock(NamedTuple):
-    """Where the decoding loop is: ``step`` counts from 0 and lies below ``num_steps`` (N)."""
+    """Position in the decoding loop: ``step``, 0 … N − 1, of ``num_steps`` (N)."""
 
     step: int
     num_steps: int
