@@ -29,8 +29,8 @@ _CHECKSUM = slice(148, 154)  # of a tar's header: octal digits of the sum of its
 def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card) -> None:
     """Write ``trajectories``, all samples of shard ``index``, to ``folder``: whole or not at all.
 
-    Trajectories lie in the host's memory, or in a file mapped there; equal ones give equal bytes. Of memory it takes what
-    a few steps do.
+    Trajectories lie in the host's memory, or in a file mapped there; equal ones give equal bytes. It takes as much
+    memory as a few steps do.
 
     Raises:
         TrajectoryError: if they are not the shard's samples, do not fit ``card``, are not finite, or if the file cannot
