@@ -14,9 +14,9 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 .NOTPARALLEL:
-.PHONY: help install demo extract-trajectories fit report table report-full bench bench-data forecast base base-fashion base-fashion_text test lint format types unit toy clean
+.PHONY: help install demo extract-trajectories fit report report-full bench bench-data gpu forecast base base-fashion base-fashion_text test lint format types unit toy docs clean
 
-help: ## Show this list
+help: ## Show this list; BASE=… picks a folder of configs (default: fashion)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## Make the virtual environment .venv and install the project with its development tools
@@ -27,31 +27,32 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/pip install --progress-bar on -e ".[dev]"
 	touch $@
 
-demo: install ## The main job on the embedded default: record, train, measure, report (about 12 minutes on two cores)
+demo: install ## Record, fit and report on an embedded default (10 to 17 minutes on two cores after installation)
 	$(MAKE) extract-trajectories fit report
 
-extract-trajectories: install ## Record trajectories of BASE (default: fashion)
+extract-trajectories: install ## Record trajectories of BASE
 	$(RUN) predict --config configs/$(BASE)/extract.yaml
 
 fit: install ## Train the shortcut of BASE on its trajectories
 	$(RUN) fit --config configs/$(BASE)/fit.yaml
 
-report: table ## Measure vanilla and accelerated generation of BASE: few images, one seed; finished rows are kept
-
-table: install ## The table of BASE, as report; WEIGHTS=random: latency alone, at published size (BASE=maskgit)
+report: install ## Measure BASE with and without shortcut; WEIGHTS=random: latency only, at published size
 	$(RUN) test --config configs/$(BASE)/$(if $(filter random,$(WEIGHTS)),latency,evaluate).yaml
 
-report-full: install ## The same at full length (the defaults': thousands of images a row, 3 seeds); goes on where it stopped
+report-full: install ## Report at full length: thousands of images a row, 3 seeds (about an hour); goes on where it stopped
 	$(RUN) test $(addprefix --config ,configs/$(BASE)/evaluate.yaml $(wildcard configs/$(BASE)/full_length.yaml))
 
 bench: BASE := maskgit
-bench: install ## Where the time of one run goes, part by part (default: MaskGIT at published size, random weights)
+bench: install ## Measure where the time of a run goes, part by part (default: maskgit at published size, random weights)
 	$(RUN) test --config configs/$(BASE)/bench.yaml
 
-bench-data: install ## The path of the data against what it replaces: loader, recording, encoding, training
+bench-data: install ## Measure the path of the data against what it replaces: loader, recording, encoding, training
 	$(VENV)/bin/python -m benchmarks
 
-forecast: install ## Operations and memory of Lumina-DiMOO at published size, counted without weights or GPU
+gpu: install ## Measure decoding, recording and training of the published systems on this GPU, random weights (ten minutes)
+	$(VENV)/bin/python -m benchmarks.gpu
+
+forecast: install ## Count operations and memory of Lumina-DiMOO at published size, without weights or GPU
 	$(VENV)/bin/python -m benchmarks.forecast --config benchmarks/forecast.yaml
 
 base: install ## Retrain the embedded default BASE (fashion, fashion_text) from images (hours)
@@ -71,25 +72,29 @@ base-fashion_text: # texts and their tokenizer, base, CLIP
 	$(RUN) fit --config configs/fashion_text/base_anneal.yaml
 	$(RUN) fit --config configs/fashion_text/clip.yaml
 
-test: lint types unit ## Lint, types, tests
+test: lint types unit ## Check everything: lint, types, tests
 
-lint: install
+lint: install ## Check form, style and the direction of imports
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports --no-cache
 
-types: install
+types: install ## Check types
 	$(VENV)/bin/mypy
 
-unit: install
+unit: install ## Run the tests
 	$(VENV)/bin/pytest
 
 format: install ## Put the code in the project's form
 	$(VENV)/bin/ruff check --fix --exit-zero .
 	$(VENV)/bin/ruff format .
 
-toy: install ## All four verbs on a random toy base, in a minute
+toy: install ## Run all verbs on a random toy base, in a minute
 	$(VENV)/bin/pytest tests/test_configs.py
 
-clean: ## Delete runs and caches; keep the virtual environment
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+docs: install ## Build the documentation into build/site, warnings as errors
+	$(VENV)/bin/pip install --quiet -e ".[docs]"
+	$(VENV)/bin/mkdocs build
+
+clean: ## Delete runs, caches and built documentation; keep the virtual environment
+	rm -rf runs build .pytest_cache .mypy_cache .ruff_cache

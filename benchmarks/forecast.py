@@ -68,7 +68,7 @@ def forecast(
     """Print what one image costs by vanilla and by each budget, and write it to a JSON file.
 
     Operations are those of matrix products. Activations are the tensors alive at once; the image decoder is left out.
-    ``make table WEIGHTS=random`` measures the time of the same runs on a device that holds the base.
+    ``make report BASE=dimoo WEIGHTS=random`` measures the time of the same runs on a device that holds the base.
 
     Args:
         base: of published size, on the meta device, where nothing is computed.

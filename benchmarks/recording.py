@@ -18,9 +18,9 @@ from benchmarks.table import Table
 from datamodules.conditions import ClassLabels
 from lit_shortcut.acceleration.accelerated import Vanilla
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
-from lit_shortcut.contracts import Conditions
+from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.metrics.latency import measure_latency
-from lit_shortcut.sampling import generate
+from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.tasks.recording import RecordingTask
 
 NUM_IMAGES, BATCH_SIZE, ROUNDS = 512, 32, 3
@@ -62,15 +62,39 @@ def measure() -> Table:
     return Table("Recording", rows, note)
 
 
-def _predict(task: L.LightningModule, *callbacks: L.Callback) -> None:
-    trainer = L.Trainer(
-        accelerator="cpu",
+def time_recording(
+    base: MaskedImageModel, decoding: Decoding, asked: ClassLabels, folder: Path, **trainer: Any
+) -> dict[str, float]:
+    """Least seconds of two rounds that sampling and recording of what is ``asked`` take, by a ``trainer`` like this."""
+    sampling, recording = _Sampling(base, decoding=decoding), RecordingTask(base, decoding=decoding)
+    writers = {f"recording {encoding}": encoding for encoding in ("bfloat16", "int8")}
+    least: dict[str, float] = {}
+    for _ in range(2):
+        _timed(PLAIN, partial(_predict, sampling, asked=asked, **trainer), least)()
+        for name, encoding in writers.items():
+            writer = TrajectoryWriter(folder / encoding, encoding, overwrite=True)
+            _timed(name, partial(_predict, recording, writer, asked=asked, **trainer), least)()
+    return least
+
+
+def _predict(
+    task: L.LightningModule,
+    *callbacks: L.Callback,
+    asked: ClassLabels | None = None,
+    accelerator: str = "cpu",
+    **trainer: Any,
+) -> None:
+    predicting = L.Trainer(
+        accelerator=accelerator,
+        devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
+        **trainer,
     )
-    trainer.predict(task, datamodule=ClassLabels(NUM_IMAGES, BATCH_SIZE), return_predictions=False)
+    asked = asked or ClassLabels(NUM_IMAGES, BATCH_SIZE)
+    predicting.predict(task, datamodule=asked, return_predictions=False)
 
 
 def _record(task: L.LightningModule, folder: Path, encoding: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from datamodules.ranks import rank_and_world_size
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions
 
@@ -82,9 +83,7 @@ class InTurn(L.LightningDataModule):
         self, num_images: int, batch_size: int, seed: int, num_classes: int, run_seeds: list[int] | None = None
     ) -> None:
         super().__init__()
-        for name, value in {"num_images": num_images, "batch_size": batch_size, "num_classes": num_classes}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_at_least(1, num_images=num_images, batch_size=batch_size, num_classes=num_classes)
         self.run_seeds = [seed] if run_seeds is None else run_seeds
         if not self.run_seeds or len(set(self.run_seeds)) < len(self.run_seeds):
             raise ValueError(f"run_seeds must be one or more different numbers, got {self.run_seeds}")

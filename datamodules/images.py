@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
+from lit_shortcut.places import located
 
 
 class ImageFolder(L.LightningDataModule):
@@ -35,7 +37,9 @@ class ImageFolder(L.LightningDataModule):
 
     def __init__(self, folder: Path, image_size: int = 512, batch_size: int = 50, num_workers: int = 0) -> None:
         super().__init__()
-        self.folder, self.image_size = folder, image_size
+        require_at_least(1, image_size=image_size, batch_size=batch_size)
+        require_at_least(0, num_workers=num_workers)
+        self.folder, self.image_size = located(folder), image_size
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def predict_dataloader(self) -> DataLoader[LabelledImages]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from datamodules.conditions import InTurn
 from lit_shortcut.contracts import Conditions
+from lit_shortcut.places import located
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -24,7 +25,7 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix not in _READERS:
         raise ValueError(f"{path}: expected a file of prompts ending in {', '.join(_READERS)}")
     try:
-        values = _READERS[path.suffix](path.read_text(encoding="utf-8-sig"))
+        values = _READERS[path.suffix](located(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable file of prompts ({error})") from error
     if not isinstance(values, list):

@@ -17,10 +17,12 @@ from torch.utils.data import Dataset
 from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
 from datamodules.windows import OnCorrupt, Order, WindowReader
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Trajectories
 from lit_shortcut.files import is_remote
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
+from lit_shortcut.places import located_source
 from lit_shortcut.trajectory import (
     Card,
     EncodedTransition,
@@ -119,19 +121,10 @@ class TrajectoryDataModule(L.LightningDataModule):
         cache: Path | None = None,
     ) -> None:
         super().__init__()
-        sizes = {
-            "batch_size": batch_size,
-            "shuffle_shards": shuffle_shards,
-            "validation_shards": validation_shards,
-            "window": window,
-            "validation_batch_size": validation_batch_size,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        self.source, self.batch_size, self.num_workers = source, batch_size, num_workers
+        require_at_least(1, batch_size=batch_size, shuffle_shards=shuffle_shards, validation_shards=validation_shards)
+        require_at_least(1, window=window, validation_batch_size=validation_batch_size)
+        require_at_least(0, num_workers=num_workers)
+        self.source, self.batch_size, self.num_workers = located_source(source), batch_size, num_workers
         self.shuffle_shards, self.validation_shards, self.window = shuffle_shards, validation_shards, window
         self.seed, self.base_fingerprint, self.validation_batch_size = seed, base_fingerprint, validation_batch_size
         self.on_corrupt, self.cache = on_corrupt, cache

@@ -1,4 +1,4 @@
-"""Work in the background: the one idiom for threads in this project."""
+"""Background threads: this project's only idiom for threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 class Background(Generic[Result]):
-    """Runs jobs in ``threads`` of its own and hands back their results in the order the jobs were submitted."""
+    """Pool of ``threads`` that returns results of jobs in the order of submission."""
 
     def __init__(self, threads: int = 1) -> None:
         self._threads, self._jobs = ThreadPoolExecutor(threads), deque[Future[Result]]()
@@ -22,13 +22,13 @@ class Background(Generic[Result]):
         return future
 
     def results(self, leave: int = 0) -> Iterator[Result]:
-        """Yield results, oldest first, until at most ``leave`` jobs are left; wait for those that still run.
+        """Yield results, oldest first, until at most ``leave`` jobs are left; wait for running jobs.
 
-        An exception of a job is raised in its turn.
+        If a job raised an exception, raise it in place of its result.
         """
         while len(self._jobs) > leave:
             yield self._jobs.popleft().result()
 
     def close(self, *, cancel: bool = False) -> None:
-        """Wait for all jobs; ``cancel`` drops those that have not begun."""
+        """Wait for all jobs; ``cancel`` drops jobs that have not begun."""
         self._threads.shutdown(cancel_futures=cancel)

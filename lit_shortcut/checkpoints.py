@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints written atomically."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lit_shortcut.files import whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its place, and rename it once it is on the disk.
+    """Plugin that writes a checkpoint beside its place and renames it once it is on the disk.
 
-    Lightning's own way writes it below ``TMPDIR`` and moves it, which copies where that is another file system: a kill
-    meanwhile would leave half a checkpoint in the place of the last one. Checkpoints at a URL go Lightning's way.
+    Lightning writes it below ``TMPDIR`` and moves it, which copies if that is another file system: a kill would then
+    leave half a checkpoint in place of the last one. Checkpoints at a URL are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save ``checkpoint`` at ``path``; what was there before stays until then, and if the disk is full.
+        """Save ``checkpoint`` at ``path``; until that succeeds, an older file stays there.
 
         Raises:
             OSError: naming the file, if it cannot be written.

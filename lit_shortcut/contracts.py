@@ -19,10 +19,10 @@ from lit_shortcut.interface import TokenInterface
 
 
 class Conditions(NamedTuple):
-    """What to generate: one row a sample.
+    """What to generate, one row per sample.
 
-    ``ids`` (B,) name the samples within a run, ``seeds`` (B,) int64 drive all their noise, ``labels`` (B,) are classes,
-    or numbers of the ``prompts`` in their list. ``prompts`` are B texts; none where classes are asked for.
+    ``ids`` (B,) number the samples of a run, ``seeds`` (B,) int64 determine all their noise, ``labels`` (B,) are
+    classes, or indices of the ``prompts`` in their list. ``prompts`` are B texts; empty for classes.
     """
 
     ids: Tensor
@@ -30,18 +30,14 @@ class Conditions(NamedTuple):
     labels: Tensor
     prompts: tuple[str, ...] = ()
 
-    def first(self, count: int) -> Conditions:
-        """Those of the first ``count`` samples."""
-        return self.slice(0, count)
-
     def slice(self, start: int, stop: int) -> Conditions:
-        """Return those of samples ``start`` to ``stop`` − 1."""
+        """Return the conditions of samples ``start`` to ``stop`` − 1."""
         chosen = slice(start, stop)
         return Conditions(self.ids[chosen], self.seeds[chosen], self.labels[chosen], self.prompts[chosen])
 
 
 def require_prompts(conditions: Conditions) -> tuple[str, ...]:
-    """The prompts of ``conditions``; raises ValueError if there is not one for each sample, or one is empty."""
+    """Return the prompts of ``conditions``; raises ValueError if there is not one per sample, or one is empty."""
     if len(conditions.prompts) != len(conditions.ids):
         raise ValueError(
             f"expected a prompt for each of {len(conditions.ids)} samples, got {len(conditions.prompts)}; "
@@ -73,8 +69,7 @@ class Prefix(NamedTuple):
 class PrefixSize(NamedTuple):
     """Plain numbers for the shapes of one guidance branch's prefixes, so that no shape waits for a device.
 
-    ``longest`` and ``longest_control`` bound ``lengths`` and ``num_control``; ``is_padded`` is false only where all
-    prefixes of the branch reach both bounds, and nothing needs a mask.
+    ``longest`` and ``longest_control`` bound ``lengths`` and ``num_control``; without ``is_padded`` all reach them.
     """
 
     longest: int
@@ -90,15 +85,15 @@ class PrefixSize(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a base computes once per batch from the conditions. Only the base looks inside.
+    """A base's own form of the conditions, computed once per batch. Only the base looks inside.
 
     A base adds fields of its own in a subclass: token ids, encoder states, masks, plain numbers for shapes. Fields that
     are tensors lead with (G, B); tuples hold one entry per guidance branch; everything else is shared by all.
 
     Args:
-        prefix: the text prefix, for a base whose features have rows of it; other bases leave it out, with or without
+        prefix: the text prefix, for a base whose features include its rows; other bases leave it out, with or without
             prompts.
-        prefix_sizes: of the prefix, one for each guidance branch; read off its tensors if a base leaves them out.
+        prefix_sizes: sizes of the prefix, one for each guidance branch; read from its tensors if left out.
     """
 
     prefix: Prefix | None = None
@@ -170,8 +165,8 @@ class TokenSpec(NamedTuple):
 class Control(NamedTuple):
     """Tokens just committed, the control of the next step's features (arXiv 2602.23996, section 3).
 
-    ``tokens`` and ``positions`` (B, K) are codes and image places; ``is_real`` (B, K) is false at padding, None where
-    there is none. In a :class:`Transition` all three have a further dimension, (B, R, K).
+    ``tokens`` and ``positions`` (B, K) are codes and image places; ``is_real`` (B, K) is false at padding, None if
+    there is no padding. In a :class:`Transition` all three have a further dimension, (B, R, K).
     """
 
     tokens: Tensor
@@ -180,7 +175,7 @@ class Control(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a step of the decoding loop knows before its features are computed.
+    """State of the decoding loop at a step, before its features are computed.
 
     ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step committed (K = 0 at step 0);
     ``masked_share`` (B,) is the share of image tokens still masked, r in the paper; ``masked`` (B, M) are their places,
@@ -195,13 +190,13 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one step of the decoding loop did.
+    """Result of one step of the decoding loop.
 
     ``features`` (G, B, S, C) belong to ``state``; ``is_full`` says whether the base computed them, for the whole batch
-    or, where the plan decides so, sample by sample (B,). ``committed`` are the tokens this step revealed and ``tokens``
-    (B, L) the grid after it. ``log_probs`` (B, K), float32, are those of the codes revealed, under the distribution
-    they were drawn from: guided, at the decoding's temperature (at temperature 0, where codes are not drawn, at 1). The
-    choice of places is no part of it.
+    or, depending on the plan, sample by sample (B,). ``committed`` are the tokens committed by this step and ``tokens``
+    (B, L) the grid after it. ``log_probs`` (B, K), float32, are log-probabilities of the committed codes under the
+    distribution they were drawn from: guided, at the decoding's temperature (1 if that is 0, since nothing is drawn).
+    They do not include the choice of places.
     """
 
     state: State
@@ -215,8 +210,8 @@ class Step(NamedTuple):
 class Trajectories(NamedTuple):
     """Recorded runs of the decoding loop: all features of all steps.
 
-    ``features`` (B, G, N, S, C); ``tokens`` (B, L) at the end; ``committed_at`` (B, L) the step that revealed each.
-    ``prefix`` is that of the context; where prefixes differ in length, rows behind a shorter one are padding.
+    ``features`` (B, G, N, S, C); ``tokens`` (B, L), the final codes; ``committed_at`` (B, L), the step that committed
+    each. ``prefix`` is the context's; if prefixes differ in length, rows after a shorter one are padding.
     """
 
     conditions: Conditions
@@ -244,29 +239,29 @@ class Transition(NamedTuple):
 
 
 class BaseEnds(Protocol):
-    """What is known of a base without running it. A recorded set answers this, too, so predictors need no base."""
+    """Properties of a base that are known without running it; recorded sets have them, too."""
 
     spec: TokenSpec
     interface: TokenInterface
 
     @property
     def fingerprint(self) -> str:
-        """Equal only for equal weights; ties shards and shortcuts to their base."""
+        """Hash of the weights, equal only for equal weights; ties shards and shortcuts to their base."""
 
 
 class MaskedImageModel(BaseEnds, Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
-    The first rows of its features are the image's, row by row: one for each token, or for a square of them, as
-    ``interface`` says. What follows is the base's own. Where a row stands in the base's sequence is another matter,
-    which ``interface`` answers if it matters.
+    The first rows of its features are the image's, row by row: one for each token, or for a square of tokens, as
+    ``interface`` says. All other rows are the base's own. If places in the base's sequence matter, ``interface`` knows
+    those of all rows.
     """
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that all images depend on: weights, image decoder, prompt template and the like."""
+        """JSON values of everything the images depend on: weights, image decoder, prompt template and the like."""
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """Compute once what ``features`` needs of ``conditions``, with the unconditional branch when ``guided``."""
+        """Compute once per batch what ``features`` needs, with the unconditional branch if ``guided``."""
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """Features (G, B, S, C) of ``tokens`` (B, L): the expensive pass. Most bases ignore ``clock``."""
@@ -276,14 +271,14 @@ class MaskedImageModel(BaseEnds, Protocol):
 
 
 FeatureFn = Callable[[State], tuple[Tensor, bool | Tensor]]
-"""From a state to features and whether the base computed them, as in :class:`Step`; memory lives in its closure."""
+"""Maps a state to features and to whether the base computed them, as in :class:`Step`; its closure holds memory."""
 
 
 class Acceleration(Protocol):
     """Decides what computes the features of each step. Not "accelerator": Lightning means hardware by that."""
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that determine what it computes: method, plan, weights."""
+        """JSON values that determine the computed features: method, plan, weights."""
 
     def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
         """Return a feature function for one batch; nothing outlives it.
@@ -293,14 +288,14 @@ class Acceleration(Protocol):
 
 
 class ConditionSource(Protocol):
-    """What to generate, batch by batch."""
+    """A source of conditions, batch by batch."""
 
     def loader(self, seed: int | None = None) -> DataLoader[Conditions]:
         """Batches of conditions under run seed ``seed``; None takes the source's own."""
 
 
 class ImageDecoder(Protocol):
-    """Codes to images."""
+    """Decoder from codes to images."""
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""

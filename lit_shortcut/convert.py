@@ -1,4 +1,4 @@
-"""Weights from one form to another: ``python -m lit_shortcut.convert --help``."""
+"""Conversion of weight files: ``python -m lit_shortcut.convert --help``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_shortcut.weights import WeightsError, first_sentence, load_module_with_
 
 
 class Inert:
-    """Stands for every object in a pickle that is no tensor, number or text: takes anything, does nothing."""
+    """Placeholder for every object in a pickle that is not a tensor, number or text: accepts anything, does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -25,23 +25,23 @@ class Inert:
 
 
 def to_safetensors(source: Path, target: Path) -> None:
-    """Keep the tensors of a published checkpoint that ``torch.load(weights_only=True)`` refuses.
+    """Extract the tensors of a published checkpoint that ``torch.load(weights_only=True)`` refuses.
 
-    What else it holds (callbacks of old Lightning versions, configurations) is read as inert placeholders: no code in
-    the file is run, and no class it names is imported.
+    Other contents (callbacks of old Lightning versions, configurations) become inert placeholders: no code in the file
+    is run, and no class it names is imported.
 
     Args:
         source: checkpoint that ``torch.save`` wrote.
         target: safetensors file to write.
 
     Raises:
-        WeightsError: if the file holds no state dict, is damaged, or cannot be read in this way.
+        WeightsError: if the file is damaged, holds no state dict, or cannot be read in this way.
     """
     try:
         stand_ins: list[Any] = [(Inert, name) for name in get_unsafe_globals_in_checkpoint(source)]
         with safe_globals(stand_ins):
             content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle fails in whatever way it was damaged
+    except Exception as error:  # a damaged pickle raises errors of any type
         raise WeightsError(f"{source}: not readable without running its code ({first_sentence(error)})") from error
     state = state_in(content)
     if state is None:
@@ -50,19 +50,19 @@ def to_safetensors(source: Path, target: Path) -> None:
 
 
 def to_published(source: Path, target: Path) -> None:
-    """Write a shortcut trained here in the form of the MIGM-Shortcut release: a bare state dict under its names.
+    """Write a shortcut trained here in the form of the MIGM-Shortcut release: a bare state dict with its names.
 
     Args:
         source: checkpoint (``.ckpt``) or exported safetensors file of fit.
         target: ``.pth`` file to write.
 
     Raises:
-        WeightsError: if ``source`` is missing, damaged, holds something else, or a network that the release has not.
+        WeightsError: if ``source`` is missing, damaged, not a shortcut, or a network that the release lacks.
     """
     network, _ = load_module_with_metadata((ShortcutNet, LLaDAShortcutNet), source)
     if network.hparams.get("reach"):
         raise WeightsError(
-            f"{source}: has a neighbourhood (reach {network.hparams['reach']}), the release's form has none"
+            f"{source}: reach: expected 0, found {network.hparams['reach']}; the release's form has no neighbourhood"
         )
     save_published(target, network, SHORTCUT if isinstance(network, ShortcutNet) else DIMOO_SHORTCUT)
 

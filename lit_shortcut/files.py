@@ -1,4 +1,4 @@
-"""Files anywhere: written whole or not at all, read from paths and URLs, folders held against others."""
+"""Files: written atomically, read from paths and URLs, folders locked."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
 
 
 class AccessError(OSError):
-    """A file cannot be fetched or written; this says nothing of what is in it."""
+    """A file cannot be fetched or written, whatever its content."""
 
 
 def is_remote(where: str | Path) -> bool:
-    """Whether ``where`` is a URL and no path."""
+    """Return whether ``where`` is a URL rather than a path."""
     return "://" in str(where)
 
 
@@ -40,14 +40,14 @@ def read_bytes(where: str) -> bytes:
 
 
 def fetch(url: str, path: Path) -> None:
-    """Copy the file at ``url`` to ``path``, whole or not at all; an :class:`AccessError` if that fails."""
+    """Copy the file at ``url`` to ``path`` atomically; raises :class:`AccessError` if that fails."""
     with _remote(url) as (files, name), replacing(path) as aside:
         files.get_file(name, str(aside))
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside ``path``, whose folder is made; it takes that name once it is whole."""
+    """Yield a temporary path beside ``path``, whose folder is created; rename it to ``path`` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -59,10 +59,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that is at ``path`` once the block has ended well, and leaves nothing otherwise.
+    """Open a file that appears at ``path`` if the block succeeds, and leaves nothing otherwise.
 
-    Written aside, synchronised to the disk and renamed, so that a process killed at any moment, or a power failure,
-    leaves no part of it under its name.
+    It is written aside, synced to the disk and renamed, so that a kill or a power failure never leaves part of it under
+    its name.
 
     Raises:
         AccessError: if it cannot be written.
@@ -75,7 +75,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    except AccessError:  # of another file, written meanwhile
+    except AccessError:  # about another file, written within the block
         raise
     except OSError as error:
         raise AccessError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -83,7 +83,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold ``folder`` against all that ask for it in this way, until a kill at the latest.
+    """Hold an exclusive lock on ``folder``, which is released even by a kill.
 
     Raises:
         BlockingIOError: if another process or thread holds it and ``wait`` is false.
@@ -96,12 +96,12 @@ def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
 
 @contextmanager
 def _remote(url: str) -> Iterator[tuple[AbstractFileSystem, str]]:
-    """The file system that ``url`` belongs to, and the path in it."""
+    """Yield the file system of ``url`` and the path in it."""
     protocol = url.partition("://")[0]
     try:
         yield url_to_fs(url)
     except ImportError as error:
         way_out = f"pip install 'lit-shortcut[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else error
         raise AccessError(f"{url}: {protocol}:// needs a package that is not installed: {way_out}") from error
-    except Exception as error:  # every file system has its own
+    except Exception as error:  # every file system has errors of its own
         raise AccessError(f"{url}: cannot be fetched ({type(error).__name__}: {error})") from error

@@ -1,4 +1,4 @@
-"""Real images, and what turns them into tokens: for reference statistics and for training the embedded bases."""
+"""Real images and their tokenizers, for reference statistics and for training the embedded bases."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CaptionedImages(NamedTuple):
 
 
 class ImageTokenizer(ImageDecoder, Protocol):
-    """Images to codes and back."""
+    """Tokenizer from images to codes and back."""
 
     @property
     def codebook_size(self) -> int:

@@ -1,4 +1,4 @@
-"""The cheap ends of a base, kept beside the shards so that a shortcut is trained without the base."""
+"""Cheap ends of a base, stored beside the shards so that a shortcut is trained without the base."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_EPS = 1e-6  # of Meissonic's norms
+_EPS = 1e-6  # in Meissonic's norms
 
 
 class Places(NamedTuple):
-    """Where control tokens, ``control`` (B, K), and rows of the features, ``rows`` (B, S), stand in a base's sequence.
+    """Places of control tokens, ``control`` (B, K), and of rows of the features, ``rows`` (B, S), in a base's sequence.
 
-    Where rows have no place in one, ``rows`` is None and ``control`` are positions among the image tokens. ``is_real``
-    (B, S) is false at rows that are padding, None where there is none.
+    If rows have no places in a sequence, ``rows`` is None and ``control`` are positions among the image tokens.
+    ``is_real`` (B, S) is false at padding, None if there is no padding.
     """
 
     rows: Tensor | None
@@ -25,29 +25,29 @@ class Places(NamedTuple):
 class TokenInterface(nn.Module):
     """Embedding of image tokens and the head that turns features into logits over the codebook.
 
-    Letters: L image tokens, S rows of the features, C width, V codebook. What a base has no need of is None (with
-    rotary positions ``position_embedding``, else ``row_offsets``). Nothing here is trained: the tensors are buffers,
-    shared with the base that made them until either is moved or cast.
+    Letters: L image tokens, S rows of the features, C width, V codebook. Tensors that a base does not use are None
+    (``position_embedding`` with rotary positions, else ``row_offsets``). Nothing here is trained: the tensors are
+    buffers, shared with the base until either is moved or cast.
 
     The first rows of the features are the image's: one for each token here, fewer in a subclass whose head spreads them
-    over a finer grid (``num_rows``, ``rows_of`` and ``masked_rows`` say which belongs to which).
+    over a finer grid (``num_rows``, ``rows_of`` and ``masked_rows`` map between them).
 
     Args:
         num_tokens: L; the first L rows of the features are the image tokens.
         code_embedding: (V, C), the base's own embedding of each code.
-        head_weight: (V, C), rows of the base's head that belong to codes.
+        head_weight: (V, C), the rows of the base's head for codes.
         position_embedding: (L, C) added to the embedding of a token at its place, or None.
-        head_bias: (V,) or (L, V), added to the logits at every or at each place, or None.
-        row_offsets: (S − P,) for a base whose sequence begins with a prompt of P tokens: the first rows of its features
-            are the image tokens, then what frames them; each stands so many places behind the prompt's end. The
-            prompt's own rows come last. None where rows have no place in a sequence.
+        head_bias: (V,) or (L, V), added to the logits at all places or at each, or None.
+        row_offsets: (S − P,) for a base whose sequence begins with a prompt of P tokens: places, counted from the
+            prompt's end, of the image tokens and then of the tokens that frame them. The prompt's own rows come last.
+            None if rows have no places in a sequence.
     """
 
     SIZES: ClassVar[tuple[str, ...]] = ("num_tokens",)
     """Arguments that are integers; all others are tensors."""
 
     is_linear: ClassVar[bool] = True
-    """Whether the head is linear but for its bias, so that guidance may come before it and the head run once."""
+    """True if the head is linear but for its bias, so that guidance may precede it and the head runs only once."""
 
     code_embedding: Tensor
     head_weight: Tensor
@@ -87,11 +87,11 @@ class TokenInterface(nn.Module):
         return positions
 
     def masked_rows(self, is_masked: Tensor) -> Tensor:
-        """Image rows (..., ``num_rows``) that give the logits of a place where ``is_masked`` (..., L)."""
+        """Image rows (..., ``num_rows``) that give the logits of places where ``is_masked`` (..., L)."""
         return is_masked
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return copies on the CPU of all that :meth:`from_tensors` needs beside ``kind``."""
+        """Return copies on the CPU of everything :meth:`from_tensors` needs beside ``kind``."""
         copies = {  # a base may tie embedding and head, and safetensors refuses shared memory
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.state_dict().items()
@@ -100,11 +100,10 @@ class TokenInterface(nn.Module):
 
     @staticmethod
     def from_tensors(kind: str, tensors: dict[str, Tensor]) -> TokenInterface:
-        """Build the interface of class ``kind`` that :meth:`to_tensors` took apart.
+        """Build the interface of class ``kind`` from the result of :meth:`to_tensors`.
 
         Raises:
-            ValueError: if ``kind`` is no interface known here, or ``tensors`` are missing, unknown, misshapen or not
-                finite.
+            ValueError: if ``kind`` is unknown, or ``tensors`` are missing, unknown, misshapen or not finite.
         """
         known = {cls.__name__: cls for cls in (TokenInterface, ConvolutionalInterface)}
         if kind not in known:
@@ -120,16 +119,16 @@ class TokenInterface(nn.Module):
             raise ValueError(f"tensors of a {kind}: {error}") from error
 
     def row_places(self, prompt_lengths: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Places (B, S) in the sequence of the first ``num_rows`` (S) rows, and which of them are no padding (B, S).
+        """Places (B, S) in the sequence of the first ``num_rows`` (S) rows, and a mask (B, S), false at padding.
 
-        ``prompt_lengths`` (B,) are P for each sample; rows behind a shorter prompt are padding. The answer lies on the
+        ``prompt_lengths`` (B,) are P for each sample; rows after a shorter prompt are padding. The results are on the
         interface's device.
 
         Raises:
-            ValueError: if rows of this base have no place.
+            ValueError: if rows of this base have no places.
         """
         if self.row_offsets is None:
-            raise ValueError("rows of this base's features have no place in a sequence")
+            raise ValueError("rows of this base's features have no places in a sequence")
         offsets, prompt_lengths = self.row_offsets, prompt_lengths.to(self.row_offsets.device)
         prompt = torch.arange(num_rows - len(offsets), device=offsets.device).expand(len(prompt_lengths), -1)
         places = torch.cat([prompt_lengths[:, None] + offsets, prompt], dim=1)
@@ -144,7 +143,7 @@ class TokenInterface(nn.Module):
     def logits(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits (..., B, M, V) of ``features`` (..., B, S, C), whose first rows are the image's.
 
-        ``positions`` (B, M) chooses image places; None takes all L of them. The head runs on those alone.
+        ``positions`` (B, M) selects image places; None takes all L. The head runs only on those.
         """
         if positions is None:
             logits = self._without_bias(features[..., : self.num_tokens, :])
@@ -157,7 +156,7 @@ class TokenInterface(nn.Module):
         return torch.gather(features, -2, index)
 
     def row_logits(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Logits (..., V) of ``rows`` (..., C) of the features, which stand at image ``positions`` (...)."""
+        """Logits (..., V) of ``rows`` (..., C) of the features, which belong to image ``positions`` (...)."""
         logits = self._without_bias(rows)
         if self.head_bias is None:
             return logits
@@ -168,25 +167,25 @@ class TokenInterface(nn.Module):
 
 
 class ConvolutionalInterface(TokenInterface):
-    """Head of two 1×1 convolutions, behind an upsampling of rows that stand for several tokens each (Meissonic).
+    """Head of two 1×1 convolutions after an upsampling of rows that stand for several tokens each (Meissonic).
 
-    It is that of diffusers' ``ConvMlmLayer``, and before it its ``Upsample2D`` by a transposed convolution whose kernel
-    is its stride: RMS norm, stride² matrices, C → C' matrix, RMS norm, head. No place sees another row than its own. As
-    in diffusers, norms are computed in float32 and have an eps of 1e-6.
+    It equals diffusers' ``ConvMlmLayer`` after its ``Upsample2D`` by a transposed convolution whose kernel is its
+    stride: RMS norm, stride² matrices, C → C' matrix, RMS norm, head. Each place depends only on its own row. As in
+    diffusers, norms are computed in float32 and have an eps of 1e-6.
 
     Args:
         num_tokens: L, on a grid.
-        grid_width: tokens in a row of that grid.
-        stride: tokens a side of the square that a row of the features stands for.
+        grid_width: tokens in a row of the grid.
+        stride: side in tokens of the square that a row of the features stands for.
         code_embedding: (V, C).
         head_weight: (V, C').
-        hidden_weight: (C', C), the convolution before it.
-        hidden_scale: (C'), of the norm between them.
-        upsampling_scale: (C), of the norm before the upsampling; None where ``stride`` is 1.
-        upsampling_weight: (stride², C, C), from a row to each of its tokens, row by row; None where ``stride`` is 1.
+        hidden_weight: (C', C), the convolution before the head.
+        hidden_scale: (C'), scale of the norm between them.
+        upsampling_scale: (C), scale of the norm before the upsampling; None if ``stride`` is 1.
+        upsampling_weight: (stride², C, C), from a row to each of its tokens, row by row; None if ``stride`` is 1.
 
     Raises:
-        ValueError: if the grid is no multiple of ``stride``, or the upsampling doesn't have its shape.
+        ValueError: if the grid's sides are not multiples of ``stride``, or the upsampling has another shape.
     """
 
     SIZES: ClassVar[tuple[str, ...]] = ("num_tokens", "grid_width", "stride")
@@ -197,7 +196,7 @@ class ConvolutionalInterface(TokenInterface):
     upsampling_scale: Tensor | None
     upsampling_weight: Tensor | None
     slots: Tensor
-    """(L,) where each place is among the rows' squares, laid out one after the other."""
+    """Index (L,) of each place among the rows' squares, one square after the other."""
 
     def __init__(
         self,
@@ -220,7 +219,7 @@ class ConvolutionalInterface(TokenInterface):
         shape = None if upsampling_weight is None else tuple(upsampling_weight.shape)
         width = code_embedding.shape[-1]
         if shape != (None if stride == 1 else (stride**2, width, width)):
-            raise ValueError(f"upsampling_weight: found shape {shape}, width is {width} and stride {stride}")
+            raise ValueError(f"upsampling_weight: expected width {width} and stride {stride}, found shape {shape}")
         self.register_buffer("hidden_weight", hidden_weight)
         self.register_buffer("hidden_scale", hidden_scale)
         self.register_buffer("upsampling_scale", upsampling_scale)
@@ -247,19 +246,19 @@ class ConvolutionalInterface(TokenInterface):
     def logits(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits (..., B, M, V) of ``features`` (..., B, S, C), whose first rows are the image's.
 
-        ``positions`` (B, M) chooses image places; None takes all L of them, row by row.
+        ``positions`` (B, M) selects image places; None takes all L, row by row.
         """
         slots = self._upsampled(features[..., : self.num_rows, :]).flatten(-3, -2)
         index = self.slots if positions is None else self.slots[positions]
         return self._head(torch.gather(slots, -2, index[..., None].expand(*slots.shape[:-2], -1, slots.shape[-1])))
 
     def row_logits(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Logits (..., V) at image ``positions`` (...), of the ``rows`` (..., C) of the features they belong to."""
+        """Logits (..., V) at image ``positions`` (...), given the ``rows`` (..., C) of the features they belong to."""
         index = (self.slots[positions] % self.stride**2)[..., None, None].expand(*rows.shape[:-1], 1, rows.shape[-1])
         return self._head(torch.gather(self._upsampled(rows), -2, index).squeeze(-2))
 
     def _upsampled(self, rows: Tensor) -> Tensor:
-        """(..., C) to (..., stride², C), the tokens of each row."""
+        """Map rows (..., C) to their tokens (..., stride², C)."""
         if self.upsampling_weight is None or self.upsampling_scale is None:
             return rows[..., None, :]
         normed = _rms_norm(rows, self.upsampling_scale)

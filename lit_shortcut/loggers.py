@@ -1,4 +1,4 @@
-"""Pictures, tables and files to whichever loggers a trainer has. One that fails is logged and ends no run."""
+"""Logging of pictures, tables and files to a trainer's loggers; a failure is logged and does not end the run."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def carry_on(what: str) -> Iterator[None]:
-    """Log whatever fails within as an error of ``what``: results are worth more than a picture of them."""
+    """Log an exception within the block as a failure of ``what``: results are worth more than a picture of them."""
     try:
         yield
     except Exception:
-        _log.exception("%s failed; the run goes on without", what)
+        _log.exception("%s failed; the run continues without it", what)
 
 
 def log_picture(trainer: L.Trainer, name: str, picture: Tensor) -> None:
-    """Log ``picture``, uint8 (3, H, W): to W&B and TensorBoard as they do, elsewhere as a PNG in the log folder."""
+    """Log ``picture``, uint8 (3, H, W), to W&B and TensorBoard; for other loggers write a PNG into the log folder."""
     for logger in _loggers(trainer):
         with carry_on(f"logging the picture {name} to {type(logger).__name__}"):
             if isinstance(logger, WandbLogger):
@@ -43,7 +43,7 @@ def log_picture(trainer: L.Trainer, name: str, picture: Tensor) -> None:
 
 
 def log_table(trainer: L.Trainer, name: str, table: pd.DataFrame) -> None:
-    """Log ``table``: to W&B as a table, to TensorBoard as Markdown, elsewhere as CSV in the logger's folder."""
+    """Log ``table`` to W&B as a table and to TensorBoard as Markdown; for others write a CSV into the log folder."""
     for logger in _loggers(trainer):
         with carry_on(f"logging the table {name} to {type(logger).__name__}"):
             if isinstance(logger, WandbLogger):
@@ -56,10 +56,18 @@ def log_table(trainer: L.Trainer, name: str, table: pd.DataFrame) -> None:
                 table.to_csv(path, index=False)
 
 
+def log_page(trainer: L.Trainer, name: str, path: Path) -> None:
+    """Log the self-contained HTML file ``path`` to W&B; other loggers cannot show it."""
+    for logger in _loggers(trainer):
+        if isinstance(logger, WandbLogger):
+            with carry_on(f"logging the page {name}"):
+                logger.experiment.log({name: wandb.Html(str(path), inject=False)})
+
+
 def log_artifact(
     trainer: L.Trainer, name: str, kind: str, paths: Sequence[Path], metadata: dict[str, Any] | None = None
 ) -> None:
-    """Log the files ``paths`` to W&B as an artifact of type ``kind``; other loggers have none."""
+    """Log the files ``paths`` to W&B as an artifact of type ``kind``; other loggers have no artifacts."""
     for logger in _loggers(trainer):
         if isinstance(logger, WandbLogger):
             with carry_on(f"logging the artifact {name}"):
@@ -70,7 +78,7 @@ def log_artifact(
 
 
 def _loggers(trainer: L.Trainer) -> list[Logger]:
-    """Return the loggers that keep something; those of ``fast_dev_run`` do not."""
+    """Return the trainer's loggers without the dummies of ``fast_dev_run``."""
     return [logger for logger in trainer.loggers if not isinstance(logger, DummyLogger)]
 
 

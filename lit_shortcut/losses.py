@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lit_shortcut.bounds import require_above
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import head_kl, masked_mse
 
@@ -28,8 +29,7 @@ class Loss(ABC):
     """
 
     def __init__(self, weight: float = 1.0, places: Places = "masked") -> None:
-        if not weight > 0:
-            raise ValueError(f"weight must be above 0, got {weight}; leave a loss out by its absence")
+        require_above(0, weight=weight)  # a loss is left out by its absence
         if places not in get_args(Places):
             raise ValueError(f"rows must be one of {', '.join(get_args(Places))}; got {places!r}")
         self.weight, self.places = weight, places
@@ -98,8 +98,7 @@ class HeadKL(Loss):
 
     def __init__(self, weight: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__(weight, "tokens")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        require_above(0, temperature=temperature)
         self.temperature = temperature
 
     def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:

@@ -17,6 +17,7 @@ from lit_shortcut.acceleration.origin import CONFIG, BaseReference
 from lit_shortcut.acceleration.shortcut import Precision, Shortcut
 from lit_shortcut.contracts import MaskedImageModel
 from lit_shortcut.pictures import Drawing, PlanName, conditions_of, draw, row_of, to_pil
+from lit_shortcut.places import located
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.weights import WeightsError
 
@@ -189,8 +190,8 @@ def load(
     where, shortcut = _shortcut_at(source, dtype, revision)
     origin = shortcut.origin
     try:
-        decoding = Decoding(**origin.decoding)
-    except (TypeError, ValueError) as error:
+        decoding = Decoding.from_values(origin.decoding)
+    except ValueError as error:
         raise WeightsError(f"{where}: decoding: {error}") from error
     decoding = decoding.at(num_steps or origin.num_steps or decoding.num_steps)
     pipeline = Pipeline(
@@ -206,7 +207,7 @@ def load(
 
 
 def _shortcut_at(source: str | Path, dtype: Precision | None, revision: str | None) -> tuple[Path, Shortcut]:
-    path = Path(source)
+    path = located(source)
     if path.suffix in (".ckpt", ".safetensors"):
         return path, Shortcut.load(path, dtype)
     if path.is_dir() and not (path / CONFIG).is_file() and (path / FOLDER / CONFIG).is_file():

@@ -1,4 +1,4 @@
-"""Which precision a device computes in: bfloat16 where it is fast, and no precision that the device lacks."""
+"""Choice of precision: bfloat16 where it is fast, and never a precision that the device lacks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 
 
 def bfloat16_where_native() -> Precision:
-    """Precision ``bf16-true`` where the device has instructions for it, else ``32-true``: an entry of trainer.plugins.
+    """Precision ``bf16-true`` if the device has instructions for it, else ``32-true``: an entry of trainer.plugins.
 
     A CPU without AVX-512-BF16 or AMX converts at every operation, several times slower than float32. Weights are cast
-    once; ``bf16-mixed`` would cast those of a frozen network at every pass. To choose by hand, give
+    once; ``bf16-mixed`` would cast those of a frozen network at every pass. To choose by hand, pass
     ``--trainer.plugins null --trainer.precision 32-true``.
     """
     return HalfPrecision("bf16-true") if has_native_bfloat16() else Precision()
 
 
 def has_native_bfloat16() -> bool:
-    """Whether the GPU, or the CPU where there is none, computes in bfloat16 without conversion."""
+    """Return whether the GPU, or the CPU if there is none, computes in bfloat16 without conversion."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

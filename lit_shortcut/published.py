@@ -1,4 +1,4 @@
-"""Weights published elsewhere: the names of their tensors and ours, strict loading, and saving in their form."""
+"""Weights published elsewhere: names of their tensors and ours, strict loading, and saving in the published form."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from lit_shortcut.files import replacing
 from lit_shortcut.weights import WeightsError, load_tensors, read_pickle
 
-STATE_KEYS = ("model_state_dict", "state_dict", "model")  # of MaskGIT's checkpoints, a Lightning one and LlamaGen's
-_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # put before names by distributed training and torch.compile
+STATE_KEYS = ("model_state_dict", "state_dict", "model")  # in MaskGIT's, Lightning's and LlamaGen's checkpoints
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # prefixes from distributed training and torch.compile
 
 
 class Names:
-    """Two spellings of a network's tensors, told apart by how their names begin.
+    """Two spellings of the names of a network's tensors.
 
     Args:
-        pairs: published beginning and ours, ``#`` standing for a number; the first that fits counts, and what follows
-            it stays as it is, as do names that no pair fits.
+        pairs: published prefixes and ours, with ``#`` for a number; the first that fits is replaced. Names that no pair
+            fits stay the same.
 
     >>> names = Names([("up.#.block.", "ups.#.")])
     >>> names.ours("up.2.block.bias"), names.published("ups.2.bias"), names.ours("other")
@@ -96,7 +96,7 @@ SHORTCUT = Names(
 
 
 def state_in(content: Any) -> dict[str, Tensor] | None:
-    """The state dict that ``content`` of a checkpoint is, or has under one of the usual keys; None if there is none."""
+    """Return the state dict that ``content`` of a checkpoint is, or holds under a usual key; None if there is none."""
     if not isinstance(content, dict):
         return None
     state = next((content[key] for key in STATE_KEYS if key in content), content)
@@ -105,11 +105,10 @@ def state_in(content: Any) -> dict[str, Tensor] | None:
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of the published checkpoint at ``path`` under their own names, read without running pickled code.
+    """Load the tensors of the published checkpoint at ``path`` under their names, without running pickled code.
 
-    It is a state dict or has one at ``model_state_dict``, ``state_dict`` or ``model``; or it is a safetensors file, as
-    :mod:`lit_shortcut.convert` makes of those. Beginnings that distributed training or compilation put before names
-    are left out.
+    The file is a state dict or has one at ``model_state_dict``, ``state_dict`` or ``model``; or it is a safetensors
+    file written by :mod:`lit_shortcut.convert`. Prefixes from distributed training and ``torch.compile`` are dropped.
 
     Raises:
         WeightsError: if the file is missing, damaged, holds more than tensors, numbers and text, or no state dict.
@@ -127,25 +126,25 @@ def load_state(path: Path) -> dict[str, Tensor]:
 
 
 def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` without the beginnings that distributed training and ``torch.compile`` put before its names."""
+    """Return ``state`` without the prefixes of distributed training and ``torch.compile``."""
     bare = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
     return bare if len(bare) == len(state) else state
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], names: Names, path: Path) -> None:
-    """Hand the published ``state`` to ``module``, freeze it and put it in eval mode.
+    """Load the published ``state`` into ``module``, freeze it and put it in eval mode.
 
-    The tensors are taken over, not copied: build ``module`` on the meta device and its weights exist once. Shapes are
-    equal but for dimensions of size 1, which published files have more of (1×1 convolutions, a batch of positions).
+    Tensors are assigned, not copied: build ``module`` on the meta device to hold its weights only once. Shapes may
+    differ in dimensions of size 1, of which published files have more (1×1 convolutions, a batch of positions).
 
     Args:
-        module: its names are ours.
-        state: under published names.
-        names: relates the two.
-        path: where ``state`` comes from, for the message.
+        module: network with our names.
+        state: tensors by published name.
+        names: both spellings.
+        path: origin of ``state``, for the message.
 
     Raises:
-        WeightsError: if tensors are missing, unknown or misshapen; all of them are named as the file spells them.
+        WeightsError: if tensors are missing, unknown or misshapen, naming all of them as in the file.
     """
     expected = module.state_dict()
     found = {names.ours(name): tensor for name, tensor in state.items()}
@@ -174,7 +173,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], names: Names, path: Path) 
 
 
 def save_published(path: Path, module: nn.Module, names: Names) -> None:
-    """Write ``module`` to ``path`` as a bare pickled state dict under published ``names``."""
+    """Write ``module`` to ``path`` as a bare pickled state dict with published ``names``."""
     state = {names.published(name): tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
     with replacing(path) as aside:
         torch.save(state, aside)

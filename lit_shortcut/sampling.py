@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from math import inf, prod
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import (
     Acceleration,
     Clock,
@@ -63,13 +64,32 @@ class Decoding:
     order: Order = "confidence"
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "confidence_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        require_at_least(1, num_steps=self.num_steps)
+        require_at_least(0, temperature=self.temperature, confidence_noise=self.confidence_noise)
         words = {"schedule": Schedule, "guidance_course": Course, "noise_course": NoiseCourse, "order": Order}
         for name, kind in words.items():
             if getattr(self, name) not in (known := get_args(kind)):
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Decoding:
+        """Return the decoding that :func:`dataclasses.asdict` took apart, as cards and configurations hold it.
+
+        Raises:
+            ValueError: if a field is unknown, of another kind, or has no such value; the message names it.
+        """
+        expected = asdict(cls())
+        for name, value in values.items():
+            if name not in expected:
+                raise ValueError(f"{name} is no field of a decoding; known are {', '.join(expected)}")
+            is_number = isinstance(value, int | float) and isinstance(expected[name], int | float)
+            if not is_number and not isinstance(value, type(expected[name])):
+                raise ValueError(f"{name} must be of type {type(expected[name]).__name__}, got {value!r}")
+        course = values.get("temperature_course", {})
+        try:
+            return cls(**{**values, "temperature_course": TemperatureCourse(**course)})
+        except TypeError as error:
+            raise ValueError(f"temperature_course: {error}") from error
 
     @property
     def is_guided(self) -> bool:

@@ -1,4 +1,4 @@
-"""Weight files: safetensors with the constructor's arguments inside, and a manifest that says where they come from."""
+"""Weight files: safetensors with the constructor's arguments, and a manifest of their origin."""
 
 from __future__ import annotations
 
@@ -18,42 +18,43 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_shortcut.files import replacing
+from lit_shortcut.places import located
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class WeightsError(ValueError):
-    """A weight file is missing, damaged, or does not belong to what asked for it."""
+    """A weight file is missing, damaged, or does not fit."""
 
 
 def save_module(path: Path, module: nn.Module, metadata: dict[str, Any] | None = None) -> None:
-    """Write ``module``'s state and its ``hparams`` to ``path``, whole or not at all.
+    """Write ``module``'s state and its ``hparams`` to ``path`` atomically.
 
     Args:
-        path: file to write, usually ``….safetensors``; its folder is made.
-        module: has ``hparams``, the arguments its class is built from.
-        metadata: JSON values kept beside the tensors.
+        path: file to write, usually ``….safetensors``; its folder is created.
+        module: network with ``hparams``, the arguments of its class.
+        metadata: JSON values stored beside the tensors.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     save_tensors(path, tensors, identity(module) | (metadata or {}))
 
 
 def identity(module: nn.Module) -> dict[str, Any]:
-    """What :func:`load_module` needs to build ``module`` again: the name of its class and its ``hparams``."""
+    """Return the class name and ``hparams`` of ``module``, from which :func:`load_module` builds it again."""
     return {"class": type(module).__name__, "hparams": module.hparams}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write ``tensors`` and JSON ``metadata`` to ``path``: aside first, then renamed into place."""
+    """Write ``tensors`` and JSON ``metadata`` to ``path`` atomically."""
     with replacing(path) as aside:
         save_file(tensors, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
 
 
 def require_writable(folder: Path) -> None:
-    """Make ``folder`` and write there, before hours are spent on what would be written in the end.
+    """Create ``folder`` and check that it is writable, before hours are spent on results to store there.
 
     Raises:
-        OSError: naming the folder, if it cannot be made or written.
+        OSError: naming the folder, if it cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,10 +68,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and JSON metadata of the safetensors file at ``path``.
 
     Raises:
-        WeightsError: if the file is missing, unreadable, or no whole safetensors file.
+        WeightsError: if the file is missing, or not a complete safetensors file.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(located(path), framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a dict
     except FileNotFoundError as error:
@@ -80,35 +81,35 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_pickle(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, as far as that needs no pickled code.
+    """Load the content that ``torch.save`` wrote to ``path``, without running pickled code.
 
     Raises:
         WeightsError: if the file is missing, damaged, or holds more than tensors, numbers and text.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(located(path), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such checkpoint") from error
-    except Exception as error:  # a damaged pickle fails in whatever way it was damaged
+    except Exception as error:  # a damaged pickle raises errors of any type
         raise WeightsError(
             f"{path}: not a checkpoint that loads with weights_only=True ({first_sentence(error)}). "
-            "If it is whole and holds objects beside its tensors, keep the tensors alone: "
+            "If it is complete and holds objects beside its tensors, extract the tensors: "
             f"python -m lit_shortcut.convert to_safetensors {path} {path.with_suffix('.safetensors')}"
         ) from error
 
 
 def first_sentence(error: Exception) -> str:
-    """What ``error`` of torch says, without the advice to load unsafely that surrounds it."""
+    """Return the type and first sentence of ``error``, without torch's advice to load unsafely."""
     text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
     sentence = re.split(r"[.] |[.]?\n", text.strip())[0]
     return f"{type(error).__name__}: {sentence}"
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The network in a checkpoint of one of this project's tasks, averaged where an EMA ran, and its metadata.
+    """Load the network in a checkpoint of one of this project's tasks, its EMA if there is one, and its metadata.
 
     Raises:
-        WeightsError: if the file is missing, unreadable without running pickled code, or of another project.
+        WeightsError: if the file is missing, unreadable without running pickled code, or from another project.
     """
     checkpoint = read_pickle(path)
     if not isinstance(checkpoint, dict) or "network" not in checkpoint:
@@ -119,7 +120,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_module(cls: type[Module], path: Path) -> Module:
-    """The ``cls`` that :func:`save_module` wrote to ``path``, or that a ``.ckpt`` holds, in eval mode and frozen.
+    """Load the ``cls`` that :func:`save_module` wrote to ``path``, or that a ``.ckpt`` holds, in eval mode and frozen.
 
     Raises:
         WeightsError: if the file is missing or damaged, holds another class, or its tensors do not fit.
@@ -128,7 +129,7 @@ def load_module(cls: type[Module], path: Path) -> Module:
 
 
 def load_module_with_metadata(classes: Sequence[type[Module]], path: Path) -> tuple[Module, dict[str, Any]]:
-    """As :func:`load_module`, of whichever of ``classes`` it is, with the metadata kept beside the tensors."""
+    """Load a module of one of ``classes`` as :func:`load_module` does; return it with the file's metadata."""
     tensors, metadata = load_checkpoint(path) if path.suffix == ".ckpt" else load_tensors(path)
     return build_module(classes, metadata, tensors, path), metadata
 
@@ -136,10 +137,10 @@ def load_module_with_metadata(classes: Sequence[type[Module]], path: Path) -> tu
 def build_module(
     classes: Sequence[type[Module]], identity: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> Module:
-    """Return the module of :func:`identity` ``identity`` with state ``tensors``, in eval mode and frozen.
+    """Build the module of :func:`identity` ``identity`` with state ``tensors``, in eval mode and frozen.
 
     Raises:
-        WeightsError: if it is none of ``classes``, or the tensors do not fit; the message names ``path``.
+        WeightsError: naming ``path``, if its class is not one of ``classes``, or the tensors do not fit.
     """
     known = {cls.__name__: cls for cls in classes}
     found = identity.get("class")
@@ -148,23 +149,23 @@ def build_module(
     try:
         module = known[found](**identity["hparams"])
         module.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # no, other or wrong arguments; other tensors
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # missing, unknown or bad arguments; other tensors
         raise WeightsError(f"{path}: {error}") from error
     return module.eval().requires_grad_(False)
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """First 16 hex digits of a sha256 over names, types, shapes and bytes: equal only for equal weights."""
+    """Return the first 16 hex digits of a sha256 over names, types, shapes and bytes: equal only for equal weights."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.view(-1).view(dtype=torch.uint8).numpy().data)  # the bytes themselves, not a copy
+        digest.update(tensor.view(-1).view(dtype=torch.uint8).numpy().data)  # without a copy
     return digest.hexdigest()[:16]
 
 
 def network_fingerprint(network: object) -> str:
-    """Fingerprint of ``network``'s class and weights; only that of the class if it is no module.
+    """Fingerprint of ``network``'s class and weights; of the class only, if it is not a module.
 
     >>> network_fingerprint(nn.Identity())
     'Identity:e3b0c44298fc1c14'
@@ -174,7 +175,7 @@ def network_fingerprint(network: object) -> str:
 
 
 def update_manifest(weights: Path, facts: dict[str, Any], manifest: Path | None = None) -> None:
-    """Enter ``weights`` into ``manifest``, by default the one of its folder: size, sha256, this command, ``facts``."""
+    """Add ``weights`` to ``manifest``, by default that of its folder: size, sha256, this command and ``facts``."""
     manifest = manifest or weights.with_name("manifest.yaml")
     entries: dict[str, Any] = yaml.safe_load(manifest.read_text()) if manifest.exists() else {}
     content = weights.read_bytes()

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from selenium.webdriver import Chrome
 
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.toy import toy_dimoo
@@ -12,6 +13,7 @@ from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.bases.toy_cross import CrossToyBase
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
+from tests.browser import chromium
 
 NUM_CLASSES = 5
 PROMPTS = ("a red cat", "two", "three grey cats", "a cat", "größer")  # of 9, 3, 15, 5 and 8 bytes
@@ -79,3 +81,10 @@ def prompted() -> Callable[..., Conditions]:
 def conditions() -> Callable[..., Conditions]:
     """``conditions(count, first_seed=100)``: consecutive ids and seeds, classes in turn."""
     return _conditions
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    """A headless Chromium, shared; tests that need it are skipped where there is none."""
+    with chromium(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened

@@ -53,6 +53,12 @@ def test_yaml_parses_under_the_commands_it_names(
         printed = capsys.readouterr().out
         assert {"trainer", "model", "data"} <= yaml.safe_load(printed).keys()
         assert "parts/" not in printed  # every part was taken in, none for a mere string
+        if verb == "fit":
+            callbacks = yaml.safe_load(printed)["trainer"]["callbacks"]
+            names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
+            assert names.count("LastCheckpoint") == 1, "the same in all configurations, with intervals that fit the run"
+            written = [callback["init_args"].get("filename") for callback in callbacks]
+            assert "last" not in written
 
 
 @pytest.mark.parametrize("path", PARTS, ids=relative)

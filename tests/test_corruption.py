@@ -115,12 +115,12 @@ def test_swapped_members_are_noticed(folder: Path, one: str, other: str) -> None
     ("entry", "message"),
     [
         ([1024, 240, "0" * 16], "c01.npy: checksum differs"),
-        ([1024, 239, "0" * 16], "c01.npy: expected 240 bytes, as the card says, found 239"),
-        ([10**15, 240, "0" * 16], "c01.npy: ends at byte 10{15}; the shard is cut short"),
+        ([1024, 239, "0" * 16], "c01.npy: expected 240 bytes .* found 239"),
+        ([10**15, 240, "0" * 16], "c01.npy: ends at byte 10{15}"),
         ([-2, 240, "0" * 16], "Invalid argument"),
         (["0", 240, "0" * 16], "str"),
         ([1024, 240], "not enough values"),
-        (None, "'c01.npy' is missing in the index"),
+        (None, "'c01.npy' is missing"),
     ],
 )
 def test_index_that_disagrees_with_the_tar_is_refused(folder: Path, entry: Any, message: str) -> None:
@@ -362,7 +362,7 @@ def test_verify_names_each_damaged_file_and_ends_with_exit_code_1(
     assert lines[-1] == f"{tmp_path}: problems: 6"
     for start in (
         "interface.safetensors: not a readable safetensors file",
-        "shard-000009.tar: no shard of this set, which has 4",
+        "shard-000009.tar: not a shard of this set, which has 4",
         "shard-000000.tar: its checksum differs from shard-000000.json",
         "shard-000000.tar: sample 00000001: ",
         "shard-000001.tar: no readable shard",

@@ -14,7 +14,7 @@ from tests.command_line import CONFIGS, lightning
 
 FASHION = CONFIGS / "fashion"
 SET = "runs/fashion/trajectories"
-WEIGHTS = "runs/fashion/shortcut/shortcut.safetensors"
+WEIGHTS = "runs/fashion/shortcut/model.safetensors"
 
 
 def record(folder: Path, *words: object) -> Path:

@@ -92,7 +92,7 @@ def broken(change: dict[str, Tensor | None]) -> dict[str, Tensor]:
         ({"hidden_scale": torch.tensor([float("nan")])}, "hidden_scale: expected finite numbers"),
         ({"stride": torch.tensor(5)}, "multiples of 5"),
         ({"grid_width": torch.tensor(0)}, "0 a row"),
-        ({"stride": torch.tensor(1)}, r"upsampling_weight: found shape \(4, 8, 8\)"),
+        ({"stride": torch.tensor(1)}, r"upsampling_weight: .*found shape \(4, 8, 8\)"),
     ],
 )
 def test_tensors_that_make_no_interface_are_refused(change: dict[str, Tensor | None], message: str) -> None:

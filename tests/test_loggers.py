@@ -13,7 +13,7 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_shortcut.loggers import log_picture, log_table
+from lit_shortcut.loggers import log_page, log_picture, log_table
 from tests.wandb_offline import read_run
 
 PICTURE = torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5)
@@ -51,18 +51,22 @@ def test_tensorboard_gets_picture_and_table(tmp_path: Path) -> None:
     assert b"8.25" in found.Tensors(name)[0].tensor_proto.string_val[0]
 
 
-def test_wandb_gets_picture_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_picture_table_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = trainer(tmp_path, WandbLogger(project="test", save_dir=tmp_path))
     log_picture(run, "report/grids", PICTURE)
     log_table(run, "report/table", TABLE)
+    (tmp_path / "report.html").write_text("<p>a page</p>")
+    log_page(run, "report/page", tmp_path / "report.html")
     wandb.finish()
     wandb.teardown()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
     found = read_run(folder)
     (picture,) = (path for path in found.files if path.endswith(".png"))
     assert torch.equal(torchvision.io.read_image(str(folder / "files" / picture)), PICTURE)
+    (page,) = (path for path in found.files if path.endswith(".html"))
+    assert (folder / "files" / page).read_text() == "<p>a page</p>"
     (table,) = (path for path in found.files if path.endswith(".table.json"))
     content = json.loads((folder / "files" / table).read_text())
     assert content["columns"] == ["name", "distance"]

@@ -368,7 +368,7 @@ def test_shard_cut_short_is_never_taken_for_a_whole_one(tmp_path: Path, kept: in
     made = write_set(tmp_path)
     path = tmp_path / shard_name(0)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(TrajectoryError, match=rf"shard-000000\.tar: its index says \d+ bytes, found {kept}"):
+    with pytest.raises(TrajectoryError, match=rf"shard-000000\.tar: expected \d+ bytes .* found {kept}"):
         list(read_shard(tmp_path, 0, made))
     edit_index(tmp_path, 0, bytes=kept)
     with pytest.raises(TrajectoryError, match=r"shard-000000\.tar: sample 0000000"):
@@ -380,7 +380,7 @@ def test_shard_cut_while_it_is_open_is_named(tmp_path: Path) -> None:
     source = Source(tmp_path, made)
     source.read(0, lambda shard: shard.head(0))
     os.truncate(tmp_path / shard_name(0), 700)
-    with pytest.raises(TrajectoryError, match=r"shard-000000\.tar: .* the shard is cut short"):
+    with pytest.raises(TrajectoryError, match=r"shard-000000\.tar: sample \d{8}: .* ends at byte"):
         source.read(0, lambda shard: shard.trajectory(0))
 
 
@@ -389,10 +389,10 @@ def test_shard_cut_while_it_is_open_is_named(tmp_path: Path) -> None:
     [
         ({"encoding": "bfloat16"}, "features: expected 10 rows in each of 2 branches, found .20, 20."),
         ({"encoding": "int8"}, "features: expected 10 rows"),
-        ({"spec": SPEC._asdict() | {"num_tokens": 8}}, "tokens.npy: expected 32 bytes, as the card says, found 36"),
+        ({"spec": SPEC._asdict() | {"num_tokens": 8}}, "tokens.npy: expected 32 bytes .* found 36"),
         ({"spec": SPEC._asdict() | {"codebook_size": 4}}, "tokens: expected values in 0..3"),
-        ({"num_steps": 5}, "'c04.npy' is missing in the index|committed_at"),
-        ({"text_rows": True}, "'prefix.lengths.npy' is missing in the index"),
+        ({"num_steps": 5}, "'c04.npy' is missing|committed_at"),
+        ({"text_rows": True}, "'prefix.lengths.npy' is missing"),
         ({"prompts": "0" * 64}, "json: expected id, seed, label, prompt of this sample"),
     ],
 )

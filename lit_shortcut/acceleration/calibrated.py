@@ -11,7 +11,9 @@ from typing import Any
 
 from lit_shortcut.acceleration.accelerated import DecideFn, Plan, Predictor
 from lit_shortcut.acceleration.plans import Adaptive, Steps
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.files import replacing
+from lit_shortcut.places import located
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class _FromFile(Plan):
     _table: str
 
     def __init__(self, budget: int, path: Path) -> None:
-        self.budget, self.path = budget, Path(path)
+        require_at_least(1, budget=budget)
+        self.budget, self.path = budget, located(path)
         self._file = PlanFile.read(self.path)
         self._digest = sha256(self.path.read_bytes()).hexdigest()[:16]
         self._found: tuple[Predictor, list[int], Any] | None = None

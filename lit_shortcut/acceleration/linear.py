@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_shortcut.acceleration.accelerated import Past, PredictFn
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import BaseEnds, Context, State, Trajectories
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
@@ -67,8 +68,7 @@ class Linear:
     """
 
     def __init__(self, path: Path, memory: int = 2) -> None:
-        if memory < 1:
-            raise ValueError(f"memory must be at least 1, got {memory}")
+        require_at_least(1, memory=memory)
         tensors, metadata = load_tensors(path)
         if set(tensors) != {"products"} or "base_fingerprint" not in metadata:
             raise WeightsError(f"{path}: expected inner products of recorded features, found {sorted(tensors)}")

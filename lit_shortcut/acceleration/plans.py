@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_shortcut.acceleration.accelerated import DecideFn, Past, Plan, Predictor
+from lit_shortcut.bounds import require_above, require_at_least
 from lit_shortcut.contracts import State
 
 
@@ -44,9 +45,13 @@ class Even(Plan):
 
     Args:
         budget: b, number of full steps.
+
+    Raises:
+        ValueError: if the budget is below 1.
     """
 
     def __init__(self, budget: int) -> None:
+        require_at_least(1, budget=budget)
         self.budget = budget
 
     def identity(self) -> dict[str, Any]:
@@ -63,9 +68,13 @@ class EvenTokens(Plan):
 
     Args:
         budget: b, number of full steps.
+
+    Raises:
+        ValueError: if the budget is below 1.
     """
 
     def __init__(self, budget: int) -> None:
+        require_at_least(1, budget=budget)
         self.budget = budget
 
     def identity(self) -> dict[str, Any]:
@@ -103,10 +112,9 @@ class Adaptive(Plan):
         max_gap: int | None = None,
         budget: float | None = None,
     ) -> None:
-        if not threshold > 0:
-            raise ValueError(f"threshold must be above 0, got {threshold}")
-        if max_gap is not None and max_gap < 1:
-            raise ValueError(f"max_gap must be at least 1, got {max_gap}")
+        require_above(0, threshold=threshold)
+        if max_gap is not None:
+            require_at_least(1, max_gap=max_gap)
         self.threshold, self.per, self.max_gap, self.budget = threshold, per, max_gap, budget
 
     def identity(self) -> dict[str, Any]:

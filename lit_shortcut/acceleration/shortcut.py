@@ -28,6 +28,7 @@ from lit_shortcut.hub import local_file
 from lit_shortcut.networks.control import Layout, advance, lay_out_branches, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
+from lit_shortcut.places import located
 from lit_shortcut.weights import (
     WeightsError,
     build_module,
@@ -48,17 +49,16 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
     """Next features by a shortcut network.
 
     As a folder or repository of the Hugging Face hub it is ``model.safetensors``, ``config.json``, a model card and,
-    where it has calibrated plans, ``plan.json``; ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` are those
-    of ``huggingface_hub``.
-
+    where it has calibrated plans, ``plan.json``; ``from_pretrained`` and the like are those of ``huggingface_hub``.
     Guidance branches run in one batch, or one after the other where their prompts differ in length. An anchored network
-    starts from the last full step and all tokens committed since, any other from the latest features.
+    starts from the last full step and all tokens committed since, others from the latest features.
 
     Args:
         network: trained on trajectories of the base it will stand in for.
         base_fingerprint: of that base; None trusts the caller.
         dtype: of the network's weights and arithmetic; None leaves them as they are.
         origin: what it was trained on; None knows the base's fingerprint only.
+        weights: fingerprint of the network as it was read, which calibrated plans name whatever precision it runs in.
     """
 
     def __init__(
@@ -67,10 +67,12 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         base_fingerprint: str | None = None,
         dtype: Precision | None = None,
         origin: Origin | None = None,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         self.network, self.base_fingerprint = network, base_fingerprint
         self.origin = origin or Origin(BaseReference(base_fingerprint or ""))
+        self._weights = weights
         self.folder: Path | None = None  # that it was read from; its card, plan and pictures are saved along with it
         if dtype is not None:
             self.network.to(getattr(torch, dtype))
@@ -91,11 +93,12 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         Raises:
             WeightsError: if the file is missing, damaged, or holds something else.
         """
+        path = located(path)
         if path.is_dir():
             return cls.from_pretrained(path, dtype=dtype)
         network, metadata = load_module_with_metadata(NETWORKS, path)
         origin = Origin.of_metadata(metadata)
-        return cls(network, origin.base.fingerprint or None, dtype, origin)
+        return cls(network, origin.base.fingerprint or None, dtype, origin, fingerprint(network.state_dict()))
 
     @classmethod
     def from_pretrained(
@@ -171,7 +174,8 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         found, origin = read_config(folder)
         tensors, _ = load_tensors(folder / WEIGHTS)
         network = build_module(NETWORKS, found, tensors, folder / CONFIG)
-        shortcut = cls(network, origin.base.fingerprint or None, origin=origin, **model_kwargs)
+        identity: Any = {"base_fingerprint": origin.base.fingerprint or None, "weights": fingerprint(tensors)}
+        shortcut = cls(network, origin=origin, **identity, **model_kwargs)
         shortcut.folder = folder
         return shortcut
 
@@ -203,7 +207,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
 
     def identity(self) -> dict[str, Any]:
         """Its name and the fingerprint of its weights."""
-        return {"method": "shortcut", "weights": fingerprint(self.network.state_dict())}
+        return {"method": "shortcut", "weights": self._weights or fingerprint(self.network.state_dict())}
 
     def start(self, base: BaseEnds, context: Context) -> PredictFn:
         """Predict from features and the tokens committed since, embedded by the base's own interface.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from copy import copy
-from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import UVit2DModel, VQModel
 from torch import Tensor, nn
 
-from lit_shortcut.bases.clip_text import CLIPText, EncodedContext, TextEncoder, encoded_context
+from lit_shortcut.bases.clip_text import CLIPText, EncodedBase, EncodedContext, TextEncoder
 from lit_shortcut.bases.saved import (
     DIFFUSERS,
     TRANSFORMERS,
@@ -23,33 +22,32 @@ from lit_shortcut.bases.saved import (
     take,
 )
 from lit_shortcut.bases.vq import VQDecoder, load_vqvae, patch_size, random_vqvae
-from lit_shortcut.contracts import Clock, Conditions, Context, ImageDecoder, TokenSpec
+from lit_shortcut.contracts import Clock, Context, ImageDecoder, TokenSpec
 from lit_shortcut.hub import local_folder
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.weights import fingerprint, network_fingerprint
 
 Resolution = Literal[256, 512]
 
 _HEAD = "mlm_layer.conv2."
 
 
-class AMUSEd(nn.Module):
+class AMUSEd(EncodedBase):
     """A frozen aMUSEd with its text encoder and image decoder.
 
     Features are the rows before the last 1×1 convolution, which is the head: one for each token, row by row. The base
     has no position embedding; places differ by what convolutions see at the border of the grid.
 
     Args:
-        transformer: its modules are left as they are; the base shares its weights and freezes them.
+        transformer: the network that is accelerated; the base shares and freezes its weights.
         tokenizer: decodes image tokens to images.
-        text_encoder: of prompts.
-        height: of the images in pixels; None takes the size that the transformer was trained for.
-        width: of the images in pixels, likewise.
+        text_encoder: encodes prompts.
+        height: height of the images in pixels; None takes the size that the transformer was trained for.
+        width: width of the images in pixels, likewise.
         patch_size: side in pixels of the square that a token stands for.
         negative: prompt of the unconditional branch.
 
     Raises:
-        ValueError: if height or width is no positive multiple of what the transformer can do.
+        ValueError: if height or width is not a positive multiple of the squares that the transformer sees.
     """
 
     def __init__(
@@ -63,19 +61,11 @@ class AMUSEd(nn.Module):
         patch_size: int = 16,
         negative: str = "",
     ) -> None:
-        super().__init__()
         config = transformer.config
-        default = config.sample_size * patch_size
-        self.size = (default if height is None else height, default if width is None else width)
-        multiple = patch_size * (2 if config.downsample else 1)
-        for name, pixels in zip(("height", "width"), self.size, strict=True):
-            if pixels < 1 or pixels % multiple:
-                raise ValueError(f"{name} must be a positive multiple of {multiple} pixels, got {pixels}")
-        self.grid = (self.size[0] // patch_size, self.size[1] // patch_size)
-        self.transformer = _without_head(transformer)
-        self.tokenizer, self.text_encoder, self.negative = tokenizer, text_encoder, negative
+        default, stride = config.sample_size * patch_size, 2 if config.downsample else 1
+        size = (default if height is None else height, default if width is None else width)
         transformer.eval().requires_grad_(False)
-        self.eval().requires_grad_(False)
+        super().__init__(_without_head(transformer), tokenizer, text_encoder, negative, size, patch_size, stride)
         self.interface = interface_of(transformer, self.grid[0] * self.grid[1])
         self.spec = TokenSpec(
             num_tokens=self.interface.num_tokens,
@@ -87,36 +77,12 @@ class AMUSEd(nn.Module):
             grid_height=self.grid[0],
         )
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the transformer's weights, head included; computed when first asked for, since it reads all of them."""
+    def weights(self) -> dict[str, Tensor]:
+        """Weights of the transformer, with those of the head that it lacks here."""
         head = {f"{_HEAD}weight": self.interface.head_weight[..., None, None]}
         if self.interface.head_bias is not None:
             head[f"{_HEAD}bias"] = self.interface.head_bias
-        return fingerprint(self.transformer.state_dict() | head)
-
-    def train(self, mode: bool = True) -> AMUSEd:
-        """Stay in eval mode: a base is frozen."""
-        return super().train(False)
-
-    def identity(self) -> dict[str, Any]:
-        """Fingerprints of transformer, image decoder and text encoder, the negative prompt and the images' size."""
-        return {
-            "class": type(self).__name__,
-            "fingerprint": self.fingerprint,
-            "decoder": network_fingerprint(self.tokenizer),
-            "text_encoder": self.text_encoder.identity(),
-            "negative": self.negative,
-            "size": list(self.size),
-        }
-
-    def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """Encoded prompts; the unconditional branch has the negative one.
-
-        Raises:
-            ValueError: if there is not a prompt for each sample, or one is empty.
-        """
-        return encoded_context(self.text_encoder, conditions, self.negative, self.size, guided=guided)
+        return super().weights() | head
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """Features (G, B, L, C), both branches in one batch."""
@@ -130,10 +96,6 @@ class AMUSEd(nn.Module):
         )
         return hidden.flatten(2).transpose(1, 2).unflatten(0, (branches, -1))
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, height, width), of codes ``tokens`` (B, L)."""
-        return self.tokenizer.decode(tokens)
-
 
 def interface_of(transformer: UVit2DModel, num_tokens: int) -> TokenInterface:
     """Return the cheap ends of ``transformer`` for ``num_tokens`` (L): the head is its last 1×1 convolution."""
@@ -145,7 +107,7 @@ def interface_of(transformer: UVit2DModel, num_tokens: int) -> TokenInterface:
 
 
 def _without_head(transformer: UVit2DModel) -> UVit2DModel:
-    """A ``transformer`` of the same weights that returns what its last convolution would take."""
+    """Return a ``transformer`` of the same weights that outputs the input of its last convolution."""
     body, last = copy(transformer), copy(transformer.mlm_layer)
     last._modules = last._modules | {"conv2": nn.Identity()}
     body._modules = body._modules | {"mlm_layer": last}
@@ -165,14 +127,14 @@ def published(
 
     Args:
         source: folder, or address on the hub: ``hf://amused/amused-256``, ``hf://amused/amused-512``.
-        height: of the images in pixels; None takes the size the weights were trained for.
-        width: of the images in pixels, likewise.
+        height: height of the images in pixels; None takes the size the weights were trained for.
+        width: width of the images in pixels, likewise.
         negative: prompt of the unconditional branch.
         variant: ``fp16`` takes the files in half precision.
-        dtype: of transformer and text encoder; the image decoder runs in float32.
+        dtype: dtype of transformer and text encoder; the image decoder runs in float32.
 
     Raises:
-        WeightsError: if a file cannot be had, is damaged, or does not fit the others.
+        WeightsError: if a file is unavailable, damaged, or does not fit the others.
         ValueError: if height or width does not fit the transformer.
     """
     folder = local_folder(
@@ -190,7 +152,6 @@ def published(
     config = transformer.config
     widths = (config.encoder_hidden_size, config.cond_embed_dim)
     return _assembled(
-        AMUSEd,
         transformer,
         load_vqvae(folder / "vqvae", variant, config.codebook_size),
         CLIPText.load(folder / "text_encoder", folder / "tokenizer", variant, own_dtype, widths),
@@ -208,16 +169,16 @@ def random_weights(
     dtype: Precision = "bfloat16",
     seed: int = 0,
 ) -> AMUSEd:
-    """The base at published sizes that has learned nothing: for latency and memory, never for quality.
+    """The base at published sizes with random weights: for latency and memory, never for quality.
 
-    Its fingerprint begins with ``random-``. Bytes of a prompt stand for text tokens.
+    Its fingerprint begins with ``random-``. Text tokens are the bytes of a prompt.
 
     Args:
         resolution: side of the images in pixels.
         depth: transformer layers between the convolutions.
         text_depth: layers of the text encoder.
-        dtype: of transformer and text encoder.
-        seed: of the weights.
+        dtype: dtype of transformer and text encoder.
+        seed: seed of the weights.
     """
     own_dtype, resampled = getattr(torch, dtype), resolution != 256
     with torch.random.fork_rng(devices=[]):
@@ -227,17 +188,12 @@ def random_weights(
         )
         text_encoder = CLIPText.random(768, text_depth, num_heads=12, activation="quick_gelu", dtype=own_dtype)
         vqvae = random_vqvae()
-    return _assembled(_RandomAMUSEd, cast(transformer, own_dtype), vqvae, text_encoder)
-
-
-class _RandomAMUSEd(AMUSEd):
-    @cached_property
-    def fingerprint(self) -> str:
-        return f"random-{super().fingerprint}"
+    base = _assembled(cast(transformer, own_dtype), vqvae, text_encoder)
+    base.label = "random-"
+    return base
 
 
 def _assembled(
-    cls: type[AMUSEd],
     transformer: UVit2DModel,
     vqvae: VQModel,
     text_encoder: CLIPText,
@@ -250,4 +206,4 @@ def _assembled(
     default = transformer.config.sample_size * patch
     height, width = (default if size is None else size for size in (height, width))
     decoder = VQDecoder(vqvae, height // patch, width // patch)
-    return cls(transformer, decoder, text_encoder, height=height, width=width, patch_size=patch, negative=negative)
+    return AMUSEd(transformer, decoder, text_encoder, height=height, width=width, patch_size=patch, negative=negative)

@@ -24,8 +24,8 @@ class ClassContext(Context):
 def class_context(conditions: Conditions, num_classes: int, first_id: int, *, guided: bool) -> ClassContext:
     """Token ids of the labels of ``conditions``: class k is ``first_id`` + k, the dropped class one past the last.
 
-    Labels are checked while they lie on the CPU, as tasks do before they run anything; a look at those on another
-    device would stop it.
+    Only labels on the CPU are checked, which tasks do before they run anything; reading them on another device would
+    synchronise it.
 
     Raises:
         ValueError: if a label on the CPU lies outside 0..num_classes-1.

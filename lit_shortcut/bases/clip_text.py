@@ -1,4 +1,4 @@
-"""CLIP's text encoder, as aMUSEd and Meissonic take prompts."""
+"""CLIP's text encoder, and bases that see their prompts through it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lit_shortcut.bases.frozen import FrozenBase, grid_of
 from lit_shortcut.bases.saved import TRANSFORMERS, Variant, read_json, read_weights, take
-from lit_shortcut.contracts import Conditions, Context
+from lit_shortcut.contracts import Conditions, Context, ImageDecoder, require_prompts
 from lit_shortcut.weights import WeightsError, network_fingerprint
 
 _POSITIONS = "text_model.embeddings.position_ids"  # 0, 1, 2 …, in files of old versions
-_NO_TEXT = ("vision_model.", "visual_projection.", "logit_scale")  # of a whole CLIP
+_NO_TEXT = ("vision_model.", "visual_projection.", "logit_scale")  # in files of a whole CLIP
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedContext(Context):
-    """Prompts as an encoder leaves them, and the size of the images.
+    """Encoded prompts and the size of the images.
 
     Args:
-        states: (G, B, T, E) of the encoder's layer before the last.
+        states: (G, B, T, E), output of the encoder's last layer but one.
         pooled: (G, B, E'), the projected state at the end token.
         micro_conds: (G, B, 5): width and height in pixels, crop (0, 0), aesthetic score 6.
     """
@@ -51,7 +52,7 @@ class CLIPWords:
     """The tokenizer of a CLIP.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
@@ -59,7 +60,7 @@ class CLIPWords:
 
     @classmethod
     def load(cls, folder: Path) -> CLIPWords:
-        """The one saved to ``folder``: ``tokenizer.json``, or ``vocab.json`` with ``merges.txt``.
+        """Load the tokenizer in ``folder``: ``tokenizer.json``, or ``vocab.json`` with ``merges.txt``.
 
         Raises:
             WeightsError: if files are missing or damaged.
@@ -87,7 +88,7 @@ class CLIPWords:
         return ids
 
     def identity(self) -> str:
-        """Digest of vocabulary, merges and settings, and the padding."""
+        """Digest of vocabulary, merges, settings and padding."""
         settings = f"{self._tokenizer.backend_tokenizer.to_str()}{self._tokenizer.pad_token_id}"
         return sha256(settings.encode()).hexdigest()[:16]
 
@@ -109,23 +110,23 @@ class Bytes:
         return torch.tensor([row + [self.end] * (length - len(row)) for row in rows])
 
     def identity(self) -> str:
-        """Its name and the ids."""
+        """Name and ids."""
         return f"bytes:{self.begin}:{self.end}"
 
 
 class Encoded(NamedTuple):
-    """What a base takes of texts: ``states`` (B, T, E) before the last layer, ``pooled`` (B, E')."""
+    """Encoded texts: ``states`` (B, T, E) before the last layer, ``pooled`` (B, E')."""
 
     states: Tensor
     pooled: Tensor
 
 
 class CLIPText(nn.Module):
-    """Texts to hidden states and a pooled state, frozen.
+    """Frozen encoder of texts to hidden states and a pooled state.
 
     Args:
-        model: of transformers.
-        tokenizer: texts to its token ids.
+        model: model of transformers.
+        tokenizer: maps texts to the model's token ids.
     """
 
     def __init__(self, model: CLIPTextModelWithProjection, tokenizer: PromptTokenizer) -> None:
@@ -142,14 +143,14 @@ class CLIPText(nn.Module):
         dtype: torch.dtype = torch.float32,
         widths: tuple[int, int] | None = None,
     ) -> CLIPText:
-        """The encoder saved to ``folder``, alone or as part of a whole CLIP, with the words of ``tokenizer``.
+        """Load the encoder in ``folder``, saved by itself or within a whole CLIP, and its tokenizer.
 
         Args:
-            folder: of the model.
+            folder: folder of the model.
             tokenizer: folder of the tokenizer.
-            variant: of the weights' files.
-            dtype: of the model.
-            widths: of states and pooled state that the base takes; None takes any.
+            variant: variant of the weight files.
+            dtype: dtype of the model.
+            widths: widths of states and pooled state that the base takes; None takes any.
 
         Raises:
             WeightsError: if a file is missing or damaged, tensors are missing, unknown or misshapen, or widths differ.
@@ -157,7 +158,7 @@ class CLIPText(nn.Module):
         path, state = folder / "config.json", read_weights(folder, TRANSFORMERS, variant)
         config = read_json(path)
         try:
-            if "text_config" in config:  # the whole model's configuration decides on the projection's width
+            if "text_config" in config:  # the whole model's configuration decides the projection's width
                 config = config["text_config"] | {"projection_dim": config["projection_dim"]}
             model = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)).to(dtype)
         except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, StrictDataclassError) as error:
@@ -170,7 +171,7 @@ class CLIPText(nn.Module):
 
     @classmethod
     def random(cls, width: int, depth: int, num_heads: int, activation: str, dtype: torch.dtype) -> CLIPText:
-        """An encoder of CLIP's sizes that has learned nothing, and takes a prompt's bytes for tokens."""
+        """Make an encoder of CLIP's sizes with random weights, whose tokens are the bytes of a prompt."""
         config = CLIPTextConfig(
             hidden_size=width,
             intermediate_size=4 * width,
@@ -191,13 +192,13 @@ class CLIPText(nn.Module):
         return Encoded(output.hidden_states[-2], output.text_embeds)
 
     def identity(self) -> dict[str, str]:
-        """Fingerprints of model and tokenizer; equal weights under another end token pool elsewhere."""
+        """Fingerprints of model and tokenizer, and the end token, which is where the state is pooled."""
         end = self.model.config.eos_token_id
         return {"weights": f"{network_fingerprint(self.model)}:{end}", "tokenizer": self.tokenizer.identity()}
 
 
 class TextEncoder(Protocol):
-    """What encodes prompts for a base."""
+    """An encoder of prompts for a base."""
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Hidden states and pooled state of ``texts``."""
@@ -206,34 +207,55 @@ class TextEncoder(Protocol):
         """JSON values that differ between encoders that encode differently."""
 
 
-def encoded_context(
-    encoder: TextEncoder, conditions: Conditions, negative: str, size: tuple[int, int], *, guided: bool
-) -> EncodedContext:
-    """Encode the prompts of ``conditions`` and, where ``guided``, the ``negative`` prompt for the second branch.
+class EncodedBase(FrozenBase):
+    """A frozen base that sees its prompts through a text encoder; ``grid`` is the images' height and width in tokens.
 
     Args:
-        encoder: of texts.
-        conditions: with prompts.
+        transformer: the network that is accelerated.
+        tokenizer: decodes image tokens to images.
+        text_encoder: encodes prompts.
         negative: prompt of the unconditional branch.
         size: height and width of the images in pixels.
-        guided: whether there is an unconditional branch.
+        patch_size: side in pixels of the square that a token stands for.
+        stride: side in tokens of the square that the transformer sees.
 
     Raises:
-        ValueError: if there is not a prompt for each sample, or one is empty.
+        ValueError: if height or width is not a positive multiple of the squares that the transformer sees.
     """
-    prompts = conditions.prompts
-    if len(prompts) != len(conditions.ids):
-        raise ValueError(
-            f"expected a prompt for each of {len(conditions.ids)} samples, got {len(prompts)}; "
-            "datamodules.prompts.Prompts makes such conditions"
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        tokenizer: ImageDecoder,
+        text_encoder: TextEncoder,
+        negative: str,
+        size: tuple[int, int],
+        patch_size: int,
+        stride: int,
+    ) -> None:
+        height, width = grid_of(*size, patch_size * stride)
+        super().__init__(transformer, tokenizer)
+        self.text_encoder, self.negative, self.size = text_encoder, negative, size
+        self.grid = (height * stride, width * stride)
+        self.eval().requires_grad_(False)
+
+    def identity(self) -> dict[str, Any]:
+        """Identity of the base, with its text encoder, the negative prompt and the images' size."""
+        own = {"text_encoder": self.text_encoder.identity(), "negative": self.negative, "size": list(self.size)}
+        return super().identity() | own
+
+    def context(self, conditions: Conditions, *, guided: bool) -> Context:
+        """Encode the prompts and, if ``guided``, the negative prompt for the unconditional branch.
+
+        Raises:
+            ValueError: if there is not a prompt for each sample, or one is empty.
+        """
+        prompts = require_prompts(conditions)
+        states, pooled = self.text_encoder.encode([*prompts, self.negative] if guided else prompts)
+        count, height, width = len(prompts), *self.size
+        branches = [slice(0, count)] + ([slice(count, None)] if guided else [])
+        return EncodedContext(
+            states=torch.stack([states[branch].expand(count, -1, -1) for branch in branches]),
+            pooled=torch.stack([pooled[branch].expand(count, -1) for branch in branches]),
+            micro_conds=states.new_tensor([width, height, 0, 0, 6]).expand(len(branches), count, -1),
         )
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("expected a prompt, got an empty one")
-    states, pooled = encoder.encode([*prompts, negative] if guided else prompts)
-    count, height, width = len(prompts), *size
-    branches = [slice(0, count)] + ([slice(count, None)] if guided else [])
-    return EncodedContext(
-        states=torch.stack([states[branch].expand(count, -1, -1) for branch in branches]),
-        pooled=torch.stack([pooled[branch].expand(count, -1) for branch in branches]),
-        micro_conds=states.new_tensor([width, height, 0, 0, 6]).expand(len(branches), count, -1),
-    )

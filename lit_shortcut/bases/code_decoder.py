@@ -10,24 +10,26 @@ from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_shortcut.bounds import require_at_least
+
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
 class CodeDecoder(nn.Module):
-    """Codes to colour images: a code table, a 1×1 convolution and the decoder half of a VQGAN.
+    """Decoder from codes to colour images: a code table, a 1×1 convolution and the decoder half of a VQGAN.
 
     Args:
         codebook_size: V, number of codes.
         code_width: values in a code.
         latent_width: channels between the 1×1 convolution and the decoder.
         width: channels at full resolution.
-        multipliers: times ``width``, channels at each level, counted from the full resolution; each level after the
-            first halves it.
+        multipliers: channels at each level in units of ``width``, from full resolution down; each level after the first
+            halves the resolution.
         num_blocks: residual blocks at each level.
         attention_levels: levels that have self-attention.
-        is_normalised: codes are scaled to unit length before they are decoded.
-        is_rounded: shades are rounded to the nearest of 256; otherwise cut, as some references do.
-        chunk: images that pass the network at once.
+        is_normalised: whether codes are scaled to unit length before they are decoded.
+        is_rounded: whether shades are rounded to the nearest of 256; otherwise truncated, as in some references.
+        chunk: images decoded at once.
 
     Raises:
         ValueError: if there is not a number of blocks, at least 1, for each level.
@@ -52,6 +54,8 @@ class CodeDecoder(nn.Module):
             raise ValueError(
                 f"num_blocks must hold a positive number for each of {len(multipliers)} levels, got {list(num_blocks)}"
             )
+        require_at_least(1, codebook_size=codebook_size, code_width=code_width, latent_width=latent_width)
+        require_at_least(1, width=width, chunk=chunk)
         self.hparams = {
             "codebook_size": codebook_size,
             "code_width": code_width,

@@ -1,17 +1,18 @@
-"""The answer of a LLaDA that draws images, behind its prompt in one sequence, to the base protocol."""
+"""LLaDAs that draw an image after its prompt in one sequence, behind the base protocol."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
+from lit_shortcut.bases.frozen import FrozenBase
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import (
     Clock,
     Conditions,
@@ -24,18 +25,17 @@ from lit_shortcut.contracts import (
 )
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.llada import Rotation
-from lit_shortcut.weights import fingerprint, network_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptContext(Context):
-    """Prompts as token ids, padded to the longest, and where all rows stand.
+    """Prompts as token ids, padded to the longest, and the places of all rows.
 
     Args:
         ids: (G, B, P).
-        cos: (G, B, 1, S, D/2), of the rotation of each row.
-        sin: the same.
-        is_real: (G, B, S), false at rows behind a shorter prompt.
+        cos: (G, B, 1, S, D/2), cosines of each row's rotation.
+        sin: sines, of the same shape.
+        is_real: (G, B, S), false at rows after a shorter prompt.
     """
 
     ids: Tensor
@@ -45,11 +45,11 @@ class PromptContext(Context):
 
 
 class ImageTokens(NamedTuple):
-    """How an image stands behind its prompt, and in which tokens.
+    """Tokens of an image and their places after its prompt.
 
-    ``grid`` is its height and width in tokens. Code k of the V = ``codebook_size`` is the token ``first_code`` + k, a
-    place not yet known is ``mask``. ``frame`` (F,) are the tokens around the image's; ``row_offsets`` (L + F,), counted
-    from the prompt's end, say where the image's tokens stand and then the frame's.
+    ``grid`` is the image's height and width in tokens. Code k of the V = ``codebook_size`` is the token ``first_code``
+    + k, an unknown place is ``mask``. ``frame`` (F,) are the tokens around the image's; ``row_offsets`` (L + F,) are
+    the places of the image's tokens and then of the frame's, counted from the prompt's end.
     """
 
     grid: tuple[int, int]
@@ -60,18 +60,18 @@ class ImageTokens(NamedTuple):
     row_offsets: Tensor
 
 
-class PromptedLLaDA(nn.Module, ABC):
+class PromptedLLaDA(FrozenBase, ABC):
     """A frozen text-to-image LLaDA with its tokenizers.
 
     Rows of the features are the image tokens, row by row, then the tokens that frame them, then the prompt. Attention
-    does not mind the order, since each row is rotated by its place in the sequence: so image rows come first whatever
-    the prompt's length, and padding comes last.
+    is indifferent to the order, since each row is rotated by its place in the sequence: so image rows come first for
+    any length of the prompt, and padding comes last.
 
     Args:
         transformer: the network that is accelerated.
         tokenizer: decodes image tokens to images.
-        special: ids of the tokens that are no text, a dataclass.
-        image: how an image stands behind its prompt.
+        special: ids of the tokens that are not text, a dataclass.
+        image: tokens of an image and their places.
         max_prompt_tokens: longest prompt, special tokens included.
 
     Raises:
@@ -87,11 +87,9 @@ class PromptedLLaDA(nn.Module, ABC):
         image: ImageTokens,
         max_prompt_tokens: int,
     ) -> None:
-        super().__init__()
-        self.special = special
-        self.transformer, self.tokenizer = transformer, tokenizer
-        self.image, self.max_prompt_tokens = image, max_prompt_tokens
-        self.eval().requires_grad_(False)
+        require_at_least(1, max_prompt_tokens=max_prompt_tokens, codebook_size=image.codebook_size)
+        super().__init__(transformer, tokenizer)
+        self.special, self.image, self.max_prompt_tokens = special, image, max_prompt_tokens
         first, end = image.first_code, image.first_code + image.codebook_size
         vocab_size = transformer.wte.num_embeddings
         if end > vocab_size:
@@ -120,30 +118,15 @@ class PromptedLLaDA(nn.Module, ABC):
 
     @abstractmethod
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt`` with the special tokens around it; ValueError where it is too long to be taken."""
+        """Token ids of ``prompt`` with the special tokens around it; raises ValueError if it is too long."""
 
     @abstractmethod
     def unconditional_ids(self) -> list[int]:
-        """Token ids that stand for a prompt in the unconditional branch."""
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the transformer's weights; computed when first asked for, since it reads all of them."""
-        return fingerprint(self.transformer.state_dict())
-
-    def train(self, mode: bool = True) -> PromptedLLaDA:
-        """Stay in eval mode: a base is frozen."""
-        return super().train(False)
+        """Token ids of the prompt of the unconditional branch."""
 
     def identity(self) -> dict[str, Any]:
-        """Fingerprints of transformer and image decoder, special tokens, and the shape of the images."""
-        return {
-            "class": type(self).__name__,
-            "fingerprint": self.fingerprint,
-            "decoder": network_fingerprint(self.tokenizer),
-            "special": asdict(self.special),
-            "grid": list(self.spec.grid),
-        }
+        """Identity of the base, with its special tokens and the shape of the images."""
+        return super().identity() | {"special": asdict(self.special), "grid": list(self.spec.grid)}
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
         """Token ids of the prompts; the unconditional branch has a prompt of its own.
@@ -173,19 +156,15 @@ class PromptedLLaDA(nn.Module, ABC):
         )
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
-        """Features (G, B, S, C); rows behind a shorter prompt are 0.
+        """Features (G, B, S, C); rows after a shorter prompt are 0.
 
-        Branches run one after the other: prompts of one branch are often equally long, and attention is faster
+        Branches run one after the other: prompts of one branch often have equal lengths, and attention is faster
         without a mask.
         """
         assert isinstance(context, PromptContext)
         ids = torch.where(tokens == self.spec.mask_id, self.image.mask, tokens + self.image.first_code)
         image = torch.cat([ids, self.frame_ids.expand(len(ids), -1)], dim=1)
         return torch.stack([self._features(image, context, branch) for branch in range(len(context.ids))])
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, height, width), of codes ``tokens`` (B, L)."""
-        return self.tokenizer.decode(tokens)
 
     def _features(self, image: Tensor, context: PromptContext, branch: int) -> Tensor:
         size, prompt = context.prefix_sizes[branch], context.ids[branch]
@@ -198,24 +177,3 @@ class PromptedLLaDA(nn.Module, ABC):
         else:
             features = self.transformer(sequence, by)
         return pad(features, (0, 0, 0, prompt.shape[1] - size.longest))
-
-
-class Untrained(PromptedLLaDA):
-    """Mixin, before the class of a base: its fingerprint says that its weights are random."""
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """That of the weights behind ``random-``."""
-        return f"random-{super().fingerprint}"
-
-
-def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
-    """Height and width in tokens of images of ``height`` × ``width`` pixels.
-
-    Raises:
-        ValueError: if either is no positive multiple of ``patch_size``.
-    """
-    for name, size in (("height", height), ("width", width)):
-        if size < 1 or size % patch_size:
-            raise ValueError(f"{name} must be a positive multiple of {patch_size} pixels, got {size}")
-    return height // patch_size, width // patch_size

@@ -19,11 +19,11 @@ Variant = Literal["fp16"]
 Precision = Literal["bfloat16", "float16", "float32"]
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
-"""How the names of weight files begin."""
+"""Beginnings of the names of weight files."""
 
 
 def file_patterns(folder: str, stem: str, variant: Variant | None) -> list[str]:
-    """What to download of ``folder`` in a repository ("" is its root): configuration, weights of one ``variant``."""
+    """File patterns to download of ``folder`` in a repository ("" is its root): configuration and weights."""
     single = _single(stem, variant)
     names = ("config.json", _index(stem, variant), single, f"{single.removesuffix('.safetensors')}-*.safetensors")
     return [f"{folder}/{name}" if folder else name for name in names]
@@ -52,20 +52,17 @@ def read_weights(
     """Tensors of the safetensors file ``stem`` in ``folder``, or of all the files its index names.
 
     Args:
-        folder: that a model was saved to.
-        stem: how the names of its weight files begin.
-        variant: of the weights; None takes those without one or, where there are none, half precision.
-        dtype: of the tensors; those stored in it are mapped from the files and not copied.
+        folder: folder of a saved model.
+        stem: beginning of the names of its weight files.
+        variant: variant of the weights; None takes the plain ones or, if there are none, half precision.
+        dtype: dtype of the tensors; those stored in it are mapped from the files and not copied.
 
     Raises:
         WeightsError: if a file is missing or damaged. Pickled weights are not read.
     """
     if variant is None and not _is_there(folder, stem, None) and _is_there(folder, stem, "fp16"):
         variant = "fp16"
-    index, single = (
-        folder / _index(stem, variant),
-        f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors",
-    )
+    index, single = folder / _index(stem, variant), _single(stem, variant)
     places = read_json(index).get("weight_map", {}) if index.is_file() else {"": single}
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise WeightsError(f"{index}: weight_map: expected an object of file names, found {places!r}")
@@ -74,7 +71,7 @@ def read_weights(
     if missing or not shards:
         raise WeightsError(
             f"{folder}: {len(missing)} of {len(shards)} weight files are missing: {', '.join(missing)}; expected "
-            f"{single}, or all files that {index.name} names"
+            f"{single}, or all files named in {index.name}"
         )
     state: dict[str, Tensor] = {}
     for name in shards:
@@ -87,12 +84,12 @@ def read_weights(
 
 
 def build(cls: type[ModelMixin], folder: Path, dtype: torch.dtype = torch.float32) -> ModelMixin:
-    """The ``cls`` of diffusers that ``config.json`` in ``folder`` describes, on the meta device.
+    """Build the model of diffusers that ``config.json`` in ``folder`` describes, on the meta device.
 
     Args:
         cls: class of the model.
-        folder: that one was saved to.
-        dtype: of its tensors.
+        folder: folder of a saved model.
+        dtype: dtype of its tensors.
 
     Raises:
         WeightsError: if the file is missing or damaged, or describes another model.
@@ -109,12 +106,12 @@ def build(cls: type[ModelMixin], folder: Path, dtype: torch.dtype = torch.float3
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert ``module`` of diffusers to ``dtype``, whose own ``to`` warns of a list of exceptions, empty or not."""
+    """Convert ``module`` of diffusers to ``dtype``, without the needless warning of its own ``to``."""
     return nn.Module.to(module, dtype)
 
 
 def take(module: nn.Module, state: dict[str, Tensor], folder: Path, but_for: Iterable[str] = ()) -> None:
-    """Hand ``state`` of ``folder`` to ``module``, frozen and in eval mode, apart from names that begin ``but_for``.
+    """Load ``state`` of ``folder`` into ``module``, frozen and in eval mode, but for names that begin with ``but_for``.
 
     Raises:
         WeightsError: if tensors are missing, unknown or misshapen; all of them are named.

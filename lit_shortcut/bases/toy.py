@@ -1,4 +1,4 @@
-"""The base protocol at its smallest, with random weights: for tests, and to copy when a base is added."""
+"""The smallest base, with random weights: for tests, and to copy when adding a base."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_shortcut.bases.class_tokens import ClassContext, class_context
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Clock, Conditions, Context, TokenSpec
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention
@@ -15,20 +16,21 @@ from lit_shortcut.weights import fingerprint
 
 
 class ToyBase(nn.Module):
-    """One attention layer over image tokens and a class token; codes are shades of grey. It has learned nothing.
+    """One attention layer over image tokens and a class token, with random weights; codes are shades of grey.
 
     Args:
         grid: side of the square token grid.
         codebook_size: V, shades of grey.
-        num_classes: classes that can be asked for.
+        num_classes: number of classes.
         width: C.
-        seed: of the random weights.
+        seed: seed of the random weights.
     """
 
     def __init__(
         self, grid: int = 4, codebook_size: int = 8, num_classes: int = 10, width: int = 16, seed: int = 0
     ) -> None:
         super().__init__()
+        require_at_least(1, grid=grid, codebook_size=codebook_size, num_classes=num_classes, width=width)
         self.spec = TokenSpec(
             num_tokens=grid * grid,
             sequence_length=grid * grid + 1,
@@ -54,7 +56,7 @@ class ToyBase(nn.Module):
         return super().train(False)
 
     def identity(self) -> dict[str, Any]:
-        """Its fingerprint, which its images follow from."""
+        """Class and fingerprint, which determine the images."""
         return {"class": type(self).__name__, "fingerprint": self.fingerprint}
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:

@@ -1,4 +1,4 @@
-"""A toy base that sees its prompt by cross-attention, with random weights: prompts without any row in the features."""
+"""Toy base that sees its prompt by cross-attention, with random weights: prompts without rows in the features."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Clock, Conditions, Context, TokenSpec, require_prompts
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention
@@ -38,13 +39,14 @@ class CrossToyBase(nn.Module):
         codebook_size: V, shades of grey.
         width: C.
         negative: prompt of the unconditional branch.
-        seed: of the random weights.
+        seed: seed of the random weights.
     """
 
     def __init__(
         self, grid: int = 4, codebook_size: int = 8, width: int = 16, negative: str = "nothing", seed: int = 0
     ) -> None:
         super().__init__()
+        require_at_least(1, grid=grid, codebook_size=codebook_size, width=width)
         num_tokens = grid * grid
         self.spec = TokenSpec(num_tokens, num_tokens, width, codebook_size, codebook_size, num_classes=0)
         self.grid, self.negative = grid, negative
@@ -65,7 +67,7 @@ class CrossToyBase(nn.Module):
         return super().train(False)
 
     def identity(self) -> dict[str, Any]:
-        """Fingerprint and negative prompt."""
+        """Class, fingerprint and negative prompt."""
         return {"class": type(self).__name__, "fingerprint": self.fingerprint, "negative": self.negative}
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:

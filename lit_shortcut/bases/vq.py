@@ -1,4 +1,4 @@
-"""An image decoder that many bases share: the ``VQModel`` of diffusers."""
+"""Image decoder that many bases share: the ``VQModel`` of diffusers."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from lit_shortcut.bases.saved import DIFFUSERS, Variant, build, read_weights, take
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.weights import WeightsError
 
 
 class VQDecoder(nn.Module):
-    """Codes on a grid to images, frozen.
+    """Frozen decoder from codes on a grid to images.
 
     Args:
-        vqvae: its encoder is not used.
+        vqvae: the model; its encoder is not used.
         height: rows of the token grid.
         width: tokens in a row.
-        chunk: images that are decoded at once.
+        chunk: images decoded at once.
     """
 
     def __init__(self, vqvae: VQModel, height: int, width: int, chunk: int = 8) -> None:
         super().__init__()
+        require_at_least(1, height=height, width=width, chunk=chunk)
         self.vqvae, self.height, self.width, self.chunk = vqvae, height, width, chunk
         self.eval().requires_grad_(False)
 
     @classmethod
     def load(cls, folder: Path, height: int, width: int, variant: Variant | None = None) -> VQDecoder:
-        """The decoding half, in float32, of the model that diffusers saved to ``folder``.
+        """Load the decoding half, in float32, of the model that diffusers saved to ``folder``.
 
         Raises:
             WeightsError: if a file is missing or damaged, or tensors are missing, unknown or misshapen.
@@ -51,7 +53,7 @@ class VQDecoder(nn.Module):
     def pixels(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, H, W), float32 and about in [0, 1], of codes ``tokens`` (B, L), row by row."""
         vqvae = self.vqvae
-        if vqvae.dtype == torch.float16:  # overflows in some layers
+        if vqvae.dtype == torch.float16:  # which overflows in some layers
             vqvae = vqvae.float()
         codes = vqvae.quantize.embedding(tokens.unflatten(1, (self.height, self.width))).permute(0, 3, 1, 2)
         by = codes if vqvae.config.norm_type == "spatial" else None
@@ -60,7 +62,7 @@ class VQDecoder(nn.Module):
 
 
 def load_vqvae(folder: Path, variant: Variant | None = None, codebook_size: int | None = None) -> VQModel:
-    """The model that diffusers saved to ``folder``, in float32 and without its encoder.
+    """Load the model that diffusers saved to ``folder``, in float32 and without its encoder.
 
     Raises:
         WeightsError: if a file is missing or damaged, tensors are missing, unknown or misshapen, or there are not
@@ -76,7 +78,7 @@ def load_vqvae(folder: Path, variant: Variant | None = None, codebook_size: int 
 
 
 def random_vqvae() -> VQModel:
-    """A model of the sizes that aMUSEd, Meissonic and Lumina-DiMOO share, with random weights and no encoder."""
+    """Make a model of the sizes that aMUSEd, Meissonic and Lumina-DiMOO share, with random weights and no encoder."""
     widths = (128, 256, 256, 512, 768)
     vqvae = VQModel(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -93,5 +95,5 @@ def random_vqvae() -> VQModel:
 
 
 def patch_size(vqvae: VQModel) -> int:
-    """Pixels a side of the square that a token of ``vqvae`` stands for."""
+    """Side in pixels of the square that a token of ``vqvae`` stands for."""
     return 2 ** (len(vqvae.config.block_out_channels) - 1)

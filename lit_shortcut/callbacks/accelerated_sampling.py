@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
 from lit_shortcut.evaluation.drawing import draw, require_feasible, strip_of
 from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows
@@ -68,13 +69,8 @@ class AcceleratedSampling(L.Callback):
         latency_rounds: int = 3,
         grid_images: int = 20,
     ) -> None:
-        for name, value, least in (
-            ("every_n_validations", every_n_validations, 1),
-            ("latency_rounds", latency_rounds, 0),
-            ("grid_images", grid_images, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        require_at_least(1, every_n_validations=every_n_validations)
+        require_at_least(0, latency_rounds=latency_rounds, grid_images=grid_images)
         self.base, self.decoding, self.rows, self.conditions = base, decoding, rows, conditions
         self.methods, self.plans, self.metrics = methods or {}, plans, metrics or {}
         if _TRAINED in self.methods:

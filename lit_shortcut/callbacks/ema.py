@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lit_shortcut.bounds import require_share
+
 
 class ModuleEMA(WeightAveraging):
     """Average of ``pl_module.<module>`` alone, with a warm-up so that short runs profit.
@@ -27,6 +29,7 @@ class ModuleEMA(WeightAveraging):
     """
 
     def __init__(self, decay: float = 0.9999, module: str = "network", warmup: bool = True) -> None:
+        require_share(decay=decay)
         super().__init__(use_buffers=False)
         self.decay, self.module, self.warmup = decay, module, warmup
         self._updates = 0  # counted here, as torch's counter lies on the device

@@ -14,11 +14,13 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.pictures import Drawing, to_pil, write_png
 from lit_shortcut.tasks.generating import GenerateTask
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
 _SETTINGS = "settings.json"
@@ -37,11 +39,12 @@ class ImageWriter(BasePredictionWriter):
     Args:
         folder: for the pictures; it is made.
         overwrite: delete the pictures of other settings in ``folder``.
-        grid_images: pictures in the grid, at most.
+        grid_images: pictures in the grid, at most; 0 leaves it out.
     """
 
     def __init__(self, folder: Path, overwrite: bool = False, grid_images: int = 64) -> None:
         super().__init__("batch")
+        require_at_least(0, grid_images=grid_images)
         self.folder, self.overwrite, self.grid_images = Path(folder), overwrite, grid_images
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -55,13 +58,16 @@ class ImageWriter(BasePredictionWriter):
         self.num_images = data.num_images
         settings = {"methods": self.settings, "precision": str(trainer.precision), **_asked(data)}
         self.text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
-        if not self.overwrite:
+        self.is_trial = is_trial(trainer, "predict")
+        if self.is_trial:
+            report_trial(self.folder)
+        elif not self.overwrite:
             self._require_own()
         trainer.strategy.barrier("folder looked at")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the settings, and delete what is left of others; raises OSError if the folder cannot be written."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self.is_trial:
             return
         require_writable(self.folder)
         mine = {self._path(index, name) for index in range(self.num_images) for name in self.settings}
@@ -81,6 +87,8 @@ class ImageWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write the batch's pictures."""
+        if self.is_trial:
+            return
         for name, drawing in prediction.items():
             images, full_steps = to_pil(drawing.images), drawing.full_steps.tolist()
             for row, (image, passes) in enumerate(zip(images, full_steps, strict=True)):
@@ -92,15 +100,16 @@ class ImageWriter(BasePredictionWriter):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the grid and print. Not at ``on_predict_end``, which a rank without batches never reaches."""
         trainer.strategy.barrier("pictures written")
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self.is_trial:
             return
         shown = range(min(self.num_images, self.grid_images))
         paths = [self._path(index, name) for index in shown for name in self.settings]
         if not all(path.exists() for path in paths):  # interrupted
             return
-        grid = _grid([Image.open(path) for path in paths], per_cell=len(self.settings))
-        write_png(self.folder / _GRID, grid, {"methods": list(self.settings), "seed": "in each picture's own file"})
-        rank_zero_info(f"{self.folder}: {self.num_images} images, {_GRID}")
+        if paths:
+            grid = _grid([Image.open(path) for path in paths], per_cell=len(self.settings))
+            write_png(self.folder / _GRID, grid, {"methods": list(self.settings), "seed": "in each picture's own file"})
+        rank_zero_info(f"{self.folder}: {self.num_images} images{f', {_GRID}' if paths else ''}")
         assert isinstance(pl_module, GenerateTask)
         for line in self._latencies(pl_module):
             rank_zero_info(line)

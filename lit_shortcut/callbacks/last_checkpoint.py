@@ -8,6 +8,8 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_shortcut.bounds import require_at_least
+
 _TIMES = 20  # in a run
 _MOST_STEPS = 1000  # between two
 
@@ -23,6 +25,8 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: Path, every_n_train_steps: int | None = None) -> None:
+        if every_n_train_steps is not None:
+            require_at_least(1, every_n_train_steps=every_n_train_steps)
         super().__init__(
             dirpath,
             self.CHECKPOINT_NAME_LAST,

@@ -49,6 +49,8 @@ class ReplayTable(L.Callback):
             methods = {"hold": Hold(), "taylor_1": Taylor(1), "taylor_2": Taylor(2)}
         if _TRAINED in methods:
             raise ValueError(f"methods must not name {_TRAINED!r}, which is the network in training")
+        if not budgets and not rows:
+            raise ValueError("budgets must name at least one number of full steps where there are no rows")
         self.budgets, self.methods, self.rows, self.plans = budgets, methods, rows or [], plans
         self._sums: dict[str, Tensor] = {}  # KL, full steps, samples
 

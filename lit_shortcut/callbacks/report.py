@@ -11,11 +11,14 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_shortcut.evaluation.identity import dtype_of
-from lit_shortcut.loggers import carry_on, log_artifact, log_picture, log_table
-from lit_shortcut.report.document import json_of, text_of
-from lit_shortcut.report.grids import grids, read_strips
+from lit_shortcut.loggers import carry_on, log_artifact, log_page, log_picture, log_table
+from lit_shortcut.metrics.latency import device_name
+from lit_shortcut.report.document import json_of, notes
+from lit_shortcut.report.grids import grids, read_strips, strip_paths
+from lit_shortcut.report.page import page
 from lit_shortcut.report.plot import pareto, pixels, series_name
-from lit_shortcut.report.table import collect, current_latencies
+from lit_shortcut.report.provenance import provenance
+from lit_shortcut.report.table import collect, current_latencies, markdown
 from lit_shortcut.tasks.evaluation import EvaluationTask
 from lit_shortcut.trials import is_trial
 
@@ -23,8 +26,9 @@ from lit_shortcut.trials import is_trial
 class Report(L.Callback):
     """Table (``report.md``, ``report.json``), Pareto plot (``pareto.png``) and grids (``grids.png``) of finished rows.
 
-    They are written to the task's results folder, the table is printed, and all go to the loggers. Of random weights
-    there is the table only, with latencies only, and it says so. A trial run prints the table and writes nothing. A
+    A page, ``report.html``, has all of them to hover over and click. They are written to the task's results folder, the
+    table is printed, and all go to the loggers. Of random weights there is the table only, with latencies only, and it
+    says so. A trial run prints the table and writes nothing. A
     picture or a logger that fails is logged as an error and leaves the rest as it is.
 
     Args:
@@ -55,7 +59,7 @@ class Report(L.Callback):
         latencies = current_latencies(results, task.loops)
         quality = None if task.random_weights else self.quality
         higher_is_better = bool(quality and task.metrics[quality].higher_is_better)
-        text = text_of(
+        below = notes(
             table,
             quality,
             next(iter(latencies.values()), None),
@@ -64,6 +68,7 @@ class Report(L.Callback):
             precision=str(trainer.precision),
             incomplete=[row.name for row in task.rows if row.name not in latencies],
         )
+        text = f"{markdown(table)}\n\n{below}\n"
         figures = json_of(
             table,
             quality=quality,
@@ -80,6 +85,7 @@ class Report(L.Callback):
         (folder / "report.md").write_text(text)
         (folder / "report.json").write_text(figures)
         written = ["report.md", "report.json", *self._pictures(trainer, task, table, higher_is_better)]
+        written += self._page(trainer, task, table, below, higher_is_better)
         log_table(trainer, "report/table", table)
         log_artifact(trainer, "report", "report", [folder / name for name in written])
         rank_zero_info(f"\n{text}\nwritten to {folder}: {', '.join(written)}")
@@ -103,6 +109,35 @@ class Report(L.Callback):
                 written.append(_keep(trainer, figure, folder / "pareto.png"))
                 _log_pareto(trainer, table, self.quality)
         plt.close("all")
+        return written
+
+    def _page(
+        self, trainer: L.Trainer, task: EvaluationTask, table: pd.DataFrame, below: str, higher_is_better: bool
+    ) -> list[str]:
+        """Write and log the page; returns its name."""
+        written: list[str] = []
+        path = task.stored.folder / "report.html"
+        with_images = bool(task.grid_images) and not task.random_weights
+        with carry_on("writing the page"):
+            text = page(
+                table,
+                reference=task.reference.name,
+                quality=None if task.random_weights else self.quality,
+                higher_is_better=higher_is_better,
+                strips=strip_paths(task.stored, task.rows) if with_images else {},
+                prompts=task.stored.prompts() if with_images else [],
+                notes=below,
+                provenance=provenance()
+                | {
+                    "device": device_name(task.device),
+                    "dtype": dtype_of(task.base),
+                    "precision": trainer.precision,
+                    "run seeds": ", ".join(map(str, task.run_seeds)),
+                },
+            )
+            path.write_text(text, encoding="utf-8")
+            log_page(trainer, "report/page", path)
+            written.append(path.name)
         return written
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_shortcut.background import Background
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import MaskedImageModel, Trajectories
 from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
@@ -30,7 +31,7 @@ from lit_shortcut.trajectory import (
     save_interface,
     write_shard,
 )
-from lit_shortcut.trials import is_trial
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
 _GB = 1e9
@@ -68,8 +69,7 @@ class TrajectoryWriter(BasePredictionWriter):
 
     def __init__(self, folder: Path, encoding: str = "bfloat16", overwrite: bool = False, waiting: int = 2) -> None:
         super().__init__("batch")
-        if waiting < 1:
-            raise ValueError(f"waiting must be at least 1, got {waiting}")
+        require_at_least(1, waiting=waiting)
         if encoding not in ENCODINGS:
             raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding}")
         self.folder, self.encoding, self.overwrite, self.waiting = Path(folder), encoding, overwrite, waiting
@@ -106,7 +106,7 @@ class TrajectoryWriter(BasePredictionWriter):
         self.finished, self._shards = set(), self.folder
         if is_trial(trainer, "predict"):
             self._shards, self.jobs = Path(self._held.enter_context(TemporaryDirectory())), Background()
-            rank_zero_info(f"a trial run: not all images are recorded, and nothing is written to {self.folder}")
+            report_trial(self.folder)
             return
         if trainer.is_global_zero:
             require_writable(self.folder)

@@ -1,1 +1,1 @@
-"""The arithmetic of decoding, apart from any network."""
+"""Arithmetic of decoding, independent of any network."""

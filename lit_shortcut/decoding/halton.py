@@ -1,4 +1,4 @@
-"""Places of a token grid in a fixed order of low discrepancy (Besnier et al., Halton scheduler, ICLR 2025)."""
+"""Low-discrepancy order of the places of a token grid (Besnier et al., Halton scheduler, ICLR 2025)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from lit_shortcut.decoding.noise import uniform
 
-_ROLL_STREAM = -1  # streams from 0 belong to the steps of the decoding loop
+_ROLL_STREAM = -1  # streams 0, 1, … belong to the steps of the decoding loop
 
 
 @cache
 def halton_order(height: int, width: int) -> Tensor:
-    """All places (L,) of a grid of ``height`` × ``width``, row by row numbered, in the order Halton points meet them.
+    """Return the places (L,) of a ``height`` × ``width`` grid, numbered row by row, in the order of Halton points.
 
-    Point n has its row from the radical inverse of n in base 2 and its column from that in base 3, n from 1 on; a place
-    met before is skipped. So the places revealed at any time lie evenly over the grid, and so do those still masked.
+    Point n = 1, 2, … takes its row from the radical inverse of n in base 2 and its column from that in base 3; repeated
+    places are skipped. So at any time both the committed places and the masked ones are spread evenly over the grid.
 
     >>> halton_order(2, 3).tolist()
     [4, 2, 3, 1, 5, 0]
     """
     num_places = height * width
-    num_points = 4 * num_places  # where some place is not met yet, as many again
+    num_points = 4 * num_places  # doubled until every place is visited
     while True:
         index = torch.arange(1, num_points + 1)
         places = _cell(index, 2, height) * width + _cell(index, 3, width)
@@ -34,18 +34,18 @@ def halton_order(height: int, width: int) -> Tensor:
 
 
 def rolled_starts(seeds: Tensor, num_places: int) -> Tensor:
-    """Where each sample of ``seeds`` (B,) begins in an order of ``num_places``, drawn from its own seed: (B,)."""
+    """Draw from each of ``seeds`` (B,) the index (B,) at which its sample begins an order of ``num_places``."""
     start = uniform(seeds, _ROLL_STREAM, torch.zeros_like(seeds)[:, None]) * num_places
     return start.squeeze(1).long()
 
 
 def roll_order(order: Tensor, starts: Tensor) -> Tensor:
-    """``order`` (L,) begun at each of ``starts`` (B,) and taken round: (B, L)."""
+    """Return ``order`` (L,) rotated to begin at each of ``starts`` (B,): (B, L)."""
     return order[(starts[:, None] + torch.arange(len(order), device=starts.device)) % len(order)]
 
 
 def _cell(index: Tensor, radix: int, cells: int) -> Tensor:
-    """Which of ``cells`` equal parts of [0, 1) holds the radical inverse of ``index``; exact, in integers."""
+    """Return which of ``cells`` equal parts of [0, 1) holds the radical inverse of ``index``; exact, in integers."""
     digits, inverse, scale = index, torch.zeros_like(index), 1
     while int(digits.max()):
         inverse, digits, scale = inverse * radix + digits % radix, digits // radix, scale * radix

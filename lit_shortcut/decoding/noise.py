@@ -1,4 +1,4 @@
-"""Uniform noise that belongs to a sample: the same for its seed whatever the batch, the rank or the device."""
+"""Uniform noise that belongs to a sample: the same for its seed in any batch, on any rank and device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
-_BITS = 23  # with the half added, 24 significant bits: exact in float32, never 0 or 1
+_BITS = 23  # with one half added, 24 significant bits: exact in float32, never 0 or 1
 
 
 def uniform(seeds: Tensor, streams: Tensor | int, positions: Tensor) -> Tensor:
-    """Uniform values in (0, 1), float32 (…, B, M), one for each of ``seeds`` (B,) and ``positions`` (B, M) or (M,).
+    """Draw uniform values in (0, 1), float32 (…, B, M), for ``seeds`` (B,) and ``positions`` (B, M) or (M,).
 
-    A counter-based generator: the value at a position depends on seed, stream and position only. ``streams``, a number
-    or (…), keep draws at the same place apart (each step of the decoding loop takes its own).
+    A counter-based generator: each value depends only on seed, stream and position. ``streams``, a number or (…),
+    separate draws at the same position (each step of the decoding loop has its own).
 
     >>> single = uniform(torch.tensor([7]), 0, torch.tensor([[0, 1, 2]]))
     >>> batch = uniform(torch.tensor([3, 7]), 0, torch.tensor([[0, 1, 2], [2, 1, 0]]))
@@ -32,7 +32,7 @@ def uniform(seeds: Tensor, streams: Tensor | int, positions: Tensor) -> Tensor:
 
 
 def gumbel(uniforms: Tensor) -> Tensor:
-    """Standard Gumbel noise from ``uniforms`` in (0, 1): −log(−log u)."""
+    """Return standard Gumbel noise −log(−log u) from ``uniforms`` u in (0, 1)."""
     return -(-uniforms.log()).log()
 
 
@@ -43,5 +43,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right, filling with zeros; torch's own shift of int64 fills with the sign."""
+    """Shift right, filling with zeros; torch's shift of int64 fills with the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""How many tokens each step reveals, and how guidance and noise change over the steps. Pure arithmetic."""
+"""Schedules: how many tokens each step commits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Schedule = Literal["root", "linear", "square", "cosine", "arccos", "cosine_left"
 
 
 def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
-    """Schedule's value at ``progress`` in [0, 1], falling from 1 to 0 (Chang et al., arXiv 2202.04200, section 3.3).
+    """Return the schedule at ``progress`` in [0, 1], from 1 down to 0 (Chang et al., arXiv 2202.04200, section 3.3).
 
     >>> share_masked("arccos", torch.tensor([0.0, 0.5, 1.0]))
     tensor([1.0000, 0.6667, 0.0000])
@@ -34,10 +34,10 @@ def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
 
 
 def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list[int]:
-    """Tokens committed at each of ``num_steps`` steps; they sum to ``num_tokens``.
+    """Return the numbers of tokens committed at each of ``num_steps`` steps; they sum to ``num_tokens``.
 
-    Each step gets its share of the schedule, rounded, at least 1; the last step takes what remains. Three schedules
-    instead say how many tokens are left masked after each step:
+    Each step gets its share of the schedule, rounded, at least 1; the last step gets the rest. Three schedules instead
+    give the number of tokens left masked after each step:
 
     - ``cosine_left`` rounds down and keeps a token for the last step; a step may commit none (Lumina-DiMOO, arXiv
       2510.06308).
@@ -53,8 +53,7 @@ def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list
     [1, 1, 0, 0, 1]
 
     Raises:
-        ValueError: if there is no step, there are more steps than tokens, or the rounded counts overspend so that
-            nothing remains for the last step.
+        ValueError: if there is no step, there are more steps than tokens, or rounding leaves nothing for the last step.
     """
     return list(_tokens_per_step(schedule, num_steps, num_tokens))
 
@@ -73,7 +72,7 @@ def _tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> tup
         return _spent(num_tokens, [max(1, left) for left in _cosine_left(num_steps, num_tokens)])
     if schedule == "arccos_left":
         return _spent(num_tokens, _arccos_left(num_steps, num_tokens))
-    if num_steps == 1:  # the schedule starts at 0, so there are no shares to divide by
+    if num_steps == 1:  # the only share would be 0
         return (num_tokens,)
     weights = share_masked(schedule, torch.linspace(1, 0, num_steps, dtype=torch.float32))
     counts = [max(1, round(float(w))) for w in weights / weights.sum() * num_tokens]
@@ -87,7 +86,7 @@ def _tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> tup
 
 
 def _cosine_left(num_steps: int, num_tokens: int) -> list[int]:
-    """Tokens left after each step but the last, rounded down."""
+    """Return the tokens left after each step but the last, rounded down."""
     left: list[int] = (num_tokens * share_masked("cosine_left", _progress(num_steps))).floor().long().tolist()
     return left
 
@@ -98,7 +97,7 @@ def _arccos_left(num_steps: int, num_tokens: int) -> list[int]:
 
 
 def _progress(num_steps: int) -> Tensor:
-    """Progress after each step but the last, in float32, in which published counts were computed."""
+    """Return the progress after each step but the last, in float32 as in the published code."""
     return torch.arange(1, num_steps, dtype=torch.float32) / num_steps
 
 

@@ -1,21 +1,23 @@
-"""How sharply codes are drawn, step by step."""
+"""Temperature of drawing codes, step by step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lit_shortcut.bounds import require_above, require_at_least
+
 
 @dataclass(frozen=True)
 class TemperatureCourse:
-    """What logits are multiplied by at each step, an inverse temperature (Halton-MaskGIT, arXiv 2503.17076).
+    """Inverse temperature, a factor of the logits at each step (Halton-MaskGIT, arXiv 2503.17076).
 
-    It goes from ``first`` to ``last`` linearly, to the ``power``; the default is 1 at every step.
+    It runs linearly from ``first`` to ``last``, raised to ``power``; the default is 1 at every step.
 
     Args:
         first: factor at the first step, before ``power``.
         last: factor at the last step, before ``power``.
         power: exponent of the factor.
-        warmup: steps at the beginning at which the factor is halved.
+        warmup: number of first steps at which the factor is halved.
 
     Raises:
         ValueError: if a factor is not positive, or ``warmup`` is negative.
@@ -31,13 +33,11 @@ class TemperatureCourse:
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"temperature_course.{name} must be positive, got {getattr(self, name)}")
-        if self.warmup < 0:
-            raise ValueError(f"temperature_course.warmup must not be negative, got {self.warmup}")
+            require_above(0, **{f"temperature_course.{name}": getattr(self, name)})
+        require_at_least(0, **{"temperature_course.warmup": self.warmup})
 
     def at(self, step: int, num_steps: int) -> float:
-        """Factor at ``step`` of ``num_steps``."""
+        """Return the factor at ``step`` of ``num_steps``."""
         progress = step / max(1, num_steps - 1)
         factor: float = (self.first + (self.last - self.first) * progress) ** self.power
         return factor / 2 if step < self.warmup else factor

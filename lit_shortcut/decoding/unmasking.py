@@ -1,4 +1,4 @@
-"""One step's choice: guide the logits, sample a code at each masked place, commit the most confident ones."""
+"""Guidance of logits, and sampling of a code at each masked place."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: (1 + w)·conditional − w·unconditional.
+    """Return (1 + w)·conditional − w·unconditional, classifier-free guidance (arXiv 2207.12598, equation 6).
 
-    ``logits`` (G, B, M, V) to (B, M, V), or features that a linear head turns into logits; with only one branch
-    ``scale`` has no meaning and must be 0 (Ho and Salimans, arXiv 2207.12598, equation 6).
+    ``logits`` (G, B, M, V), or features in front of a linear head, become (B, M, V); with only one branch ``scale`` w
+    must be 0.
 
     Raises:
         ValueError: if ``scale`` is not 0 and there is no unconditional branch.
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 def sample_codes(logits: Tensor, uniforms: Tensor | None) -> Choice:
     """Draw from softmax(``logits`` (B, M, V)) by inverting its cumulative distribution at ``uniforms`` (B, M).
 
-    One uniform value a place suffices, where Gumbel noise would take V. None takes the most probable code.
+    This takes one uniform value per place where Gumbel noise would take V. None takes the most probable code.
 
     >>> sample_codes(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[0.75]])).codes
     tensor([[1]])
@@ -43,18 +43,18 @@ def sample_codes(logits: Tensor, uniforms: Tensor | None) -> Choice:
     if uniforms is None:
         codes = log_probs.argmax(dim=-1)
     else:
-        # below exp(-87) float32 has only denormal numbers, too small to be drawn and slow on CPUs
+        # below exp(-87) float32 has only denormals, too small to be drawn and slow on CPUs
         cumulative = _cumulative(log_probs.clamp(min=-87).exp_())
-        # scaled by the total, which rounding leaves just off 1, so that the last code with mass is the last drawn
+        # scaled by the total, which rounding leaves just off 1, so that no code without mass is drawn
         codes = torch.searchsorted(cumulative, (uniforms * cumulative[..., -1])[..., None]).squeeze(-1)
         codes = codes.clamp(max=logits.shape[-1] - 1)
     return Choice(codes, log_probs.gather(-1, codes[..., None]).squeeze(-1))
 
 
 def _cumulative(probabilities: Tensor) -> Tensor:
-    """Running sums (B, M, V) of ``probabilities``, which sum to 1.
+    """Return the running sums (B, M, V) of ``probabilities``.
 
-    Running sums of floats have no deterministic kernel on CUDA; those of integers are exact in any order.
+    Float cumsum has no deterministic kernel on CUDA; integer sums are exact in any order.
     """
     if probabilities.is_cuda and torch.are_deterministic_algorithms_enabled():
         return exact_cumulative(probabilities)
@@ -62,7 +62,7 @@ def _cumulative(probabilities: Tensor) -> Tensor:
 
 
 def exact_cumulative(probabilities: Tensor) -> Tensor:
-    """Running sums, float32 (B, M, V) in units of 2^-46, of ``probabilities`` rounded to such units.
+    """Return the running sums, float32 (B, M, V) in units of 2^-46, of ``probabilities`` rounded to such units.
 
     >>> exact_cumulative(torch.tensor([0.25, 0.75])) * 2.0**-46
     tensor([0.2500, 1.0000])

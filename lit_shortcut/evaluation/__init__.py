@@ -1,1 +1,1 @@
-"""What is measured of generated images: rows, how they are drawn, what is kept of them."""
+"""Evaluation of generated images: rows, their generation, metrics and stored results."""

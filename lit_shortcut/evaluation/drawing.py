@@ -1,4 +1,4 @@
-"""Drawing the images of a row, and refusing before anything is drawn what cannot be."""
+"""Generation of a row's images, and checks of all rows before anything is generated."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lit_shortcut.sampling import generate
 
 
 class Drawn(NamedTuple):
-    """Images, uint8 (B, 3, H, W), and how often the base ran for each (B,)."""
+    """Images, uint8 (B, 3, H, W), and the number of base passes for each (B,)."""
 
     images: Tensor
     full_steps: Tensor
 
 
 def draw(base: MaskedImageModel, conditions: Conditions, row: Row) -> Drawn:
-    """Draw and decode the images of ``row`` for ``conditions``."""
+    """Generate the images of ``row`` for ``conditions``."""
     tokens, full_steps = generate(base, conditions, row.decoding, row.acceleration)
     return Drawn(base.decode(tokens), full_steps)
 
 
 def require_known(base: MaskedImageModel, conditions: ConditionSource, *, guided: bool) -> Context | None:
-    """Return the context of the first batch of ``conditions``, after a look at all; None if there is none.
+    """Compute the contexts of all batches of ``conditions``; return the first, None if there are no batches.
 
     Raises:
         ValueError: if the base does not know a condition.
@@ -42,12 +42,12 @@ def require_known(base: MaskedImageModel, conditions: ConditionSource, *, guided
 
 
 def require_feasible(base: MaskedImageModel, rows: Iterable[Row], conditions: ConditionSource) -> None:
-    """Refuse before anything is run what would fail only when its turn comes.
+    """Check every row up front instead of failing half-way through a run.
 
     Raises:
-        ValueError: if the base does not know a condition, this rank has none, the schedule cannot spend the tokens in a
-            row's steps, a plan does not fit them, a Halton order has no grid to lie on, or a shortcut was trained for
-            another base; the message names the row.
+        ValueError: naming the row, if the base does not know a condition, this rank has none, the schedule cannot spend
+            the tokens in the row's steps, the plan does not fit them, the tokens of a Halton order form no grid, or a
+            shortcut was trained for another base.
     """
     contexts: dict[bool, Context | None] = {}
     for row in rows:
@@ -56,7 +56,7 @@ def require_feasible(base: MaskedImageModel, rows: Iterable[Row], conditions: Co
             contexts[guided] = require_known(base, conditions, guided=guided)
         context = contexts[guided]
         if context is None:
-            raise ValueError("conditions hold fewer batches than there are ranks: take smaller batches")
+            raise ValueError("conditions hold fewer batches than there are ranks; use smaller batches")
         try:
             counts = tokens_per_step(row.decoding.schedule, row.decoding.num_steps, base.spec.num_tokens)
             if row.decoding.order != "confidence":
@@ -68,6 +68,6 @@ def require_feasible(base: MaskedImageModel, rows: Iterable[Row], conditions: Co
 
 
 def strip_of(images: Tensor) -> Tensor:
-    """Return ``images``, uint8 (B, 3, H, W), side by side in one of (3, H', W')."""
+    """Join ``images``, uint8 (B, 3, H, W), side by side into one (3, H', W')."""
     strip: Tensor = torchvision.utils.make_grid(images.cpu(), nrow=len(images), padding=1, pad_value=255)
     return strip

@@ -1,4 +1,4 @@
-"""All that a row's values depend on, as JSON values that can be compared and shown."""
+"""Identity of a row: everything its values depend on, as JSON values to compare and print."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ _MISSING = "nothing"
 
 
 def loop_identities(
-    base: MaskedImageModel, rows: Sequence[Row], *, precision: str, compiled: bool
+    base: MaskedImageModel, rows: Sequence[Row], *, precision: str, compiled: bool | str
 ) -> dict[str, dict[str, Any]]:
-    """Return, by row name, what its decoding loop depends on, and so its latency.
+    """Return, by row name, everything the decoding loop and its latency depend on.
 
     Args:
-        base: the frozen model, in the precision that it runs in.
+        base: the frozen model, in the precision it runs in.
         rows: ways to decode.
-        precision: the trainer's.
-        compiled: whether networks run through ``torch.compile``.
+        precision: the trainer's precision.
+        compiled: whether networks run through ``torch.compile``, or its mode.
     """
     shared = {"base": base.identity(), "dtype": dtype_of(base), "precision": precision, "compiled": compiled}
     return {
-        row.name: _as_json(
-            shared | {"decoding": asdict(row.decoding), "acceleration": row.acceleration.identity()},
-        )
+        row.name: _as_json(shared | {"decoding": asdict(row.decoding), "acceleration": row.acceleration.identity()})
         for row in rows
     }
 
@@ -39,26 +37,26 @@ def loop_identities(
 def row_identity(
     loop: Mapping[str, Any], conditions: Mapping[str, Any], metrics: Mapping[str, ImageMetric]
 ) -> dict[str, Any]:
-    """Return all that a row's values depend on besides the run seed.
+    """Return everything a row's values depend on but the run seed.
 
     Args:
-        loop: of the row, by :func:`loop_identities`.
-        conditions: identity of what is asked for.
-        metrics: measures of images by name.
+        loop: the row's entry of :func:`loop_identities`.
+        conditions: identity of the conditions.
+        metrics: image metrics by name.
     """
     measured = {name: metric.identity() for name, metric in metrics.items()}
     return dict(loop) | _as_json({"conditions": dict(conditions), "metrics": measured})
 
 
 def dtype_of(base: MaskedImageModel) -> str:
-    """Return the dtypes of the base's weights as its tensors have them, such as ``bfloat16``."""
+    """Return the dtypes of the base's weights, such as ``bfloat16``."""
     tensors = base.parameters() if isinstance(base, nn.Module) else ()
     found = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
     return "+".join(sorted(found)) or str(base.interface.code_embedding.dtype).removeprefix("torch.")
 
 
 def differences(before: object, after: object, path: str = "") -> list[str]:
-    """Return where two identities differ, path and both values.
+    """Return where two identities differ: path and both values.
 
     >>> differences({"base": {"template": "{}"}, "n": 1}, {"base": {"template": "a {}"}, "n": 1})
     ["base.template was '{}' and is 'a {}'"]
@@ -78,6 +76,6 @@ def _short(value: object, most: int = 80) -> str:
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """As it is read back from a file: tuples are lists."""
+    """Return ``value`` as a file would give it back, with lists for tuples."""
     plain: dict[str, Any] = json.loads(json.dumps(value))
     return plain

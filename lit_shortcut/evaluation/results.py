@@ -1,4 +1,4 @@
-"""Finished rows as files in a folder, so that a run that was stopped goes on where it was."""
+"""Finished rows as files in a folder, so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _PROMPTS = "prompts.json"
 class Results:
     """Values of finished rows, strips of their images, and latencies.
 
-    A row counts as finished only under an equal identity; where it differs, the log says in what.
+    A row is finished only under an equal identity; if identities differ, the log says where.
 
     Args:
-        folder: holds ``rows/``, ``images/``, ``unfinished/`` and ``latency.json``.
+        folder: folder of ``rows/``, ``images/``, ``unfinished/`` and ``latency.json``.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def find(self, row: Row, seed: int, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """Return what :meth:`add` stored of a row under an equal ``identity``, else None."""
+        """Return the entry that :meth:`add` stored for a row under an equal ``identity``, else None."""
         stored = self.stored(row, seed)
         if stored is None:
             return None
@@ -45,18 +45,18 @@ class Results:
         return stored
 
     def stored(self, row: Row, seed: int) -> dict[str, Any] | None:
-        """Return what :meth:`add` stored of a row last, under whatever identity."""
+        """Return the last entry that :meth:`add` stored for a row, whatever its identity."""
         return _read(self.folder / "rows" / f"{row.name}_seed{seed}.json")
 
     def add(
         self, row: Row, seed: int, identity: dict[str, Any], values: dict[str, float], full_steps: dict[str, float]
     ) -> None:
-        """Store a finished row: the ``values`` of its metrics and its base passes, ``full_steps``."""
+        """Store a finished row: the ``values`` of its metrics and its number of base passes, ``full_steps``."""
         content = {"row": row.entry(), "values": values, "full_steps": full_steps, "identity": identity}
         _write(self.folder / "rows" / f"{row.name}_seed{seed}.json", content)
 
     def unfinished_path(self, row: Row, seed: int, rank: int) -> Path:
-        """Return where one rank keeps what it has measured of a row that is not finished."""
+        """Return the path of one rank's metric states of an unfinished row."""
         return self.folder / "unfinished" / f"{row.name}_seed{seed}_rank{rank}.safetensors"
 
     def add_images(self, row: Row, images: Tensor, prompts: tuple[str, ...] = ()) -> None:
@@ -68,19 +68,19 @@ class Results:
             _write(path.with_name(_PROMPTS), list(prompts))
 
     def images_path(self, row: Row) -> Path:
-        """Return where a row's strip of images is."""
+        """Return the path of a row's strip of images."""
         return self.folder / "images" / f"{row.name}.png"
 
     def prompts(self) -> list[str]:
-        """Return the prompts of the strips' columns; none where classes were asked for."""
+        """Return the prompts of the strips' columns; none for classes."""
         return list(_read(self.folder / "images" / _PROMPTS) or [])
 
     def latency(self) -> dict[str, Any]:
-        """Return what :meth:`set_latency` stored; ``measured`` is empty if nothing."""
+        """Return the latencies stored by :meth:`set_latency`; ``measured`` is empty if there are none."""
         return _read(self.folder / "latency.json") or {"identity": {"rows": {}}, "measured": {}}
 
     def set_latency(self, identity: dict[str, Any], measured: dict[str, dict[str, Any]]) -> None:
-        """Store latencies by row name, all measured in one run; ``identity`` has ``rows`` by name."""
+        """Store latencies by row name, all measured in one run; ``identity`` holds ``rows`` by name."""
         _write(self.folder / "latency.json", {"identity": identity, "measured": measured})
 
 
@@ -89,8 +89,8 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as error:  # no JSON, or no text at all
-        raise ValueError(f"{path}: not a result file ({error}); delete it and it is measured again") from error
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"{path}: not a result file ({error}); delete it to measure the row again") from error
 
 
 def _write(path: Path, content: dict[str, Any] | list[str]) -> None:

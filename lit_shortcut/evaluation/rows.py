@@ -1,4 +1,4 @@
-"""Ways to decode, read like lines of a table: ``[8]``, ``[16, 4, shortcut]``, ``[16, 4, hold, {guidance: 1}]``."""
+"""Rows, spelled like lines of a table: ``[8]``, ``[16, 4, shortcut]``, ``[16, 4, hold, {guidance: 1}]``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lit_shortcut.contracts import Acceleration
 from lit_shortcut.sampling import Decoding
 
 NamedPlan = Plan | Callable[[int], Plan]
-"""A plan whose budget is its own, or one that takes the budget of each row."""
+"""A plan with a budget of its own, or a function from a row's budget to its plan."""
 
 RowEntry = tuple[Any, ...]
-"""A row as YAML spells it. A tuple, since ``rows+:`` in a second YAML would append to inner lists, too."""
+"""A row in YAML. A tuple, since ``rows+:`` in a second YAML would append to inner lists, too."""
 
 VANILLA = "vanilla"
 EVEN = "even"
@@ -37,13 +37,13 @@ class Row:
     """One way to decode.
 
     Args:
-        name: as in logs and file names: ``vanilla_n8``, ``shortcut_n16_b4_even_tokens``.
-        method: its label in tables.
-        decoding: how tokens are drawn.
-        acceleration: what computes the features of each step.
-        budget: b, full steps that the row asks for; N itself for vanilla.
+        name: name in logs and files: ``vanilla_n8``, ``shortcut_n16_b4_even_tokens``.
+        method: label in tables.
+        decoding: settings that tokens are drawn with.
+        acceleration: computes the features of each step.
+        budget: b, the row's number of full steps; N for vanilla.
         plan: name of the plan; empty for vanilla.
-        overrides: fields of the decoding that are the row's own, by name.
+        overrides: fields of the decoding set by this row, by name.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Row:
 
     @property
     def settings(self) -> str:
-        """What the decoding has of its own, for a table: ``halton, guidance 1``."""
+        """Return the row's own decoding settings for a table: ``halton, guidance 1``."""
         return ", ".join(
             str(value) if name == "order" else f"{name} {_shown(value)}" for name, value in self.overrides.items()
         )
 
     def entry(self) -> dict[str, Any]:
-        """Return what a table says of the row, as JSON values."""
+        """Return the row's columns in a table, as JSON values."""
         return {
             "name": self.name,
             "method": self.method,
@@ -79,35 +79,35 @@ def build_rows(
     methods: Mapping[str, Predictor] | None = None,
     plans: Mapping[str, NamedPlan] | None = None,
 ) -> list[Row]:
-    """Return the rows that ``rows`` spell.
+    """Build rows from their YAML entries.
 
     Args:
         rows: ``[N]`` is vanilla in N steps; ``[N, b, method]`` runs the base at b of them, spread evenly, and the
             method at the others; a fourth entry names another plan; a list in place of b lists the full steps. A
             mapping at the end overrides fields of ``decoding``.
-        decoding: of all rows, but for the number of steps.
+        decoding: settings of all rows but the number of steps.
         methods: predictors by name.
         plans: plans by name; ``even`` and ``even_tokens`` are always known.
 
     Raises:
-        ValueError: if a row is malformed, names an unknown method, plan or field, or asks for a budget outside 1..N; if
-            two rows are one; or if a name cannot be part of a file name.
+        ValueError: if a row is malformed, names an unknown method, plan or field, or has a budget outside 1..N; if two
+            rows are equal; or if a name cannot be part of a file name.
     """
     methods, plans = methods or {}, KNOWN_PLANS | dict(plans or {})
     for name in (*methods, *plans):
         if not _NAME.fullmatch(name) or name == VANILLA:
             raise ValueError(
-                f"methods and plans are named by letters, digits and _ . -, and vanilla is known already; got {name!r}"
+                f"names of methods and plans may have letters, digits and _ . - and must not be vanilla; got {name!r}"
             )
     built = [_build(entry, decoding, methods, plans) for entry in rows]
     twice = [name for name, count in Counter(row.name for row in built).items() if count > 1]
     if twice:
-        raise ValueError(f"rows must differ from one another; more than one is {', '.join(twice)}")
+        raise ValueError(f"rows must differ from one another; more than one are {', '.join(twice)}")
     return built
 
 
 def modules_of(rows: Iterable[Row]) -> nn.ModuleList:
-    """Return the accelerations that are modules, so that a task that holds them moves their networks."""
+    """Return the accelerations that are modules, for a task to hold and so move their networks."""
     return nn.ModuleList(row.acceleration for row in rows if isinstance(row.acceleration, nn.Module))
 
 
@@ -121,7 +121,7 @@ def _build(
         overrides = dict(parts.pop())
     match parts:
         case [int(num_steps)]:
-            own = _override(entry, decoding.at(num_steps), overrides)
+            own = _override(entry, decoding, num_steps, overrides)
             return Row(_name(VANILLA, num_steps, "", overrides), VANILLA, own, Vanilla(), num_steps, "", overrides)
         case [int(num_steps), int() | list() as budget, str(method)]:
             plan = "" if isinstance(budget, list) else EVEN
@@ -135,7 +135,7 @@ def _build(
         raise ValueError(f"row {list(entry)}: no plan is named {plan!r}; known are {_list(plans)}")
     if not isinstance(budget, list) and not 1 <= budget <= num_steps:
         raise ValueError(f"row {list(entry)}: budget must lie in 1..{num_steps}, the number of steps; got {budget}")
-    own = _override(entry, decoding.at(num_steps), overrides)
+    own = _override(entry, decoding, num_steps, overrides)
     made: Plan
     if isinstance(budget, list):
         label, count, made = f"steps{'-'.join(map(str, budget))}", len(budget), _steps(entry, budget)
@@ -156,7 +156,7 @@ def _steps(entry: Sequence[Any], steps: list[Any]) -> Steps:
         raise ValueError(f"row {list(entry)}: {error}") from error
 
 
-def _override(entry: Sequence[Any], decoding: Decoding, overrides: dict[str, Any]) -> Decoding:
+def _override(entry: Sequence[Any], decoding: Decoding, num_steps: int, overrides: dict[str, Any]) -> Decoding:
     known = [field.name for field in fields(Decoding) if field.name != "num_steps"]
     changes: dict[str, Any] = {}
     try:
@@ -168,13 +168,13 @@ def _override(entry: Sequence[Any], decoding: Decoding, overrides: dict[str, Any
             if isinstance(value, bool) or not isinstance(value, types):
                 raise ValueError(f"{name} must be {kind}, got {value!r}")
             changes[name] = replace(current, **value) if isinstance(value, Mapping) else value
-        return replace(decoding, **changes)
-    except (TypeError, ValueError) as error:  # replace() raises TypeError where a course lacks a field
+        return replace(decoding, num_steps=num_steps, **changes)
+    except (TypeError, ValueError) as error:  # replace() raises TypeError if a course lacks a field
         raise ValueError(f"row {list(entry)}: {error}") from error
 
 
 def _kind(value: object) -> tuple[str, tuple[type, ...]]:
-    """Return what YAML may give in place of ``value``, in words and types."""
+    """Return the kind of value that may override ``value``, in words and types."""
     if isinstance(value, str):
         return "a word", (str,)
     return ("a number", (int, float)) if isinstance(value, float) else ("a mapping of its fields", (Mapping,))

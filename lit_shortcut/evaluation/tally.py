@@ -1,4 +1,4 @@
-"""What is measured of a row so far: the states of its metrics, kept on disk batch by batch."""
+"""States of a row's metrics, saved to disk batch by batch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _UPDATES = "updates"
 
 
 class FullSteps(Metric):
-    """How often the base ran for an image: mean, and 5 % and 95 % quantiles.
+    """Number of base passes per image: mean, and 5 % and 95 % quantiles.
 
     Args:
-        num_steps: N, the most there can be.
+        num_steps: N, the largest possible number.
     """
 
     counts: Tensor
@@ -36,7 +36,7 @@ class FullSteps(Metric):
         self.add_state("counts", torch.zeros(num_steps + 1, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, full_steps: Tensor) -> None:
-        """Take in the base passes (B,) of some images."""
+        """Add the numbers of base passes (B,) of some images."""
         self.counts = self.counts + torch.bincount(full_steps.to(self.counts), minlength=len(self.counts))
 
     def compute(self) -> dict[str, float]:
@@ -49,18 +49,17 @@ class FullSteps(Metric):
 
 
 class Tally:
-    """The metrics of one row at one run seed, on one rank.
+    """Metrics of one row at one run seed, on one rank.
 
-    Where there is a file, their states are kept there after each batch, so that a run that was killed goes on with the
-    next one and ends with the same values to the bit. What states that are lists gain by a batch lies in a file of its
-    own beside it.
+    With a ``path``, their states are saved after each batch, so that a killed run resumes with the next batch and ends
+    with bit-identical values. What a batch adds to states that are lists is saved in a file of its own.
 
     Args:
-        metrics: measures of images by name; the row gets copies.
+        metrics: image metrics by name; the row gets copies.
         num_steps: N of the row.
-        device: of the metrics' states.
-        path: file to keep the states in; None keeps them in memory only.
-        key: all that they depend on; a file under another one is ignored, and the log says why.
+        device: device of the metrics' states.
+        path: file of the states; None keeps them in memory only.
+        key: everything the states depend on; a file with another key is ignored, and the log says why.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Tally:
         self.full_steps, self.path, self.key = FullSteps(num_steps).to(device), path, key
         self.parts: dict[str, Metric] = {"full_steps": self.full_steps}
         for first, *_ in self.metrics.compute_groups.values():  # the others share its states
-            part = getattr(self.metrics, first)  # indexing would give each a copy
+            part = getattr(self.metrics, first)  # indexing would return a copy
             assert isinstance(part, Metric)
             self.parts[f"metrics/{first}"] = part
         self.names, self.batches = list(metrics), 0
@@ -83,7 +82,7 @@ class Tally:
             self._resume(path)
 
     def add(self, drawn: Drawn, conditions: Conditions) -> None:
-        """Take in one batch, and keep it."""
+        """Add one batch, and save the states."""
         known = {name: len(elements) for name, elements in self._lists().items()}
         self.metrics.update(drawn.images, conditions)
         self.full_steps.update(drawn.full_steps)
@@ -99,7 +98,7 @@ class Tally:
         self.batches += 1
 
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the values of the metrics and the base passes over all ranks, which must call it in one order."""
+        """Return the values of the metrics and the base passes over all ranks, which must call it in the same order."""
         values = {name: float(value) for name, value in self.metrics.compute().items()}
         return {name: values[name] for name in self.names}, self.full_steps.compute()
 
@@ -117,8 +116,8 @@ class Tally:
                 rank_zero_info(f"{path}: ignored, since {'; '.join(changes)}")
                 return
             for index in range(kept["batches"]):
-                if (of_batch := self._batch_path(path, index)).exists():
-                    tensors |= load_tensors(of_batch)[0]
+                if (batch := self._batch_path(path, index)).exists():
+                    tensors |= load_tensors(batch)[0]
             self._restore(tensors)
         except (WeightsError, KeyError) as error:
             rank_zero_info(f"{path}: ignored, it cannot be read ({error})")
@@ -126,11 +125,11 @@ class Tally:
                 part.reset()
             return
         self.batches = kept["batches"]
-        rank_zero_info(f"{path}: {self.batches} finished batches are kept")
+        rank_zero_info(f"{path}: resumed after {self.batches} finished batches")
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> None:
         for where, part in self.parts.items():
-            part._update_count = int(tensors[f"{where}/{_UPDATES}"])  # else compute warns that there was no update
+            part._update_count = int(tensors[f"{where}/{_UPDATES}"])  # otherwise compute warns of missing updates
             for name, value in part.metric_state.items():
                 if isinstance(value, Tensor):
                     setattr(part, name, tensors[f"{where}/{name}"].to(part.device))

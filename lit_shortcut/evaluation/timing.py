@@ -1,4 +1,4 @@
-"""Latency of rows, and of one pass of the base beside them."""
+"""Latency of rows, also in units of one base pass."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _BASE = "one pass of the base"
 def time_rows(
     base: MaskedImageModel, rows: Sequence[Row], decoding: Decoding, conditions: Conditions, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Time each row's decoding loop in turns, without the image decoder: synchronised, after a warm-up.
+    """Time each row's decoding loop in turns, without the image decoder, synchronised and after a warm-up.
 
     Args:
         base: the frozen model.
         rows: ways to decode.
-        decoding: says whether the pass of the base that costs are measured in is guided.
-        conditions: of the images that are drawn, on the device to measure.
-        rounds: times each row is timed.
+        decoding: decides whether the base pass used as unit is guided.
+        conditions: conditions of the images, on the device to measure.
+        rounds: number of timed runs of each row.
 
     Returns:
-        By row name ``median_ms`` and ``iqr_ms`` for an image, ``passes`` (median in passes of the base), ``rounds``,
-        ``batch_size``, ``device``, and on a GPU ``memory_mb``, the most that was allocated (10⁶ bytes).
+        By row name ``median_ms`` and ``iqr_ms`` per image, ``passes`` (median in base passes), ``rounds``,
+        ``batch_size``, ``device``, and on a GPU ``memory_mb``, the peak of allocated memory (10⁶ bytes).
     """
     device, batch_size = conditions.seeds.device, len(conditions.ids)
     rank_zero_info(f"timing {len(rows)} rows, {rounds} rounds in turns")
@@ -40,13 +40,8 @@ def time_rows(
     }
     memory = {name: _peak_mb(run, device) for name, run in runs.items()}
     runs[_BASE] = _one_pass(base, decoding, conditions)
-    latencies = measure_latency(
-        runs,
-        device,
-        batch_size,
-        rounds,
-        after_round=lambda done: rank_zero_info(f"timed {done} of {rounds} rounds"),
-    )
+    report = lambda done: rank_zero_info(f"timed {done} of {rounds} rounds")  # noqa: E731
+    latencies = measure_latency(runs, device, batch_size, rounds, after_round=report)
     one_pass = latencies.pop(_BASE).median_ms
     return {
         name: latency._asdict() | {"passes": latency.median_ms / one_pass} | memory[name]

@@ -1,4 +1,4 @@
-"""Fashion-MNIST with captions made from what is true of each image."""
+"""Fashion-MNIST with captions made from each image's class and measured attributes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from jsonargparse import auto_cli
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset
 
 from lit_shortcut.fashion.garments import caption, measure, true_attributes
 from lit_shortcut.fashion.images import FashionMNIST
@@ -32,7 +32,7 @@ SPECIAL_TOKENS = (
 
 
 class _Batches(Dataset[CaptionedImages]):
-    """Item = a batch, chosen by a list of indices; captions are worded anew each time, or always alike."""
+    """Batches by lists of indices; without ``seed`` captions are reworded each time, with it they stay the same."""
 
     def __init__(self, images: LabelledImages, seed: int | None) -> None:
         self.images, self.seed = images, seed
@@ -57,19 +57,19 @@ class _Batches(Dataset[CaptionedImages]):
 
     def _rng(self, index: int) -> random.Random:
         drawn = int(torch.randint(2**62, ())) if self.seed is None else f"{self.seed}:{index}"
-        return random.Random(drawn)  # noqa: S311 - wording, no secret
+        return random.Random(drawn)  # noqa: S311 - wording, not a secret
 
 
 class CaptionedFashionMNIST(FashionMNIST):
-    """Fashion-MNIST with a caption for each image: its class, and what was measured of it.
+    """Fashion-MNIST with a caption for each image: its class and attributes.
 
-    In training an image is captioned in other words each time; elsewhere it always has the same caption.
+    In training each caption is reworded every time; validation and test images always have the same one.
 
     Args:
-        folder: holds the four IDX files; None takes Debian's package or torchvision's download.
+        folder: folder of the four IDX files; None takes Debian's package or torchvision's download.
         batch_size: images per batch and rank.
-        validation_images: the last training images, kept aside for validation.
-        seed: of the wording of validation and test captions.
+        validation_images: number of the last training images, held out for validation.
+        seed: seed of the wording of validation and test captions.
     """
 
     def __init__(
@@ -78,21 +78,18 @@ class CaptionedFashionMNIST(FashionMNIST):
         super().__init__(folder, batch_size, validation_images)
         self.seed = seed
 
-    def _loader(self, images: LabelledImages, *, shuffle: bool) -> DataLoader[CaptionedImages]:  # type: ignore[override]
-        dataset = _Batches(images, None if shuffle else self.seed)
-        order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-        sampler = BatchSampler(order, self.batch_size, drop_last=shuffle)
-        return DataLoader(dataset, sampler=sampler, batch_size=None)
+    def _batches(self, images: LabelledImages, *, shuffle: bool) -> _Batches:
+        return _Batches(images, None if shuffle else self.seed)
 
 
 def captions(images: LabelledImages, count: int, seed: int = 0) -> tuple[str, ...]:
-    """Captions of the first ``count`` of ``images``, worded by ``seed``."""
+    """Return captions of the first ``count`` of ``images``, worded by ``seed``."""
     first = LabelledImages(images.pixels[:count], images.labels[:count])
     return _Batches(first, seed)[list(range(count))].prompts
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of ``texts``, in lower case, with :data:`SPECIAL_TOKENS` first."""
+    """Train a byte-level BPE on ``texts`` in lower case, with :data:`SPECIAL_TOKENS` first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

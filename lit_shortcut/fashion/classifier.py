@@ -1,4 +1,4 @@
-"""A small convolutional classifier and its training: class agreement and Fréchet features for the embedded default."""
+"""Small convolutional classifier and its training: class agreement and Fréchet features for the embedded default."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torchmetrics.classification import MulticlassAccuracy
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import load_module
@@ -20,15 +21,16 @@ def _convolution(in_width: int, width: int) -> list[nn.Module]:
 
 
 class FashionCNN(nn.Module):
-    """Grey images to class logits; the 128 pooled features before the last layer serve the Fréchet distance.
+    """Network from grey images to class logits; its 128 pooled features before the last layer serve Fréchet distances.
 
     Args:
-        num_classes: classes told apart.
-        width: channels of the first stage, doubled at each of the two that follow.
+        num_classes: number of classes.
+        width: channels of the first stage, doubled at each of the next two.
     """
 
     def __init__(self, num_classes: int = 10, width: int = 32) -> None:
         super().__init__()
+        require_at_least(1, num_classes=num_classes, width=width)
         self.hparams = {"num_classes": num_classes, "width": width}
         self.num_features = 4 * width
         self.body = nn.Sequential(
@@ -45,19 +47,19 @@ class FashionCNN(nn.Module):
         self.head = nn.Linear(4 * width, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Pooled features (B, 4·width) of uint8 ``images`` (B, 1 or 3, H, W); colour images are averaged to grey."""
+        """Return features (B, 4·width) of uint8 ``images`` (B, 1 or 3, H, W); colour images are averaged to grey."""
         grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
         pooled: Tensor = self.body(grey)
         return pooled
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class logits (B, num_classes) of uint8 ``images`` (B, 1 or 3, H, W)."""
+        """Return class logits (B, num_classes) of uint8 ``images`` (B, 1 or 3, H, W)."""
         logits: Tensor = self.head(self.dropout(self.features(images)))
         return logits
 
     @classmethod
     def load(cls, path: Path) -> FashionCNN:
-        """The one stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """Load the frozen classifier at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it fails."""
         return load_module(cls, path)
 
 
@@ -65,7 +67,7 @@ class FashionFeatures(nn.Module):
     """Pooled features of a :class:`FashionCNN`, an extractor for grey images.
 
     Args:
-        classifier: whose features to take.
+        classifier: the network.
     """
 
     def __init__(self, classifier: FashionCNN) -> None:
@@ -73,21 +75,21 @@ class FashionFeatures(nn.Module):
         self.classifier, self.num_features = classifier, classifier.num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, num_features) of uint8 ``images`` (B, 1 or 3, H, W)."""
+        """Return features (B, num_features) of uint8 ``images`` (B, 1 or 3, H, W)."""
         return self.classifier.features(images)
 
     @classmethod
     def load(cls, path: Path) -> FashionFeatures:
-        """Features of the classifier at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """Load the frozen classifier at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it fails."""
         return cls(FashionCNN.load(path))
 
 
 class ClassifierTask(OptimizedTask):
-    """Cross-entropy with label smoothing; half of the training images are mirrored.
+    """Training by cross-entropy with label smoothing; every other batch is mirrored.
 
     Args:
         classifier: the network to train.
-        num_classes: classes told apart.
+        num_classes: number of classes.
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule, by the step.
     """
@@ -104,18 +106,18 @@ class ClassifierTask(OptimizedTask):
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def training_step(self, batch: LabelledImages, batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch, mirrored as a whole every other time."""
+        """Return the cross-entropy of one batch."""
         pixels = batch.pixels.flip(-1) if batch_idx % 2 else batch.pixels
         loss = F.cross_entropy(self.network(pixels), batch.labels, label_smoothing=0.1)
         self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: LabelledImages, batch_idx: int) -> None:
-        """Accuracy on images kept aside."""
+        """Log the accuracy on held-out images."""
         self.accuracy(self.network(batch.pixels), batch.labels)
         self.log("val/accuracy", self.accuracy, prog_bar=True, batch_size=len(batch.labels))
 
     def test_step(self, batch: LabelledImages, batch_idx: int) -> None:
-        """Accuracy on the test images."""
+        """Log the accuracy on the test images."""
         self.accuracy(self.network(batch.pixels), batch.labels)
         self.log("test/accuracy", self.accuracy, batch_size=len(batch.labels))

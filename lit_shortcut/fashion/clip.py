@@ -1,4 +1,4 @@
-"""A small CLIP (Radford et al., arXiv 2103.00020) of transformers' own classes, and its training on captions."""
+"""Small CLIP (Radford et al., arXiv 2103.00020) from transformers' own classes, and its training on captions."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import CaptionedImages
+from lit_shortcut.places import located
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import WeightsError
 
 BEGIN, END, PADDING = "<s>", "</s>", "<pad>"
 """Special tokens of a text; CLIP reads a text's features at its end token."""
 
-_OTHER_POOLING = 2  # with this as end token, CLIPModel reads a text's features at its highest token instead
+_OTHER_POOLING = 2  # with this end token, CLIPModel reads a text's features at its highest token instead
 
 
 class SmallCLIP(nn.Module):
-    """Two transformers that put images and texts into one space.
+    """Two transformers that embed images and texts in one space.
 
-    What :meth:`save` writes is a common CLIPModel to all who read such; nothing of this class is needed.
+    :meth:`save` writes an ordinary CLIPModel, which loads without this class.
 
     Args:
         tokenizer: file of the tokenizers library with the special tokens ``<s>``, ``</s>``, ``<pad>``.
         image_size: H = W, in pixels; images of another size are scaled to it.
-        patch_size: pixels a side of a patch.
-        width: of both transformers and of the space.
-        depth: layers of each.
-        num_heads: of each.
-        context: most tokens of a text, its begin and end included; longer ones are cut.
+        patch_size: side of a patch in pixels.
+        width: width of both transformers and of the space.
+        depth: layers of each transformer.
+        num_heads: attention heads of each transformer.
+        context: longest text in tokens, begin and end included; longer ones are cut.
 
     Raises:
         WeightsError: if the tokenizer file is missing or damaged, or lacks a special token.
@@ -59,6 +61,8 @@ class SmallCLIP(nn.Module):
         context: int = 32,
     ) -> None:
         super().__init__()
+        require_at_least(1, image_size=image_size, patch_size=patch_size, width=width, depth=depth, num_heads=num_heads)
+        require_at_least(3, context=context)  # begin, a token, end
         self.hparams = {
             "tokenizer": tokenizer,
             "image_size": image_size,
@@ -68,7 +72,7 @@ class SmallCLIP(nn.Module):
             "num_heads": num_heads,
             "context": context,
         }
-        words = _words(Path(tokenizer), context)
+        words = _words(located(tokenizer), context)
         sizes = {
             "hidden_size": width,
             "intermediate_size": 2 * width,
@@ -89,20 +93,20 @@ class SmallCLIP(nn.Module):
         self.processor = CLIPProcessor(pixels, words)
 
     def similarities(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosines (B, P) between uint8 ``images`` (B, 1 or 3, H, W) and P ``prompts``."""
+        """Return cosines (B, P) between uint8 ``images`` (B, 1 or 3, H, W) and P ``prompts``."""
         pixels = self.processor.image_processor(images=images.expand(-1, 3, -1, -1), return_tensors="pt").pixel_values
         texts = self.processor.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
         device = self.clip.device
-        of_images = self.clip.get_image_features(pixels.to(device)).pooler_output
-        of_texts = self.clip.get_text_features(**texts.to(device)).pooler_output
-        return F.normalize(of_images, dim=-1) @ F.normalize(of_texts, dim=-1).T
+        image_features = self.clip.get_image_features(pixels.to(device)).pooler_output
+        text_features = self.clip.get_text_features(**texts.to(device)).pooler_output
+        return F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).T
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Logits (B, P): :meth:`similarities` times the learned scale."""
+        """Return logits (B, P): :meth:`similarities` times the learned scale."""
         return self.similarities(images, prompts) * self.clip.logit_scale.exp()
 
     def save(self, folder: Path) -> Path:
-        """Write config, weights, tokenizer and image processor into ``folder``; returns the file of the weights."""
+        """Write config, weights, tokenizer and image processor into ``folder``; return the path of the weights."""
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}") as aside:
             self.clip.save_pretrained(aside)
@@ -113,33 +117,32 @@ class SmallCLIP(nn.Module):
 
 
 def _words(path: Path, context: int) -> Any:
-    """The tokenizer of the file at ``path``, which begins and ends each text as CLIP needs it."""
+    """Load the tokenizer at ``path`` and let it begin and end each text as CLIP needs."""
     try:
         tokenizer = Tokenizer.from_str(path.read_text())
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such tokenizer file") from error
-    except Exception as error:  # the library raises nothing narrower, or no text at all
+    except Exception as error:  # the library raises nothing narrower
         raise WeightsError(f"{path}: not a tokenizer file ({error})") from error
     ids = {token: tokenizer.token_to_id(token) for token in (BEGIN, END, PADDING)}
     missing = [token for token, id_ in ids.items() if id_ is None]
     if missing:
         raise WeightsError(f"{path}: expected a tokenizer with the special tokens {', '.join(ids)}; it lacks {missing}")
     if ids[END] == _OTHER_POOLING:
-        raise WeightsError(f"{path}: {END} must not be token {_OTHER_POOLING}, by which CLIPModel knows older configs")
+        raise WeightsError(f"{path}: {END} must not be token {_OTHER_POOLING}, which marks old configs in CLIPModel")
     special = [(token, ids[token]) for token in (BEGIN, END)]
     tokenizer.post_processor = TemplateProcessing(single=f"{BEGIN} $A {END}", special_tokens=special)
     names = {"bos_token": BEGIN, "eos_token": END, "pad_token": PADDING}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context, **names)
 
 
-_MOST = log(100)  # of the logarithm of the learned scale, as in the paper
+_MOST = log(100)  # upper bound of the logarithm of the learned scale, as in the paper
 
 
 def contrastive_loss(logits: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Symmetric cross-entropy of ``logits`` (B, B), image i by prompt j, made for pairs on the diagonal.
+    """Return the symmetric cross-entropy of ``logits`` (B, B), image i by prompt j; pairs are on the diagonal.
 
-    Images of equal prompts are right for one another's, to equal parts; where all prompts differ, it is the loss of
-    arXiv 2103.00020, section 2.3.
+    Equal prompts share their targets equally; if all prompts differ, this is the loss of arXiv 2103.00020, section 2.3.
 
     >>> float(contrastive_loss(torch.zeros(2, 2), ["a coat", "a bag"]).exp())
     2.0
@@ -152,15 +155,15 @@ def contrastive_loss(logits: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 class ClipTask(OptimizedTask):
-    """Pairs of image and caption are told from the batch's other pairings; every other batch is mirrored.
+    """Contrastive training on pairs of image and caption; every other batch is mirrored.
 
-    Validation and test log, besides the loss, ``class_accuracy``: share of images nearer to the prompt of their own
-    class than to those of the others; and the mean score, 100 · cosine, of images with their own captions
-    (``score``) and with their neighbours' in the batch (``score_shuffled``).
+    Validation and test log, besides the loss, ``class_accuracy``: share of images nearest to the prompt of their own
+    class; and the mean score, 100 · cosine, of images with their own captions (``score``) and with their neighbours' in
+    the batch (``score_shuffled``).
 
     Args:
         clip: the network to train.
-        class_prompts: one for each class, in the order of the labels.
+        class_prompts: a prompt for each class, in the order of the labels.
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule, by the step.
     """
@@ -179,22 +182,22 @@ class ClipTask(OptimizedTask):
         self.score, self.score_shuffled = MeanMetric(), MeanMetric()
 
     def training_step(self, batch: CaptionedImages, batch_idx: int) -> Tensor:
-        """Contrastive loss of one batch."""
+        """Return the contrastive loss of one batch."""
         pixels = batch.pixels.flip(-1) if batch_idx % 2 else batch.pixels
         loss = contrastive_loss(self.network(pixels, batch.prompts), batch.prompts)
         self.log("train/loss", loss)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: CaptionedImages, batch_idx: int) -> None:
-        """Keep the scale at 100 or below, as the paper does."""
+        """Keep the scale at or below 100, as in the paper."""
         self.network.clip.logit_scale.data.clamp_(max=_MOST)
 
     def validation_step(self, batch: CaptionedImages, batch_idx: int) -> None:
-        """Measure images kept aside."""
+        """Log the measures on held-out images."""
         self._measure("val", batch)
 
     def test_step(self, batch: CaptionedImages, batch_idx: int) -> None:
-        """Measure the test images."""
+        """Log the measures on the test images."""
         self._measure("test", batch)
 
     def _measure(self, stage: str, batch: CaptionedImages) -> None:

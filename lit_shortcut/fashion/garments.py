@@ -1,6 +1,6 @@
-"""What can be said of an image of Fashion-MNIST and measured in its pixels: its class, and three attributes.
+"""Garments of Fashion-MNIST in words and numbers: the class, and three attributes measured in the pixels.
 
-Captions of real images are written from these measurements, and generated images are judged by the same ones.
+Captions of real images are made from these measurements, and generated images are judged by them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOUNS = (
     ("bag", "handbag", "bag"),
     ("ankle boot", "boot", "ankle boot"),
 )
-"""Wordings of each class, in the order of Fashion-MNIST's labels; a repeated one is used more often."""
+"""Nouns of each class, in the order of Fashion-MNIST's labels; a repeated one is used more often."""
 
 WORDS = {
     "brightness": (("dark", "black"), ("bright", "light")),
@@ -32,9 +32,9 @@ WORDS = {
     "width": (("narrow", "slim"), ("wide", "broad")),
     "height": (("low", "flat"), ("high", "tall")),
 }
-"""Wordings of little and of much of each attribute. Width is said of upright garments, height of the others."""
+"""Adjectives for low and for high values of each attribute. Width describes upright garments, height the others."""
 
-# 30 % and 70 % quantiles over the 60,000 training images: of all classes, then of each one.
+# 30 % and 70 % quantiles over the 60,000 training images: brightness of all classes, the others of each class.
 _BRIGHTNESS = (0.54, 0.73)
 _TEXTURE = (
     (0.068, 0.094),
@@ -50,7 +50,7 @@ _TEXTURE = (
 )
 _EXTENT = ((21, 23), (11, 12), (20, 22), (13, 16), (19, 21), (12, 20), (20, 22), (12, 14), (20, 27), (19, 23))
 _UPRIGHT = (True, True, True, True, True, False, True, False, False, False)
-_INK = 24  # grey values above are garment, not background
+_INK = 24  # grey values above this are garment, not background
 
 _TEMPLATES = ("a {0}", "a photo of a {0}", "a picture of a {0}", "{0}", "one {0}", "a grey picture of one {0}")
 _LABELS = {name.split()[-1]: label for label, names in enumerate(NOUNS) for name in names}
@@ -58,17 +58,17 @@ _SIGNS = {word: (name, sign) for name, both in WORDS.items() for sign, words in 
 
 
 class Description(NamedTuple):
-    """What a prompt asks for: class ``label``, None where it names none, and attributes with 0 (little) or 1 (much)."""
+    """Content of a prompt: class ``label``, None if it names no class, and attributes, each 0 (low) or 1 (high)."""
 
     label: int | None
     attributes: dict[str, int]
 
 
 def measure(images: Tensor) -> dict[str, Tensor]:
-    """Attributes (B,) of uint8 ``images`` (B, 1 or 3, H, W).
+    """Return the attributes (B,) of uint8 ``images`` (B, 1 or 3, H, W).
 
     ``brightness``: mean grey value of the garment, 0 to 1. ``texture``: mean difference of its neighbouring pixels, in
-    the same units. ``width`` and ``height``: of the box around it, in pixels.
+    the same units. ``width`` and ``height``: size of the box around it, in pixels.
     """
     grey = images.float().mean(1)
     ink = grey > _INK
@@ -87,7 +87,7 @@ def measure(images: Tensor) -> dict[str, Tensor]:
 
 
 def bounds(label: int) -> dict[str, tuple[float, float]]:
-    """Attributes that are said of class ``label``: below the first value it has little of one, above the second much.
+    """Return thresholds of the attributes that describe class ``label``: low below the first, high above the second.
 
     >>> sorted(bounds(0)), sorted(bounds(9))
     (['brightness', 'texture', 'width'], ['brightness', 'height', 'texture'])
@@ -97,25 +97,25 @@ def bounds(label: int) -> dict[str, tuple[float, float]]:
 
 
 def true_attributes(values: dict[str, float], label: int) -> dict[str, int]:
-    """Attributes of an image of class ``label`` with the measured ``values`` that are clear enough to be said.
+    """Return the attributes that are clearly low or high in an image of class ``label`` with measured ``values``.
 
     >>> true_attributes({"brightness": 0.9, "texture": 0.09, "width": 12.0, "height": 28.0}, label=0)
     {'brightness': 1, 'width': 0}
     """
-    said = {}
-    for name, (low, high) in bounds(label).items():
-        if values[name] < low or values[name] > high:
-            said[name] = int(values[name] > high)
-    return said
+    return {
+        name: int(values[name] > high)
+        for name, (low, high) in bounds(label).items()
+        if values[name] < low or values[name] > high
+    }
 
 
 def caption(label: int, attributes: dict[str, int], rng: random.Random) -> str:
-    """A sentence about an image of class ``label`` that tells some of its ``attributes``, in words drawn by ``rng``."""
-    told = rng.sample(sorted(attributes), rng.randint(0, len(attributes)))
-    adjectives = [rng.choice(WORDS[name][attributes[name]]) for name in told]
+    """Return a caption of class ``label`` that names some of its ``attributes``, in words drawn by ``rng``."""
+    named = rng.sample(sorted(attributes), rng.randint(0, len(attributes)))
+    adjectives = [rng.choice(WORDS[name][attributes[name]]) for name in named]
     noun = rng.choice(NOUNS[label])
     template = rng.choice(_TEMPLATES)
-    if adjectives and rng.random() < 0.25:  # behind the noun: "a coat, dark and wide"
+    if adjectives and rng.random() < 0.25:  # after the noun: "a coat, dark and wide"
         sentence = f"{template.format(noun)}, {' and '.join(adjectives)}"
     else:
         sentence = template.format(" ".join([*adjectives, noun]))
@@ -123,7 +123,7 @@ def caption(label: int, attributes: dict[str, int], rng: random.Random) -> str:
 
 
 def read_prompt(prompt: str) -> Description:
-    """What ``prompt`` asks for, by the words of :data:`NOUNS` and :data:`WORDS`; others say nothing.
+    """Parse ``prompt`` by the words in :data:`NOUNS` and :data:`WORDS`; others are ignored.
 
     >>> read_prompt("a photo of a dark, wide t-shirt")
     Description(label=0, attributes={'brightness': 0, 'width': 1})
@@ -134,16 +134,16 @@ def read_prompt(prompt: str) -> Description:
 
 
 def follows(values: dict[str, float], label: int, attributes: dict[str, int]) -> list[bool]:
-    """Whether an image of class ``label`` with measured ``values`` lies on the side asked for, for each attribute.
+    """Return, for each of the ``attributes``, whether measured ``values`` lie on the prompt's side of the threshold.
 
-    The border is the middle between little and much; an attribute that is not said of the class is left out.
+    The threshold is midway between low and high for class ``label``; attributes that don't describe it are skipped.
     """
     known = bounds(label)
     return [(values[name] > sum(known[name]) / 2) == bool(sign) for name, sign in attributes.items() if name in known]
 
 
 def _extent(occupied: Tensor) -> Tensor:
-    """First to last place (B,) that is true in ``occupied`` (B, L); 0 where none is."""
+    """Return the distance (B,) from the first to the last true place in ``occupied`` (B, L), inclusive; 0 if none."""
     places = torch.arange(1, occupied.shape[1] + 1, device=occupied.device)
     last = (occupied * places).amax(1)
     first = (occupied * places.flip(0)).amax(1)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, the images of the embedded default."""
+"""Fashion-MNIST, the data of the embedded default."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
+from lit_shortcut.places import located
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _IDX_UINT8 = 0x08
 
 
 def read_idx(path: Path) -> Tensor:
-    """The uint8 tensor in the IDX file ``path``, gzipped or not (LeCun's MNIST format).
+    """Read the uint8 tensor in the IDX file ``path``, gzipped or not (LeCun's MNIST format).
 
     Raises:
-        ValueError: if the file is missing, truncated or of another kind; the message names it.
+        ValueError: naming the file, if it is missing, truncated or of another kind.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -39,7 +42,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 class _Batches(Dataset[LabelledImages]):
-    """Item = a batch, chosen by a list of indices, so that collation is one indexing operation."""
+    """Batches by lists of indices, so that collation is one indexing operation."""
 
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
         self.pixels, self.labels = pixels, labels
@@ -56,26 +59,28 @@ class FashionMNIST(L.LightningDataModule):
     """Fashion-MNIST (Xiao et al., arXiv 1708.07747): 60,000 training and 10,000 test images, 28×28, 10 classes.
 
     Args:
-        folder: holds the four IDX files. None takes Debian's package ``dataset-fashion-mnist`` where it is installed,
+        folder: folder of the four IDX files. None takes Debian's package ``dataset-fashion-mnist`` if it is installed,
             else torchvision's download into ``data/``.
         batch_size: images per batch and rank.
-        validation_images: the last training images, kept aside for validation.
+        validation_images: number of the last training images, held out for validation.
     """
 
     def __init__(self, folder: Path | None = None, batch_size: int = 64, validation_images: int = 2000) -> None:
         super().__init__()
+        require_at_least(1, batch_size=batch_size, validation_images=validation_images)
+        folder = None if folder is None else located(folder)
         self.folder, self.batch_size, self.validation_images = folder, batch_size, validation_images
 
     def prepare_data(self) -> None:
-        """Download once, on one rank, where neither a folder is given nor Debian's package installed."""
+        """Download once, on one rank, if no folder is given and Debian's package is not installed."""
         if self.folder is None and not DEBIAN_FOLDER.is_dir():
             torchvision.datasets.FashionMNIST("data", download=True)
 
     def split(self, name: str) -> LabelledImages:
-        """All images of split ``name``, ``train`` or ``t10k`` (test).
+        """Return all images of split ``name``, ``train`` or ``t10k`` (test).
 
         Raises:
-            ValueError: if a file is missing or damaged, or there are more labels than images or fewer.
+            ValueError: if a file is missing or damaged, or the numbers of labels and images differ.
         """
         folder = self.folder or (DEBIAN_FOLDER if DEBIAN_FOLDER.is_dir() else Path("data/FashionMNIST/raw"))
         pixels, labels = (
@@ -87,37 +92,39 @@ class FashionMNIST(L.LightningDataModule):
         return LabelledImages(pixels[:, None], labels.long())
 
     def train_dataloader(self) -> DataLoader[LabelledImages]:
-        """Training images, shuffled anew each epoch."""
+        """Return batches of training images, reshuffled each epoch."""
         return self._loader(self._parts()[0], shuffle=True)
 
     def val_dataloader(self) -> DataLoader[LabelledImages]:
-        """The training images kept aside."""
+        """Return batches of the held-out training images."""
         return self._loader(self._parts()[1], shuffle=False)
 
     def test_dataloader(self) -> DataLoader[LabelledImages]:
-        """The 10,000 test images."""
+        """Return batches of the 10,000 test images."""
         return self._loader(self.split("t10k"), shuffle=False)
 
     def predict_dataloader(self) -> DataLoader[LabelledImages]:
-        """The 10,000 test images, for reference statistics."""
+        """Return batches of the 10,000 test images, for reference statistics."""
         return self.test_dataloader()
 
     def _parts(self) -> tuple[LabelledImages, LabelledImages]:
-        """Training images, and those kept aside."""
+        """Return the training images and the held-out ones."""
         images = self.split("train")
-        kept = len(images.labels) - self.validation_images
-        if not 0 < kept < len(images.labels):
+        count = len(images.labels) - self.validation_images
+        if not 0 < count < len(images.labels):
             raise ValueError(
                 f"validation_images must lie in 1..{len(images.labels) - 1}, below the number of training images; "
                 f"got {self.validation_images}"
             )
         return (
-            LabelledImages(images.pixels[:kept], images.labels[:kept]),
-            LabelledImages(images.pixels[kept:], images.labels[kept:]),
+            LabelledImages(images.pixels[:count], images.labels[:count]),
+            LabelledImages(images.pixels[count:], images.labels[count:]),
         )
 
+    def _batches(self, images: LabelledImages, *, shuffle: bool) -> Dataset[Any]:
+        return _Batches(images.pixels, images.labels)
+
     def _loader(self, images: LabelledImages, *, shuffle: bool) -> DataLoader[LabelledImages]:
-        dataset = _Batches(images.pixels, images.labels)
-        order = torch.utils.data.RandomSampler(dataset) if shuffle else torch.utils.data.SequentialSampler(dataset)
-        sampler = torch.utils.data.BatchSampler(order, self.batch_size, drop_last=shuffle)
-        return DataLoader(dataset, sampler=sampler, batch_size=None)
+        batches: Any = self._batches(images, shuffle=shuffle)
+        order = RandomSampler(batches) if shuffle else SequentialSampler(batches)
+        return DataLoader(batches, sampler=BatchSampler(order, self.batch_size, drop_last=shuffle), batch_size=None)

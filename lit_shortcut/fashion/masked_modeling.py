@@ -1,4 +1,4 @@
-"""Train a small base on images: predict masked tokens from those left (Chang et al., arXiv 2202.04200)."""
+"""Training of small bases: predict masked tokens from the others (Chang et al., arXiv 2202.04200)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import UNCONDITION
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
+from lit_shortcut.bounds import require_share
 from lit_shortcut.contracts import Clock, Conditions
 from lit_shortcut.decoding.schedules import share_masked
 from lit_shortcut.images import CaptionedImages, ImageTokenizer, LabelledImages
@@ -24,12 +25,12 @@ Images = TypeVar("Images", LabelledImages, CaptionedImages)
 
 
 class MaskedTokensTask(OptimizedTask, Generic[Images]):
-    """Cross-entropy over the codebook at masked places, the share of masked tokens drawn from the arccos schedule.
+    """Cross-entropy over the codebook at masked places; the share of masked tokens is drawn from the arccos schedule.
 
     Args:
         tokenizer: frozen; turns images into tokens.
         condition_drop: share of samples whose condition is dropped, for guidance.
-        label_smoothing: of the cross-entropy.
+        label_smoothing: smoothing of the cross-entropy's targets.
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule, by the step.
     """
@@ -47,19 +48,19 @@ class MaskedTokensTask(OptimizedTask, Generic[Images]):
 
     @abstractmethod
     def logits(self, codes: Tensor, is_masked: Tensor, batch: Images, is_dropped: Tensor) -> Tensor:
-        """Logits (M, V) at the places of ``codes`` (B, L) that ``is_masked`` (B, L), M of them in all.
+        """Return logits (M, V) at the M places of ``codes`` (B, L) where ``is_masked`` (B, L).
 
-        ``is_dropped`` (B,) tells which of the batch's conditions the network may not see.
+        Where ``is_dropped`` (B,), the network must not see the condition.
         """
 
     def training_step(self, batch: Images, batch_idx: int) -> Tensor:
-        """Loss of one batch."""
+        """Return the loss of one batch."""
         loss, _ = self._loss(batch, None)
         self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: Images, batch_idx: int) -> None:
-        """Loss and token accuracy on images kept aside, with the same masks at each validation."""
+        """Log loss and token accuracy on held-out images, with the same masks at each validation."""
         generator = torch.Generator(batch.pixels.device).manual_seed(batch_idx)
         loss, accuracy = self._loss(batch, generator)
         self.log_dict({"val/loss": loss, "val/token_accuracy": accuracy}, prog_bar=True, batch_size=len(batch.labels))
@@ -75,13 +76,13 @@ class MaskedTokensTask(OptimizedTask, Generic[Images]):
 
 
 class MaskedModelingTask(MaskedTokensTask[LabelledImages]):
-    """Train a MaskGIT on images and their classes; :class:`MaskedTokensTask` says how.
+    """Training of a MaskGIT on images and their classes; see :class:`MaskedTokensTask`.
 
     Args:
         transformer: the network to train, from scratch or from loaded weights.
         tokenizer: frozen; turns images into tokens.
         class_drop: share of samples whose class is replaced by the dropped class, for guidance.
-        label_smoothing: of the cross-entropy.
+        label_smoothing: smoothing of the cross-entropy's targets.
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule, by the step.
     """
@@ -95,23 +96,24 @@ class MaskedModelingTask(MaskedTokensTask[LabelledImages]):
         optimizer: OptimizerCallable = AdamW,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
+        require_share(class_drop=class_drop, label_smoothing=label_smoothing)
         super().__init__(tokenizer, class_drop, label_smoothing, optimizer, scheduler)
         self.network: MaskGITTransformer = transformer.train().requires_grad_(True)  # loaded weights come frozen
 
     def logits(self, codes: Tensor, is_masked: Tensor, batch: LabelledImages, is_dropped: Tensor) -> Tensor:
-        """Logits (M, V) under the batch's classes."""
+        """Return logits (M, V) given the batch's classes."""
         classes = self.network.class_ids(batch.labels).masked_fill(is_dropped, self.network.dropped_class_id)
         features = self.network(codes.masked_fill(is_masked, self.network.mask_id), classes)
         return self.network.interface().logits(features)[is_masked]
 
 
 class PromptedMaskedModelingTask(MaskedTokensTask[CaptionedImages]):
-    """Train the transformer of a text-to-image base on images and their captions; see :class:`MaskedTokensTask`.
+    """Training of a text-to-image base's transformer on images and captions; see :class:`MaskedTokensTask`.
 
     Args:
-        base: its transformer is trained, its tokenizer turns images into tokens and stays frozen.
+        base: its transformer is trained; its tokenizer, which turns images into tokens, stays frozen.
         prompt_drop: share of samples whose caption is replaced by the unconditional prompt, for guidance.
-        label_smoothing: of the cross-entropy.
+        label_smoothing: smoothing of the cross-entropy's targets.
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule, by the step.
 
@@ -130,12 +132,13 @@ class PromptedMaskedModelingTask(MaskedTokensTask[CaptionedImages]):
         if not hasattr(base.tokenizer, "encode"):
             raise ValueError(f"the base's tokenizer must encode images; {type(base.tokenizer).__name__} only decodes")
         tokenizer = cast(ImageTokenizer, base.tokenizer)
+        require_share(prompt_drop=prompt_drop, label_smoothing=label_smoothing)
         super().__init__(tokenizer, prompt_drop, label_smoothing, optimizer, scheduler)
         self.base = base
         self.network: LLaDA = base.transformer.train().requires_grad_(True)  # the base froze it
 
     def logits(self, codes: Tensor, is_masked: Tensor, batch: CaptionedImages, is_dropped: Tensor) -> Tensor:
-        """Logits (M, V) under the batch's captions."""
+        """Return logits (M, V) given the batch's captions."""
         prompts = tuple(
             UNCONDITION if dropped else prompt
             for prompt, dropped in zip(batch.prompts, is_dropped.tolist(), strict=True)

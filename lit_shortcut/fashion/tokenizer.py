@@ -1,4 +1,4 @@
-"""A small image tokenizer and its training: convolutions around finite scalar quantisation (arXiv 2309.15505)."""
+"""Small image tokenizer and its training: convolutions around finite scalar quantisation (arXiv 2309.15505)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from vector_quantize_pytorch import FSQ
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.metrics.images import ImageMetric
@@ -19,7 +20,7 @@ from lit_shortcut.weights import load_module
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions with a residual: (B, C, H, W) to the same."""
+    """Two 3×3 convolutions with a residual."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -28,13 +29,13 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W)."""
+        """Map (B, C, H, W) to (B, C, H, W)."""
         refined: Tensor = x + self.body(x)
         return refined
 
 
 class FSQTokenizer(nn.Module):
-    """Grey images to a grid of codes and back, each code standing for 2×2 pixels and their surroundings.
+    """Tokenizer from grey images to a grid of codes, one for each 2×2 pixels, and back.
 
     Args:
         levels: FSQ levels per channel, each at least 3; their product is the codebook size V.
@@ -47,9 +48,10 @@ class FSQTokenizer(nn.Module):
 
     def __init__(self, levels: list[int], width: int, image_size: int) -> None:
         super().__init__()
+        require_at_least(2, width=width, image_size=image_size)
         if image_size % 2:
             raise ValueError(f"image_size must be even, each token covers 2×2 pixels; got {image_size}")
-        if min(levels) < 3:
+        if not levels or min(levels) < 3:
             raise ValueError(f"levels must be at least 3 each, FSQ is skewed below that; got {levels}")
         self.hparams = {"levels": levels, "width": width, "image_size": image_size}
         self.image_size, self.grid = image_size, image_size // 2
@@ -73,39 +75,39 @@ class FSQTokenizer(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        """V, number of codes."""
+        """Return V, the number of codes."""
         return int(self.quantizer.codebook_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Reconstructions (B, 1, H, W) in [-1, 1] of ``images`` in the same form, differentiable."""
+        """Return reconstructions (B, 1, H, W) in [-1, 1] of ``images`` of the same form, differentiable."""
         quantized, _ = self.quantizer(self.encoder(images))
         reconstructions: Tensor = self.decoder(quantized)
         return reconstructions
 
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, L), row by row, of uint8 ``images`` (B, 1 or 3, H, W); colour images are averaged to grey."""
+        """Return codes (B, L), row by row, of uint8 ``images`` (B, 1 or 3, H, W); colours are averaged to grey."""
         grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
         _, codes = self.quantizer(self.encoder(grey))
         return codes.flatten(1).long()
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L); the three channels are equal."""
+        """Return images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L); the three channels are equal."""
         grid = tokens.unflatten(1, (self.grid, self.grid))
         grey = self.decoder(self.quantizer.indices_to_codes(grid))
         return ((grey.float() + 1) * 127.5).round().clamp(0, 255).byte().expand(-1, 3, -1, -1)
 
     @classmethod
     def load(cls, path: Path) -> FSQTokenizer:
-        """The one stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """Load the frozen tokenizer at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it fails."""
         return load_module(cls, path)
 
 
 class TokenizerTask(OptimizedTask):
-    """Reconstruct images through the quantiser: mean absolute plus mean squared error of pixels in [-1, 1].
+    """Training by reconstruction: mean absolute plus mean squared error of pixels in [-1, 1].
 
     Args:
         tokenizer: the network to train.
-        metrics: measures of the reconstructions, by the name ``test`` logs them under.
+        metrics: metrics of the reconstructions, by the name ``test`` logs them under.
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule, by the step.
     """
@@ -123,13 +125,13 @@ class TokenizerTask(OptimizedTask):
         self.metrics = metrics or {}
 
     def training_step(self, batch: LabelledImages, batch_idx: int) -> Tensor:
-        """Reconstruction loss of one batch."""
+        """Return the reconstruction loss of one batch."""
         loss = self._loss(batch)
         self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: LabelledImages, batch_idx: int) -> None:
-        """Reconstruction loss of images kept aside."""
+        """Log the reconstruction loss of held-out images."""
         self.log("val/loss", self._loss(batch), prog_bar=True, batch_size=len(batch.labels))
 
     def on_test_start(self) -> None:
@@ -138,9 +140,9 @@ class TokenizerTask(OptimizedTask):
             metric.to(self.device)
 
     def test_step(self, batch: LabelledImages, batch_idx: int) -> None:
-        """Measure the images that codes alone give back: no base with this tokenizer can do better."""
+        """Measure reconstructions from codes, the best that a base with this tokenizer can do."""
         reconstructions = self.network.decode(self.network.encode(batch.pixels))
-        none = torch.zeros_like(batch.labels)  # no run drew these images: neither ids nor seeds
+        none = torch.zeros_like(batch.labels)  # these images were not generated: they have neither ids nor seeds
         conditions = Conditions(none, none, batch.labels)
         for metric in self.metrics.values():
             metric.update(reconstructions, conditions)

@@ -1,1 +1,1 @@
-"""Pure measures and the thin states around them."""
+"""Metrics of features, images and speed: pure functions, and thin torchmetrics around them."""

@@ -1,8 +1,8 @@
-"""How far generated images are from real ones, in the features of a network, by torch-fidelity's own arithmetic.
+"""Distances between generated and real images in the features of a network, by torch-fidelity's own arithmetic.
 
 All depend on the number of images: compare values at equal numbers only. With
 :class:`~lit_shortcut.metrics.inception.InceptionFeatures` they are the published FID, KID, Inception Score, precision
-and recall; with other networks they take those networks' names and are not comparable with published values.
+and recall; with other networks they are not comparable with published values: name them after the network.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.metrics.images import FrozenNetwork, ImageMetric
 from lit_shortcut.metrics.reference import load_reference
@@ -26,10 +27,10 @@ from lit_shortcut.weights import fingerprint
 
 
 class FeatureMetric(ImageMetric):
-    """A measure of all features at once: those of generated images are gathered.
+    """Metric of the features of all generated images together.
 
-    They are put into the order of the images' ids, so that neither batches nor ranks change a value. The state is flat,
-    so that a rank without images fits the others.
+    Features are sorted by the images' ids, so that neither batches nor ranks change a value. The state is flat, so that
+    a rank without images fits the others.
 
     Args:
         extractor: network from uint8 images (B, 3, H, W) to features (B, F).
@@ -45,12 +46,12 @@ class FeatureMetric(ImageMetric):
         self.add_state("ids", [], dist_reduce_fx="cat")
 
     def update(self, images: Tensor, conditions: Conditions) -> None:
-        """Take in uint8 ``images`` (B, 3, H, W)."""
+        """Add uint8 ``images`` (B, 3, H, W)."""
         self.features.append(self.extractor(images).float().flatten())
         self.ids.append(conditions.ids)
 
     def gathers(self) -> object:
-        """Metrics with equal extractors gather the same."""
+        """Return a key that metrics with equal extractors share."""
         return json.dumps(self.extractor.identity, sort_keys=True)
 
     def gathered(self) -> Tensor:
@@ -65,21 +66,21 @@ class FeatureMetric(ImageMetric):
         return dim_zero_cat(self.features).view(len(ids), -1)[ids.argsort(stable=True)].cpu()
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        if not self.ids:  # a rank without images: torchmetrics would take the type of the ids for granted
+        if not self.ids:  # a rank without images: torchmetrics would not know the dtype of the ids
             self.features.append(torch.zeros(0, device=self.device))
             self.ids.append(torch.zeros(0, dtype=torch.long, device=self.device))
         super()._sync_dist(*args, **kwargs)
 
 
 class ReferenceMetric(FeatureMetric):
-    """A measure of generated features against those of real images in a reference file.
+    """Metric of generated features against those of real images in a reference file.
 
     Args:
         extractor: network with ``num_features`` (F), from uint8 images (B, 3, H, W) to features (B, F).
         reference: file that :class:`~lit_shortcut.tasks.reference.ReferenceTask` wrote with the same ``extractor``.
 
     Raises:
-        WeightsError: if the file is missing or damaged, was made with another extractor, or lacks what is needed.
+        WeightsError: if the file is missing or damaged, was made with another extractor, or lacks a needed tensor.
     """
 
     needed: tuple[str, ...] = ("features",)
@@ -89,15 +90,15 @@ class ReferenceMetric(FeatureMetric):
         self.reference = load_reference(Path(reference), extractor, self.needed)
 
     def identity(self) -> dict[str, Any]:
-        """As :class:`ImageMetric`, with a fingerprint of what is used of the reference file."""
+        """Return the identity of the metric and a fingerprint of the reference tensors it uses."""
         return super().identity() | {"reference": fingerprint(self.reference)}
 
 
 class FrechetDistance(ReferenceMetric):
     """Fréchet distance between Gaussians fitted to generated and real features (Heusel et al., arXiv 1706.08500).
 
-    With Inception's 2048 features this is FID. It is biased upwards at few images. For arguments see
-    :class:`ReferenceMetric`.
+    With Inception's 2048 features this is FID. It is biased upwards if images are few. See :class:`ReferenceMetric` for
+    the arguments.
     """
 
     higher_is_better = False
@@ -115,17 +116,16 @@ class FrechetDistance(ReferenceMetric):
 class KernelDistance(ReferenceMetric):
     """Squared maximum mean discrepancy of features under a cubic kernel, KID (Bińkowski et al., arXiv 1801.01401).
 
-    It is unbiased at any number of images. The value is the mean over random subsets, always the same ones. Needs
-    reference features.
+    It is unbiased at any number of images. The value is the mean over random subsets, always the same ones.
 
     Args:
-        extractor: as :class:`ReferenceMetric`.
-        reference: as :class:`ReferenceMetric`, with features.
-        subsets: over which the mean is taken.
-        subset_size: images of each, generated and real.
+        extractor: as in :class:`ReferenceMetric`.
+        reference: as in :class:`ReferenceMetric`; must hold features.
+        subsets: number of subsets.
+        subset_size: generated and real images in each.
 
     Raises:
-        WeightsError: as :class:`ReferenceMetric`.
+        WeightsError: as in :class:`ReferenceMetric`.
         ValueError: if ``subset_size`` is below 2 or above the number of reference features, or ``subsets`` is below 1.
     """
 
@@ -133,13 +133,13 @@ class KernelDistance(ReferenceMetric):
 
     def __init__(self, extractor: nn.Module, reference: Path, subsets: int = 100, subset_size: int = 1000) -> None:
         super().__init__(extractor, reference)
-        if subsets < 1 or subset_size < 2:
-            raise ValueError(f"subsets must be at least 1 and subset_size at least 2, got {subsets} and {subset_size}")
+        require_at_least(1, subsets=subsets)
+        require_at_least(2, subset_size=subset_size)
         self.subsets, self.subset_size = subsets, subset_size
         self._require(len(self.reference["features"]), f"reference features in {reference}")
 
     def identity(self) -> dict[str, Any]:
-        """As :class:`ReferenceMetric`, with the subsets."""
+        """Return the identity of the metric, with the subsets."""
         return super().identity() | {"subsets": self.subsets, "subset_size": self.subset_size}
 
     def compute(self) -> Tensor:
@@ -163,15 +163,15 @@ class KernelDistance(ReferenceMetric):
 class Coverage(ReferenceMetric):
     """Precision or recall by nearest neighbours in features (Kynkäänniemi et al., arXiv 1904.06991).
 
-    Needs reference features; take about as many generated images.
+    Generate about as many images as there are reference features.
 
     Args:
-        extractor: as :class:`ReferenceMetric`.
-        reference: as :class:`ReferenceMetric`, with features.
+        extractor: as in :class:`ReferenceMetric`.
+        reference: as in :class:`ReferenceMetric`; must hold features.
         neighbours: k; an image's neighbourhood reaches to its k-th nearest neighbour.
 
     Raises:
-        WeightsError: as :class:`ReferenceMetric`.
+        WeightsError: as in :class:`ReferenceMetric`.
         ValueError: if ``neighbours`` is not below the number of reference features, or below 1.
     """
 
@@ -184,11 +184,11 @@ class Coverage(ReferenceMetric):
         self._require(len(self.reference["features"]), f"reference features in {reference}")
 
     def identity(self) -> dict[str, Any]:
-        """As :class:`ReferenceMetric`, with the number of neighbours."""
+        """Return the identity of the metric, with the number of neighbours."""
         return super().identity() | {"neighbours": self.neighbours}
 
     def compute(self) -> Tensor:
-        """Return the share; raises ValueError if there are no more images than ``neighbours``."""
+        """Return the share; raises ValueError unless there are more images than ``neighbours``."""
         features = self.gathered()
         self._require(len(features), "generated images")
         found = prc_features_to_metric(
@@ -223,12 +223,12 @@ class Recall(Coverage):
 class InceptionScore(FeatureMetric):
     """exp of the mean KL between an image's class probabilities and their mean (Salimans et al., arXiv 1606.03498).
 
-    It needs no reference. The value is the mean over equal parts of the images, shuffled always alike.
+    It needs no reference. The value is the mean over equal parts of the images, always shuffled in the same way.
 
     Args:
         classifier: network from uint8 images (B, 3, H, W) to class logits (B, classes); for the published score
             ``InceptionFeatures`` with ``feature: logits_unbiased``.
-        splits: parts.
+        splits: number of parts.
 
     Raises:
         ValueError: if ``splits`` is below 1.
@@ -238,12 +238,11 @@ class InceptionScore(FeatureMetric):
 
     def __init__(self, classifier: nn.Module, splits: int = 10) -> None:
         super().__init__(classifier)
-        if splits < 1:
-            raise ValueError(f"splits must be at least 1, got {splits}")
+        require_at_least(1, splits=splits)
         self.splits = splits
 
     def identity(self) -> dict[str, Any]:
-        """As :class:`ImageMetric`, with the number of parts."""
+        """Return the identity of the metric, with the number of parts."""
         return super().identity() | {"splits": self.splits}
 
     def compute(self) -> Tensor:

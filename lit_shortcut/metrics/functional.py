@@ -1,7 +1,7 @@
-"""Measures of predicted features and logits, and the interval that goes with a mean over seeds.
+"""Measures of predicted features and logits, and the confidence interval of a mean over seeds.
 
 Features (..., S, C) are compared at the places still masked among their first L rows, the image tokens. A mean runs
-over all masked places of the batch, so samples count by how much they have left to predict; it is 0 where none is.
+over all masked places of the batch, so a sample's weight is its number of masked places; it is 0 if there are none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 def masked_mean(values: Tensor, is_masked: Tensor) -> Tensor:
-    """Mean, a scalar, of ``values`` (..., L) where ``is_masked`` (..., L); 0 where nothing is.
+    """Return the mean, a scalar, of ``values`` (..., L) where ``is_masked`` (..., L); 0 if nothing is masked.
 
     >>> masked_mean(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[True, False, True]]))
     tensor(3.5000)
@@ -26,7 +26,7 @@ def masked_mean(values: Tensor, is_masked: Tensor) -> Tensor:
 
 
 def masked_mse(prediction: Tensor, target: Tensor, is_masked: Tensor) -> Tensor:
-    """Squared error, a scalar, of ``prediction`` (..., S, C) from ``target``, mean over channels and masked places.
+    """Return the squared error, a scalar, of ``prediction`` (..., S, C), mean over channels and masked places.
 
     >>> target = torch.tensor([[[0.0, 0.0], [5.0, 5.0], [9.0, 9.0]]])  # L = 2 image tokens, one row of the base's own
     >>> masked_mse(torch.zeros(1, 3, 2), target, torch.tensor([[False, True]]))
@@ -37,7 +37,7 @@ def masked_mse(prediction: Tensor, target: Tensor, is_masked: Tensor) -> Tensor:
 
 
 def masked_cosine(a: Tensor, b: Tensor, is_masked: Tensor) -> Tensor:
-    """Cosine similarity, a scalar, of features ``a`` and ``b`` (..., S, C), mean over masked places.
+    """Return the cosine similarity, a scalar, of features ``a`` and ``b`` (..., S, C), mean over masked places.
 
     >>> a, b = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]]), torch.tensor([[[4.0, 3.0], [0.0, 1.0]]])
     >>> masked_cosine(a, b, torch.tensor([[True, False]]))
@@ -47,9 +47,9 @@ def masked_cosine(a: Tensor, b: Tensor, is_masked: Tensor) -> Tensor:
 
 
 def centred_cosine(a: Tensor, b: Tensor, is_masked: Tensor, centre: Tensor) -> Tensor:
-    """:func:`masked_cosine` of ``a`` and ``b`` (..., S, C) after ``centre`` (..., 1, C), say a mean, is subtracted.
+    """Return the :func:`masked_cosine` of ``a`` and ``b`` (..., S, C) less ``centre`` (..., 1, C), such as a mean.
 
-    Features share a large constant part that alone brings the plain cosine close to 1.
+    Features share a large constant part, which brings the plain cosine close to 1.
 
     >>> a, b = torch.tensor([[[11.0, 0.0]]]), torch.tensor([[[9.0, 0.0]]])
     >>> masked = torch.tensor([[True]])
@@ -60,11 +60,10 @@ def centred_cosine(a: Tensor, b: Tensor, is_masked: Tensor, centre: Tensor) -> T
 
 
 def velocity_scale(recorded: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Standard deviation (C,) of the features' change in a step over places still masked.
+    """Return the standard deviation (C,) of the features' change in a step over places still masked.
 
-    Each of ``recorded`` are features (..., N, S, C) of a trajectory or several, and ``committed_at`` (..., L), the step
-    that revealed each place, broadcast over guidance branches. A channel that never changes has the scale 1: it has no
-    error to scale.
+    ``recorded`` are pairs of features (..., N, S, C) and ``committed_at`` (..., L), the step that committed each place,
+    broadcast over guidance branches. A channel that never changes gets the scale 1.
 
     >>> features = torch.tensor([[0.0, 7.0], [1.0, 7.0], [4.0, 7.0]])[:, None]  # changes by 1, then by 3
     >>> velocity_scale([(features, torch.tensor([2]))])
@@ -82,7 +81,7 @@ def velocity_scale(recorded: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def gain_over_hold(error: Tensor, hold_error: Tensor) -> Tensor:
-    """Share of the error of holding the last features that a predictor removes: 1 is perfect, 0 no better than holding.
+    """Return the share of hold's error that a predictor removes: 1 is perfect, 0 no better than hold.
 
     >>> gain_over_hold(torch.tensor(0.5), torch.tensor(2.0))
     tensor(0.7500)
@@ -91,7 +90,7 @@ def gain_over_hold(error: Tensor, hold_error: Tensor) -> Tensor:
 
 
 def head_kl(target_logits: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(target ‖ prediction) in nats, (..., L), of the distributions of logits (..., L, V) at ``temperature``.
+    """Return KL(target ‖ prediction) in nats, (..., L), between softmaxes of logits (..., L, V) at ``temperature``.
 
     The factor temperature² keeps gradients of one size at every temperature (Hinton et al., arXiv 1503.02531).
 
@@ -105,7 +104,7 @@ def head_kl(target_logits: Tensor, logits: Tensor, temperature: float = 1.0) -> 
 
 
 def token_agreement(logits: Tensor, target_logits: Tensor, is_masked: Tensor) -> Tensor:
-    """Share, a scalar, of masked places where logits (..., L, V) and their targets have the same most probable code.
+    """Return the share, a scalar, of masked places where logits (..., L, V) and targets agree on the top code.
 
     >>> logits = torch.eye(3)[None]
     >>> token_agreement(logits, logits.flip(1), torch.tensor([[True, True, False]]))
@@ -115,9 +114,9 @@ def token_agreement(logits: Tensor, target_logits: Tensor, is_masked: Tensor) ->
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % confidence interval (Student's t) over independent ``values``, such as seeds.
+    """Return the mean of independent ``values``, one per seed, and half its 95 % confidence interval (Student's t).
 
-    The half width of a single value is NaN.
+    The interval of a single value is NaN.
 
     >>> mean, half_width = mean_interval([1.0, 2.0, 3.0])
     >>> f"{mean} ± {half_width:.3f}"
@@ -137,5 +136,5 @@ def _image_rows(features: Tensor, is_masked: Tensor) -> Tensor:
 
 
 def _at_least_single(x: Tensor) -> Tensor:
-    """Half precision as float32: squares of features overflow float16."""
+    """Cast half precision to float32: squares of features overflow float16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The Inception network that FID is defined by, as a feature extractor."""
+"""The Inception network that defines FID, as a feature extractor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError
 
 Feature = Literal["64", "192", "768", "2048", "logits_unbiased"]
@@ -23,20 +24,18 @@ class InceptionFeatures(nn.Module):
 
     Args:
         weights: torch-fidelity's weight file. None downloads it into torch's hub cache, unless it is there.
-        feature: layer whose pooled output is taken, named by its width; FID, KID, precision and recall are defined on
-            2048, the Inception Score on ``logits_unbiased``.
+        feature: layer whose pooled output is returned, named by its width; FID, KID, precision and recall are defined
+            on 2048, the Inception Score on ``logits_unbiased``.
 
     Raises:
-        WeightsError: if the weights cannot be had or do not fit; the message says how to get them.
+        WeightsError: if the weights are unavailable or do not fit; the message says how to get them.
     """
 
-    def __init__(
-        self, weights: Path | None = None, feature: Literal["64", "192", "768", "2048", "logits_unbiased"] = "2048"
-    ) -> None:
+    def __init__(self, weights: Path | None = None, feature: Feature = "2048") -> None:
         super().__init__()
         self.hparams = {"feature": feature}
         self.num_features = 1008 if feature == "logits_unbiased" else int(feature)
-        # torch-fidelity unpickles whatever it is given: hand it a copy of tensors that were read safely.
+        # torch-fidelity unpickles any file: give it a copy of tensors that were read safely
         copy = io.BytesIO()
         torch.save(_download() if weights is None else _read(weights), copy)
         copy.seek(0)
@@ -46,7 +45,7 @@ class InceptionFeatures(nn.Module):
             raise WeightsError(f"{weights or URL_INCEPTION_V3}: not Inception's weights. {_ADVICE}") from error
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, num_features) of uint8 ``images`` (B, 1 or 3, H, W); grey is taken as three equal channels."""
+        """Return features (B, num_features) of uint8 ``images`` (B, 1 or 3, H, W); grey is repeated to 3 channels."""
         features: Tensor = self.network(images.expand(-1, 3, -1, -1))[0]
         return features
 
@@ -70,7 +69,7 @@ def _download() -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(located(path), map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{path}: not a readable weight file ({type(error).__name__}). {_ADVICE}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

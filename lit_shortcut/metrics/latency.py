@@ -1,4 +1,4 @@
-"""Latency of runs side by side: synchronised, warmed up, per image."""
+"""Latency of runs compared side by side: synchronised, warmed up, per image."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 
 class Latency(NamedTuple):
-    """Milliseconds per image: median over ``rounds`` and distance between the 25 % and 75 % quantiles.
+    """Milliseconds per image: median over ``rounds`` and interquartile range.
 
-    ``batch_size`` images are made by each call, on ``device``, named as people name it.
+    Each call makes ``batch_size`` images on ``device``, a name for tables.
     """
 
     median_ms: float
@@ -34,19 +34,19 @@ def measure_latency(
     after_round: Callable[[int], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
-    """Latency of each of ``runs``, which make ``batch_size`` images on ``device`` when called.
+    """Measure the latency of each of ``runs``.
 
-    Each round calls every run once, in an order rotated from round to round, so that a machine that slows down or
-    speeds up does so for all alike.
+    Each round calls every run once, in an order rotated from round to round, so that a drift of the machine's speed
+    affects all alike.
 
     Args:
-        runs: what to time, by name.
-        device: waited for before and after each call.
+        runs: functions to time, by name; each makes ``batch_size`` images on ``device``.
+        device: synchronised before and after each call.
         batch_size: images per call.
         rounds: timed calls of each run.
         warmup: calls of each run before the first timed one.
         after_round: called with the number of finished rounds.
-        clock: seconds that pass.
+        clock: returns the time in seconds.
 
     Raises:
         ValueError: if ``rounds`` or ``batch_size`` is not positive.
@@ -67,23 +67,8 @@ def measure_latency(
     return {name: _summary(times[name], batch_size, device_name(device)) for name in names}
 
 
-def speedups(latencies: dict[str, Latency], reference: str) -> dict[str, float]:
-    """How many times faster than the run named ``reference`` each is, by the ratio of medians.
-
-    >>> slow, fast = (Latency(ms, 0.0, rounds=3, batch_size=8, device="CPU") for ms in (6.0, 1.5))
-    >>> speedups({"vanilla": slow, "shortcut": fast}, reference="vanilla")
-    {'vanilla': 1.0, 'shortcut': 4.0}
-
-    Raises:
-        ValueError: if no run has that name.
-    """
-    if reference not in latencies:
-        raise ValueError(f"no run is named {reference!r}; there are {', '.join(latencies)}")
-    return {name: latencies[reference].median_ms / latency.median_ms for name, latency in latencies.items()}
-
-
 def device_name(device: torch.device) -> str:
-    """Name of ``device`` for a table: the model of the GPU, or that of the CPU with its number of threads."""
+    """Return a name of ``device`` for tables: the model of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -92,7 +77,7 @@ def device_name(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has done what it was asked for."""
+    """Wait until ``device`` has finished all queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -112,7 +97,7 @@ def _summary(times: list[float], batch_size: int, device: str) -> Latency:
 
 
 def _cpu_model() -> str:
-    """Linux tells the model in a file alone; elsewhere Python knows it."""
+    """Return the CPU's model: on Linux from a file, elsewhere from Python."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""Where the time of the decoding loop goes: laps between its parts, the loop itself untouched."""
+"""Time of each part of the decoding loop, measured in laps between them without changing the loop."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lit_shortcut.metrics.latency import synchronize
 
 
 class Laps:
-    """Seconds and calls by part. Each lap belongs to the part that has been running since the one before.
+    """Seconds and calls by part. Each lap counts for the part that ran since the previous lap.
 
-    The device is waited for at each lap, so that its work is booked where it was asked for. On an accelerator, where
-    the loop would run ahead of the device, the parts add up to a little more than the latency of the loop.
+    Each lap synchronises the device, so that work counts for the part that launched it. On a GPU, where the loop
+    normally runs ahead of the device, the parts add up to slightly more than the latency of the loop.
 
     Args:
-        device: that the parts run on.
-        clock: seconds that pass.
+        device: device the parts run on.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -33,12 +33,12 @@ class Laps:
         self.begin()
 
     def begin(self) -> None:
-        """Begin the next lap now; the time since the last one is nobody's."""
+        """Begin the next lap now; time since the last one is discarded."""
         synchronize(self.device)
         self.last = self.clock()
 
     def end(self, part: str, calls: int = 0) -> None:
-        """Book the time since the last lap, and ``calls``, under ``part``."""
+        """Count the time since the last lap, and ``calls``, for ``part``."""
         synchronize(self.device)
         now = self.clock()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
@@ -47,11 +47,11 @@ class Laps:
 
 
 class TimedBase:
-    """``base`` that books its passes under ``base`` and its head's under ``head``, and what came before under ``rest``.
+    """Time a base's passes as ``base``, its head's as ``head``, and everything before them as ``rest``.
 
     Args:
-        base: shares all its weights.
-        laps: where time is booked.
+        base: the base, with which all weights are shared.
+        laps: counts the time.
     """
 
     def __init__(self, base: MaskedImageModel, laps: Laps) -> None:
@@ -62,26 +62,26 @@ class TimedBase:
 
     @property
     def fingerprint(self) -> str:
-        """The base's own."""
+        """Return the base's fingerprint."""
         return self.base.fingerprint
 
     def identity(self) -> dict[str, Any]:
-        """The base's own."""
+        """Return the base's identity."""
         return self.base.identity()
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """The base's own."""
+        """Compute the base's context."""
         return self.base.context(conditions, guided=guided)
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
-        """The base's own, timed."""
+        """Compute the base's features, timed."""
         self.laps.end("rest")
         features = self.base.features(tokens, context, clock)
         self.laps.end("base", calls=1)
         return features
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The base's own."""
+        """Decode with the base's image decoder."""
         return self.base.decode(tokens)
 
     def _logits(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -98,11 +98,11 @@ class TimedBase:
 
 
 class TimedAcceleration:
-    """``acceleration`` that books the steps it spares the base under its own name, what came before under ``rest``.
+    """Time an acceleration: predicted steps count under its name, everything before them as ``rest``.
 
     Args:
-        acceleration: is what runs.
-        laps: where time is booked.
+        acceleration: the acceleration to run.
+        laps: counts the time.
     """
 
     def __init__(self, acceleration: Acceleration, laps: Laps) -> None:
@@ -110,11 +110,11 @@ class TimedAcceleration:
         self.name = str(acceleration.identity()["method"])
 
     def identity(self) -> dict[str, Any]:
-        """The acceleration's own."""
+        """Return the acceleration's identity."""
         return self.acceleration.identity()
 
     def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
-        """The acceleration's own, timed."""
+        """Return the acceleration's feature function, timed."""
         feature_fn = self.acceleration.start(base, context, counts)
         self.laps.end("rest")
 
@@ -129,7 +129,7 @@ class TimedAcceleration:
 
 
 class Part(NamedTuple):
-    """A part of the loop: medians over rounds of its milliseconds in one run and of its share of that run."""
+    """A part of the loop: its calls, and medians over rounds of its milliseconds and its share in a run."""
 
     name: str
     calls: int
@@ -138,9 +138,9 @@ class Part(NamedTuple):
 
 
 def parts_of(rounds: list[Laps]) -> list[Part]:
-    """The parts that equal ``rounds`` are made of, the longest first, ``rest`` last.
+    """Return the parts of equal ``rounds``, the longest first, ``rest`` last.
 
-    A share is taken within its round, so that a machine whose speed drifts from round to round does not move it.
+    Shares are computed within each round, so that a drift of the machine's speed does not affect them.
     """
     names = [name for name in rounds[0].seconds if name != "rest"]
     parts = [_part(name, rounds) for name in names]

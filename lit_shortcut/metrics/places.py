@@ -1,4 +1,4 @@
-"""Measures of predicted features that add up over batches, steps and ranks."""
+"""Metrics of predicted features, accumulated over batches, steps and ranks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Seen(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """What is still masked: image ``rows`` of the features and ``tokens`` (…, L)."""
+    """Masks of the places still masked: image ``rows`` of the features, and ``tokens`` (…, L)."""
 
     rows: Tensor
     tokens: Tensor
 
 
 class Measure(NamedTuple):
-    """A mean over masked ``places``, a field of :class:`Masked`, of a guess and the truth."""
+    """Function of guess and truth, a mean over masked ``places``, a field of :class:`Masked`."""
 
     places: Literal["rows", "tokens"]
     mean: Callable[[Seen, Seen, Tensor], Tensor]
@@ -81,12 +81,12 @@ class PlaceMean(Metric):
         self.places += places
 
     def compute(self) -> Tensor:
-        """The mean so far."""
+        """Return the mean."""
         return self.total / self.places
 
 
 def place_means(depth: int, suffix: str = "") -> MetricCollection:
-    """Return what is measured after ``depth`` predictions in a row: everything after one, the error after more."""
+    """Return the metrics after ``depth`` predictions in a row: all of them after one, only the error after more."""
     if depth == 1:
         return MetricCollection({name: PlaceMean(name) for name in MEASURES}, postfix=suffix, compute_groups=False)
     return MetricCollection({"mse": PlaceMean("mse")}, prefix="rollout_", postfix=f"_{depth}{suffix}")

@@ -1,4 +1,4 @@
-"""Statistics and features of real images, in a file that distances of generated images are measured from."""
+"""Reference files: statistics and features of real images for the distances of generated ones."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.metrics.images import FrozenNetwork
+from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
 
 
 class FeatureStatistics:
-    """Mean and covariance of the features of images, gathered batch by batch in double precision.
+    """Mean and covariance of the features of images, accumulated batch by batch in double precision.
 
-    Features of a random subset are kept as they are for measures that need more than two moments. Which images it holds
-    depends on ``seed`` and the order of the images, not on their batches.
+    Features of a random subset are kept for metrics that need more than two moments. The subset depends on ``seed`` and
+    the order of the images, not on batches.
 
     Args:
-        extractor: from uint8 images (B, 1 or 3, H, W) to features (B, F); put into eval mode and frozen.
-        num_features: images whose features are kept, at most.
-        seed: of the subset.
+        extractor: network from uint8 images (B, 1 or 3, H, W) to features (B, F); put into eval mode and frozen.
+        num_features: size of the subset, at most.
+        seed: seed of the subset.
     """
 
     def __init__(self, extractor: nn.Module, num_features: int = 0, seed: int = 0) -> None:
-        if num_features < 0:
-            raise ValueError(f"num_features must be at least 0, got {num_features}")
+        require_at_least(0, num_features=num_features)
         self.extractor, self.count, self.num_features = FrozenNetwork(extractor), 0, num_features
         self.total = self.products = torch.zeros((), dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(seed)
@@ -33,7 +34,7 @@ class FeatureStatistics:
         self.kept: Tensor | None = None
 
     def update(self, images: Tensor) -> None:
-        """Take in uint8 ``images`` (B, 1 or 3, H, W) on the extractor's device."""
+        """Add uint8 ``images`` (B, 1 or 3, H, W) on the extractor's device."""
         features = self.extractor(images).cpu()
         draws = torch.rand(len(features), generator=self.generator, dtype=torch.float64)
         draws = torch.cat([self.draws, draws])
@@ -45,7 +46,7 @@ class FeatureStatistics:
         self.total, self.products = self.total + exact.sum(0), self.products + exact.T @ exact
 
     def save(self, path: Path, images: str) -> None:
-        """Write the reference file; ``images`` says which images they are.
+        """Write the reference file; ``images`` names the images.
 
         Raises:
             ValueError: if there are fewer than 2 images.
@@ -66,27 +67,28 @@ def load_reference(path: Path, extractor: nn.Module, names: tuple[str, ...]) -> 
 
     Args:
         path: file that :class:`FeatureStatistics` wrote.
-        extractor: has ``num_features`` (F); the network that generated images are judged by.
-        names: of the tensors that are needed.
+        extractor: the metric's network, with ``num_features`` (F).
+        names: names of the tensors to return.
 
     Raises:
         WeightsError: if the file is missing or damaged, was made with another extractor, or lacks one of ``names``.
     """
+    path = located(path)
     if not path.is_file():
         raise WeightsError(
-            f"{path}: no such file of reference statistics; `lightning predict` with "
-            "lit_shortcut.tasks.reference.ReferenceTask makes it, for ImageNet by configs/maskgit/reference.yaml"
+            f"{path}: no such file of reference statistics; write it by `lightning predict` with "
+            "lit_shortcut.tasks.reference.ReferenceTask, for ImageNet by configs/maskgit/reference.yaml"
         )
     tensors, metadata = load_tensors(path)
     own, width = fingerprint(extractor.state_dict()), int(extractor.num_features)  # type: ignore[arg-type]
     if metadata.get("extractor") != own or tensors.get("mean", torch.empty(0)).shape != (width,):
         raise WeightsError(
             f"{path}: expected statistics of extractor {own} with {width} features, found "
-            f"{metadata.get('extractor')} with {len(tensors.get('mean', []))}; ReferenceTask makes them"
+            f"{metadata.get('extractor')} with {len(tensors.get('mean', []))}; write it again with ReferenceTask"
         )
     if missing := [name for name in names if name not in tensors]:
         raise WeightsError(
-            f"{path}: holds no {missing[0]} of reference images, which this metric needs; make the file again with "
-            "num_reference_features of ReferenceTask set, such as 10000"
+            f"{path}: lacks the {missing[0]} of reference images, which this metric needs; write the file again with "
+            "num_reference_features of ReferenceTask set, for example to 10000"
         )
     return {name: tensors[name] for name in names}

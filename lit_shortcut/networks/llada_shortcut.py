@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lit_shortcut.bounds import require_above, require_at_least
 from lit_shortcut.hub import local_file
 from lit_shortcut.interface import Places
 from lit_shortcut.networks.llada import LLaDABlock, RMSNorm, Rotation, rotation
@@ -100,6 +101,8 @@ class LLaDAShortcutNet(ShortcutNetwork):
         options = Options(
             width, bottleneck_ratio, num_blocks, uses_time, uses_control, uses_prefix, rows=rows, anchored=anchored
         )
+        require_at_least(1, num_heads=num_heads, mlp_width=mlp_width)
+        require_above(0, rope_theta=rope_theta, norm_eps=norm_eps)
         inner = options.inner
         blocks = nn.ModuleList(
             CrossAndSelf(inner, num_heads, mlp_width, norm_eps, uses_control) for _ in range(num_blocks)

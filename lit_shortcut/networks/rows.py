@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_shortcut.bounds import require_at_least
+
 RowChoice = Literal["all", "masked"]
 
 
@@ -85,10 +87,7 @@ class Options:
     anchored: bool = False
 
     def __post_init__(self) -> None:
-        if self.bottleneck_ratio < 1:
-            raise ValueError(f"bottleneck_ratio must be at least 1, got {self.bottleneck_ratio}")
-        if self.num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, got {self.num_blocks}")
+        require_at_least(1, width=self.width, bottleneck_ratio=self.bottleneck_ratio, num_blocks=self.num_blocks)
         if self.rows not in ("all", "masked"):
             raise ValueError(f"rows must be all or masked, got {self.rows!r}")
         if self.anchored and not self.uses_time:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import Places
 from lit_shortcut.networks.attention import Attention, feed_forward
 from lit_shortcut.networks.neighbourhood import Neighbourhood
@@ -175,6 +176,8 @@ class ShortcutNet(ShortcutNetwork):
             rows=rows,
             anchored=anchored,
         )
+        require_at_least(1, num_heads=num_heads, stride=stride)
+        require_at_least(0, grid=grid, reach=reach)
         if reach and not uses_control:
             raise ValueError("reach lays control tokens on the grid, and uses_control is false; set reach to 0")
         inner = options.inner

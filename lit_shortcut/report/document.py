@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pandas as pd
 
-from lit_shortcut.report.table import dominated, markdown
+from lit_shortcut.report.provenance import command, commit, versions
+from lit_shortcut.report.table import dominated
 
 FEW_IMAGES = 5_000  # below, a Fréchet distance depends visibly on their number
 
 _RANDOM = "Random weights: latency only. No images were drawn, and no figure of quality comes from here."
-_PACKAGES = ("lit-shortcut", "torch", "lightning", "torchmetrics", "torch-fidelity", "diffusers", "transformers")
 
 
-def text_of(
+def notes(
     table: pd.DataFrame,
     quality: str | None,
     latency: Mapping[str, Any] | None,
@@ -30,7 +27,7 @@ def text_of(
     precision: str,
     incomplete: Sequence[str] = (),
 ) -> str:
-    """Return the report in Markdown.
+    """Return what stands below the table, in Markdown: how it was measured, and which rows dominate others.
 
     Args:
         table: made by :func:`~lit_shortcut.report.table.collect`.
@@ -41,7 +38,7 @@ def text_of(
         precision: the trainer's.
         incomplete: names of rows without a latency of their own.
     """
-    lines = [markdown(table), ""]
+    lines = []
     if "images" in table:
         images, seeds = (sorted(set(table[name].dropna().astype(int))) for name in ("images", "seeds"))
         lines += [
@@ -67,26 +64,18 @@ def text_of(
             f"- {winner} dominates {loser}: {'higher' if higher_is_better else 'lower'} {quality} at no more latency"
             for winner, loser in pairs
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def json_of(table: pd.DataFrame, **provenance: Any) -> str:
-    """Return all figures of ``table`` as JSON, with ``provenance``, the versions of packages and the command."""
+    """Return all figures of ``table`` as JSON, with ``provenance``, versions of packages, commit and command."""
     rows = [{name: value for name, value in line.items() if not _is_nan(value)} for line in table.to_dict("records")]
-    found = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
-    command = " ".join(["lightning", *sys.argv[1:]])
-    return json.dumps({"rows": rows, "versions": found, "command": command} | provenance, indent=1) + "\n"
+    code = {"versions": versions(), "commit": commit(), "command": command()}
+    return json.dumps({"rows": rows} | code | provenance, indent=1) + "\n"
 
 
 def _several(numbers: Sequence[int]) -> str:
     return " or ".join(f"{number:,}" for number in numbers)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _is_nan(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torchvision
@@ -41,8 +42,13 @@ def grids(images: Mapping[str, Tensor], captions: Sequence[str] = ()) -> Figure:
     return figure
 
 
+def strip_paths(results: Results, rows: Sequence[Row]) -> dict[str, Path]:
+    """Return the PNG files of the strips stored for ``rows`` by name."""
+    paths = {row.name: results.images_path(row) for row in rows}
+    return {name: path for name, path in paths.items() if path.exists()}
+
+
 def read_strips(results: Results, rows: Sequence[Row]) -> dict[str, Tensor]:
     """Return the strips of images stored for ``rows`` by name, uint8 (3, H, W) each."""
-    paths = {row.name: results.images_path(row) for row in rows}
     mode = torchvision.io.ImageReadMode.RGB
-    return {name: torchvision.io.read_image(str(path), mode) for name, path in paths.items() if path.exists()}
+    return {name: torchvision.io.read_image(str(path), mode) for name, path in strip_paths(results, rows).items()}

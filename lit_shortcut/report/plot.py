@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import cycle
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from lit_shortcut.evaluation.rows import VANILLA
 from lit_shortcut.report.table import metric_names, shown_passes
 
-_FAINT = 0.35
+FAINT = 0.35
 
 
 def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figure:
@@ -49,7 +50,12 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
     return figure
 
 
-def series_name(line: pd.Series[Any]) -> str:
+def point_label(line: Mapping[Any, Any]) -> str:
+    """Return what stands at a point: N of vanilla, else N and the base passes."""
+    return f"N={line['N']}" if line["method"] == VANILLA else f"({line['N']}, {shown_passes(line)})"
+
+
+def series_name(line: Mapping[Any, Any]) -> str:
     """Return what the points of one line have in common: method, plan if it is not the even one, and decoding."""
     plan = "" if line["plan"] == "even" else line["plan"]
     return " ".join(part for part in (line["method"], plan, line["decoding"]) if part)
@@ -70,7 +76,7 @@ def _draw(axes: Axes, lines: pd.DataFrame, metric: str, colour: str, corner: tup
     if lines.empty:
         return
     lines, (x, y, side) = lines.sort_values("latency_ms"), corner
-    alpha = 1.0 if label else _FAINT
+    alpha = 1.0 if label else FAINT
     axes.errorbar(
         lines["latency_ms"],
         lines[metric],
@@ -83,7 +89,7 @@ def _draw(axes: Axes, lines: pd.DataFrame, metric: str, colour: str, corner: tup
     )
     for _, line in lines.iterrows():
         axes.annotate(
-            f"N={line['N']}" if line["method"] == VANILLA else f"({line['N']}, {shown_passes(line)})",
+            point_label(line),
             (line["latency_ms"], line[metric]),
             textcoords="offset points",
             xytext=(x, y),

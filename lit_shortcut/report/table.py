@@ -88,8 +88,8 @@ def shown_passes(line: Mapping[str, Any]) -> str:
     return f"{mean:.4g}" if low == high else f"{mean:.4g} ({low:.0f}–{high:.0f})"
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Return ``table`` for people: units in the header, intervals behind ±, and a dash where nothing was measured."""
+def for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """Return ``table`` as text: units in the header, intervals behind ±, and a dash where nothing was measured."""
     shown = table[["method", "N"]].copy()
     shown["b"] = [shown_passes(line) for line in table.to_dict("records")]
     if set(table["plan"]) - {"", "even"}:
@@ -107,7 +107,12 @@ def markdown(table: pd.DataFrame) -> str:
         several = _cells(table, "{:.3f} ± {:.3f}", name, f"{name}_interval")
         one = _cells(table, "{:.3f}", name)
         shown[name] = [both if both != _ABSENT else mean for both, mean in zip(several, one, strict=True)]
-    text: str = shown.to_markdown(index=False, disable_numparse=True)
+    return shown.astype(str)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return :func:`for_people` in Markdown."""
+    text: str = for_people(table).to_markdown(index=False, disable_numparse=True)
     return text
 
 

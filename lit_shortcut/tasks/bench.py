@@ -16,6 +16,7 @@ from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.compilation import Mode, compile_networks
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import require_feasible
 from lit_shortcut.evaluation.identity import dtype_of
@@ -62,8 +63,7 @@ class BenchTask(L.LightningModule):
         compile_mode: Mode = "default",
     ) -> None:
         super().__init__()
-        if rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        require_at_least(1, rounds=rounds)
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.rows, self.path, self.rounds = build_rows(rows, decoding or Decoding(), methods, plans), path, rounds
@@ -95,7 +95,7 @@ class BenchTask(L.LightningModule):
         }
         facts, where = self.facts(batch), f"written to {self.path}"
         if is_trial(self.trainer, "test"):
-            where = "a trial run: nothing is written"
+            where = f"a trial run: nothing is written to {self.path}"
         elif self.trainer.is_global_zero:
             rows = {name: [part._asdict() for part in parts] for name, parts in measured.items()}
             with replacing(self.path) as aside:

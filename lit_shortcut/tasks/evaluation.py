@@ -12,6 +12,7 @@ from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.compilation import Mode, compile_networks
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import draw, require_feasible
 from lit_shortcut.evaluation.identity import loop_identities, row_identity
@@ -22,7 +23,7 @@ from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trials import is_trial
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
 
@@ -74,14 +75,10 @@ class EvaluationTask(L.LightningModule):
         compile_mode: Mode = "default",
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("latency_rounds", latency_rounds, 1 if random_weights else 0),
-            ("latency_batch_size", latency_batch_size, 1),
-            ("grid_images", grid_images, 0),
-        ):
-            if value < least:
-                reason = " for random weights, which have a latency only" if random_weights else ""
-                raise ValueError(f"{name} must be at least {least}{reason}, got {value}")
+        require_at_least(0, latency_rounds=latency_rounds, grid_images=grid_images)
+        require_at_least(1, latency_batch_size=latency_batch_size)
+        if random_weights and not latency_rounds:
+            raise ValueError("latency_rounds must be at least 1 for random weights, which have a latency only; got 0")
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding = decoding or Decoding()
@@ -114,7 +111,7 @@ class EvaluationTask(L.LightningModule):
         if is_trial(self.trainer, "test"):
             self.trial_folder = TemporaryDirectory()
             self.stored = Results(Path(self.trial_folder.name))
-            rank_zero_info(f"a trial run: not all images are drawn, and nothing is written to {self.results}")
+            report_trial(self.results)
         else:
             require_writable(self.results)
 
@@ -123,7 +120,10 @@ class EvaluationTask(L.LightningModule):
         if self.compiled:
             compile_networks(self.base, self.methods, self.compile_mode)
         self.loops = loop_identities(
-            self.base, self.rows, precision=str(self.trainer.precision), compiled=self.compiled
+            self.base,
+            self.rows,
+            precision=str(self.trainer.precision),
+            compiled=self.compiled and self.compile_mode,
         )
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         asked = data.identity()
@@ -133,7 +133,7 @@ class EvaluationTask(L.LightningModule):
     def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Draw one batch for every row that is not finished."""
         if dataloader_idx == 0 and batch_idx == 0:
-            self.timed = batch.first(self.latency_batch_size)
+            self.timed = batch.slice(0, self.latency_batch_size)
         seed = self.run_seeds[dataloader_idx]
         rows = [row for row in self.rows if row.name in self.unfinished[seed]]
         if batch_idx == 0:

@@ -49,6 +49,7 @@ class GenerateTask(L.LightningModule):
         self.plan: PlanName = plan
         self.budget, self.compare, self.compiled = budget, compare, compiled
         self.on_step: Callable[[], None] | None = None
+        row_of(shortcut, plan, budget, self.decoding)  # a budget outside 1..N is refused here
 
     @property
     def rows(self) -> list[Row]:

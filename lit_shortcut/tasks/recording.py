@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from lit_shortcut.acceleration.accelerated import Vanilla
 from lit_shortcut.acceleration.compilation import Mode, compile_networks
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.evaluation.drawing import require_known
@@ -68,8 +69,7 @@ class RecordingTask(L.LightningModule):
         scratch: Path = SCRATCH,
     ) -> None:
         super().__init__()
-        if not memory_limit_gb >= 0:
-            raise ValueError(f"memory_limit_gb must be at least 0, got {memory_limit_gb}")
+        require_at_least(0, memory_limit_gb=memory_limit_gb)
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding, self.compiled, self.compile_mode = decoding or Decoding(), compiled, compile_mode
@@ -145,7 +145,7 @@ def card_of(
         precision: that the trainer computes them in.
         base_identity: all of the base that they depend on, as JSON has it; with its ``fingerprint``.
     """
-    first = move_data_to_device(asked.loader().dataset[0].first(1), base.interface.code_embedding.device)
+    first = move_data_to_device(asked.loader().dataset[0].slice(0, 1), base.interface.code_embedding.device)
     return Card(
         format_version=FORMAT_VERSION,
         base=json.loads(json.dumps(base_identity)),

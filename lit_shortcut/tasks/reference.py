@@ -7,8 +7,10 @@ from pathlib import Path
 import lightning as L
 from torch import nn
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.metrics.reference import FeatureStatistics
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable, update_manifest
 
 
@@ -34,6 +36,7 @@ class ReferenceTask(L.LightningModule):
         num_reference_features: int = 0,
     ) -> None:
         super().__init__()
+        require_at_least(0, num_reference_features=num_reference_features)
         self.statistics, self.path = FeatureStatistics(extractor, num_reference_features), path
         self.facts = {"images": images, "licence": licence}
         self.extractor = extractor
@@ -47,7 +50,10 @@ class ReferenceTask(L.LightningModule):
         """
         if self.trainer.world_size > 1:
             raise ValueError(f"reference statistics are made on one device, got {self.trainer.world_size}")
-        require_writable(self.path.parent)
+        if is_trial(self.trainer, "predict"):
+            report_trial(self.path)
+        else:
+            require_writable(self.path.parent)
 
     def predict_step(self, batch: LabelledImages, batch_idx: int) -> int:
         """Take in one batch; returns the number of images so far."""
@@ -55,6 +61,8 @@ class ReferenceTask(L.LightningModule):
         return self.statistics.count
 
     def on_predict_end(self) -> None:
-        """Write the file."""
+        """Write the file, unless this was a trial run."""
+        if is_trial(self.trainer, "predict"):
+            return
         self.statistics.save(self.path, self.facts["images"])
         update_manifest(self.path, self.facts)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from lit_shortcut.acceleration.replay import RecordedEnds, Replay
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Control, Prefix, TokenSpec, Trajectories, Transition
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.losses import Loss, MaskedMSE, Places, weighted_sum
@@ -66,8 +67,7 @@ class ShortcutTask(OptimizedTask):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler)
-        if rollout_depth < 1:
-            raise ValueError(f"rollout_depth must be at least 1, got {rollout_depth}")
+        require_at_least(1, rollout_depth=rollout_depth)
         self.losses: dict[str, Loss] = {"mse": MaskedMSE()} if losses is None else losses
         if not self.losses:
             raise ValueError("losses must name at least one loss")
@@ -98,7 +98,7 @@ class ShortcutTask(OptimizedTask):
     def guidance(self) -> list[float]:
         """Scale of the recorded set's guidance at each of its N steps."""
         assert self.card is not None
-        decoding = Decoding(**self.card.decoding)
+        decoding = Decoding.from_values(self.card.decoding)
         return [decoding.guidance_at(step) for step in range(self.card.num_steps)]
 
     def replay(self, batch: Trajectories) -> Replay:

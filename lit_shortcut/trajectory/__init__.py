@@ -8,14 +8,14 @@ WebDataset's convention, uncompressed, with an index ``shard-000000.json`` besid
         features = torch.from_numpy(sample["c03.npy"])              # conditional branch, step 3: (S, C)
         features = features.view(torch.bfloat16)                    # numpy has none, they are stored as uint16
         features = sample["c03.npy"] * sample["c03.scales.npy"][:, None]      # or, of int8
-        sample["tokens.npy"], sample["committed_at.npy"]            # (L,) at the end; step that revealed each
+        sample["tokens.npy"], sample["committed_at.npy"]            # (L,) final codes; the step that committed each
 
-``u03.npy`` is the unconditional branch. Where features have rows of a text (``text_rows``), ``prefix.lengths.npy`` (G,)
-counts them and ``prefix.control.npy`` (P, C) are the embeddings that are control; S is each branch's own.
+``u03.npy`` is the unconditional branch. If the features include rows of a text (``text_rows``), ``prefix.lengths.npy``
+(G,) counts them, ``prefix.control.npy`` (P, C) holds the embeddings that are control, and S differs between branches.
 
-The index holds where every member's array lies and its checksum (xxh3_64), and the digest of the card; the card has its
-own digest and names the interface's fingerprint. So any byte that reaches a training step was checked, and files of two
-sets do not mix. Nothing is pickled.
+The index holds the offset and checksum (xxh3_64) of every member's array, and the digest of the card; the card has its
+own digest and the interface's fingerprint. So every byte that reaches a training step was checked, and files of two
+sets cannot be mixed. Nothing is pickled.
 """
 
 from lit_shortcut.trajectory.card import FORMAT_VERSION, Card, TrajectoryError, shard_name

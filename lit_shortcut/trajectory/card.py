@@ -1,4 +1,4 @@
-"""The card of a set of trajectories: what the set holds and how it was made."""
+"""Card of a set of trajectories: what the set holds and how it was made."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lit_shortcut.trajectory.encoding import ENCODINGS, Encoding
 
 FORMAT_VERSION = 3
 _CARD = "card.json"
-_MOST_SHARDS = 10**7  # 80 MB for their order
-_BLOCK, _HEADERS, _OTHERS = 512, 640, 8192  # bytes: of a tar's block, before an array, of a sample's other members
+_MOST_SHARDS = 10**7  # their order takes 80 MB
+_BLOCK, _HEADERS, _OTHERS = 512, 640, 8192  # bytes: a tar block, headers before an array, a sample's other members
 
 
 class TrajectoryError(ValueError):
-    """A set of trajectories is missing, damaged, or not the one asked for."""
+    """A set of trajectories is missing, damaged, or not the expected one."""
 
 
 def shard_name(index: int) -> str:
@@ -36,24 +36,24 @@ def locate(source: str | Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class Card:
-    """What a set holds and how it was made: equal cards, equal bytes.
+    """Contents of a set and how it was made: equal cards, equal bytes.
 
     Args:
-        format_version: of this schema.
-        base: identity of the base, everything that the features depend on; its ``fingerprint`` is of the weights.
+        format_version: version of this schema.
+        base: identity of the base, everything the features depend on; includes the ``fingerprint`` of its weights.
         interface: fingerprint of the interface kept beside the shards.
         spec: fields of the base's :class:`TokenSpec`.
-        decoding: how tokens were drawn.
+        decoding: settings that tokens were drawn with.
         branches: G.
         num_steps: N.
-        precision: that the features were computed in, in Lightning's terms (``32-true``, ``bf16-mixed``, …).
-        encoding: of the features as stored, a key of ``ENCODINGS``.
-        text_rows: whether the features have rows of a text; S is then that of each sample's own.
+        precision: Lightning's name of the precision the features were computed in (``32-true``, ``bf16-mixed``, …).
+        encoding: key in ``ENCODINGS`` of how features are stored.
+        text_rows: whether the features include rows of a text; S then differs between samples.
         num_samples: trajectories in the set.
-        samples_per_shard: in every shard but the last, which holds what is left.
-        seed: of the run; each sample's own comes from it.
-        num_classes: labels went round so many classes, or prompts.
-        prompts: sha256 of the list of prompts; empty where classes were asked for.
+        samples_per_shard: trajectories in every shard but the last, which holds the rest.
+        seed: run seed, which each sample's seed is derived from.
+        num_classes: number of classes, or of prompts, that the labels cycle through.
+        prompts: sha256 of the list of prompts; empty for classes.
     """
 
     format_version: int
@@ -87,22 +87,22 @@ class Card:
 
     @property
     def base_fingerprint(self) -> str:
-        """Fingerprint of the base's weights."""
+        """Return the fingerprint of the base's weights."""
         return str(self.base["fingerprint"])
 
     @property
     def encoder(self) -> Encoding:
-        """The encoding of that name."""
+        """Return the encoding of the features."""
         return ENCODINGS[self.encoding]
 
     @property
     def num_shards(self) -> int:
-        """Shards of the complete set."""
+        """Return the number of shards in the complete set."""
         return -(-self.num_samples // self.samples_per_shard)
 
     @property
     def sample_bytes(self) -> int:
-        """Size of one trajectory on disk, rounded up by a few kB."""
+        """Return the bytes of one trajectory on disk, rounded up by a few kB."""
         stored = self.encoder.members(self.spec["sequence_length"], self.spec["width"])
         sizes = (dtype.itemsize * prod(shape) for dtype, shape in stored.values())
         step = sum(-(-(size + _HEADERS) // _BLOCK) * _BLOCK for size in sizes)
@@ -110,25 +110,25 @@ class Card:
 
     @cached_property
     def digest(self) -> str:
-        """First 16 hex digits of a sha256 over all fields; shards name the card they belong to by it."""
+        """Return the first 16 hex digits of a sha256 over all fields; shards refer to their card by it."""
         return _digest(asdict(self))
 
     def ids(self, index: int) -> range:
-        """Ids of the samples in shard ``index``."""
+        """Return the ids of the samples in shard ``index``."""
         start = index * self.samples_per_shard
         return range(start, min(start + self.samples_per_shard, self.num_samples))
 
     def write(self, folder: Path) -> None:
-        """Write ``card.json`` into ``folder``, whole or not at all."""
+        """Write ``card.json`` into ``folder`` atomically."""
         with whole(folder / _CARD) as file:
             file.write((json.dumps(asdict(self) | {"digest": self.digest}, indent=2) + "\n").encode())
 
     @classmethod
     def read(cls, source: str | Path) -> Card:
-        """The card of the set at ``source``.
+        """Read the card of the set at ``source``.
 
         Raises:
-            TrajectoryError: if it is missing, of another version, changed since it was written, or makes no sense.
+            TrajectoryError: if it is missing, of another version, inconsistent, or changed since it was written.
             AccessError: if it cannot be fetched.
         """
         where = locate(source, _CARD)
@@ -137,7 +137,7 @@ class Card:
             version, digest = values.get("format_version"), values.pop("digest", None)
         except AccessError:
             raise
-        except (OSError, ValueError, AttributeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise TrajectoryError(f"{where}: expected the card of a set of trajectories ({error})") from error
         if version != FORMAT_VERSION:
             raise TrajectoryError(

@@ -1,7 +1,7 @@
-"""Encodings: how features lie on disk and travel to the device.
+"""Encodings: how features are stored on disk and sent to the device.
 
 An encoding turns the features of a step, (S, C), into one or more tensors whose first dimension is S, each a member of
-the shard, and back. A new one is a subclass of :class:`Encoding` and a call of :func:`register`.
+the shard, and back. To add one, subclass :class:`Encoding` and call :func:`register`.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 
 Parts = dict[str, Tensor]
-"""Encoded features by the ending of their members' names, each (…, S, …)."""
+"""Tensors (…, S, …) of encoded features by the ending of their members' names."""
 Kind = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
 
 
 class Encoding(ABC):
-    """A way to store features; ``name`` is what YAML and card call it."""
+    """A way to store features, called ``name`` in YAML and card."""
 
     name: str
 
     @abstractmethod
     def members(self, num_rows: int, width: int) -> dict[str, Kind]:
-        """Kinds of the tensors that store one step of ``num_rows`` (S) rows and ``width`` (C), by their endings."""
+        """Return, by ending, the kinds of the tensors that store a step of ``num_rows`` (S) rows of ``width`` (C)."""
 
     @abstractmethod
     def encode(self, features: Tensor) -> Parts:
-        """``features`` (…, S, C) as stored."""
+        """Encode ``features`` (…, S, C)."""
 
     @abstractmethod
     def decode(self, parts: Parts) -> Tensor:
-        """Features (…, S, C) of ``parts``."""
+        """Return the features (…, S, C) that ``parts`` encode."""
 
     def check(self, parts: Parts) -> None:
         """Raise a :class:`ValueError` if ``parts`` decode to NaN or infinity."""
@@ -53,11 +53,11 @@ class Plain(Encoding):
         return {"npy": (self.dtype, (num_rows, width))}
 
     def encode(self, features: Tensor) -> Parts:
-        """Features cast to the dtype."""
+        """Cast features to the dtype."""
         return {"npy": features.to(self.dtype)}
 
     def decode(self, parts: Parts) -> Tensor:
-        """Features in the dtype they are stored in."""
+        """Return features in the stored dtype."""
         return parts["npy"]
 
 
@@ -65,8 +65,8 @@ class Int8(Encoding):
     """8-bit integers with a scale for each row.
 
     Each row (C values of one token at one step) is divided by its scale, its largest magnitude / 127, and rounded; the
-    scale is kept in float32. No value is off by more than half a scale. A row takes C + 4 bytes, so that one guidance
-    branch at 15 × 1025 × 768 takes 11.9 MB instead of 47.2 in float32.
+    scale is kept in float32. No value is off by more than half a scale. A row takes C + 4 bytes, so one guidance branch
+    at 15 × 1025 × 768 takes 11.9 MB instead of 47.2 in float32.
 
     >>> parts = Int8().encode(torch.tensor([[2.54, -1.0, 0.0]]))
     >>> parts["npy"].tolist(), round(parts["scales.npy"].item(), 6)
@@ -81,14 +81,14 @@ class Int8(Encoding):
         return {"npy": (torch.int8, (num_rows, width)), "scales.npy": (torch.float32, (num_rows,))}
 
     def encode(self, features: Tensor) -> Parts:
-        """Rounded quotients and their scales."""
+        """Return rounded quotients and their scales."""
         features = features.float()
         scales = features.abs().amax(-1).div_(self._largest)
-        scales.clamp_(min=torch.finfo(scales.dtype).tiny)  # a row of zeros has one, too
+        scales.clamp_(min=torch.finfo(scales.dtype).tiny)  # a row of zeros must not divide by zero
         return {"npy": (features / scales[..., None]).round_().to(torch.int8), "scales.npy": scales}
 
     def decode(self, parts: Parts) -> Tensor:
-        """Features in float32."""
+        """Return features in float32."""
         return parts["npy"].float().mul_(parts["scales.npy"][..., None])
 
 
@@ -96,7 +96,7 @@ ENCODINGS: dict[str, Encoding] = {}
 
 
 def register(encoding: Encoding) -> None:
-    """Make ``encoding`` known by its name."""
+    """Add ``encoding`` to ``ENCODINGS`` under its name."""
     ENCODINGS[encoding.name] = encoding
 
 
@@ -106,5 +106,5 @@ for _known in (Int8(), Plain(torch.bfloat16), Plain(torch.float16), Plain(torch.
 
 def require_finite(name: str, values: Tensor) -> None:
     """Raise a :class:`ValueError` if ``values``, called ``name``, hold NaN or infinity."""
-    if values.numel() and not all(isfinite(bound.item()) for bound in torch.aminmax(values)):  # quicker than of all
+    if values.numel() and not all(isfinite(bound.item()) for bound in torch.aminmax(values)):  # faster than isfinite
         raise ValueError(f"{name}: expected finite {str(values.dtype).removeprefix('torch.')}, found NaN or infinity")

@@ -1,4 +1,4 @@
-"""The index beside a shard: where every member's content lies in the tar, and its checksum."""
+"""Index beside a shard: offset, size and checksum of every member in the tar."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lit_shortcut.files import read_bytes, whole
 from lit_shortcut.trajectory.card import Card, TrajectoryError, shard_name
 
 Member = tuple[int, int, str]
-"""Of an array, or of JSON: first byte in the tar, number of bytes, xxh3_64 in hex."""
+"""First byte in the tar, number of bytes and xxh3_64 (hex) of an array or of JSON."""
 
 
 @dataclass(frozen=True)
 class Index:
     """``shard-000000.json``: ``bytes`` and ``checksum`` (xxh3_64) of the whole shard, and its members.
 
-    ``card`` is the digest of the card that the shard belongs to; ``samples`` are :data:`Member` by the sample's key and
-    the member's ending. numpy's header before an array belongs to no member.
+    ``card`` is the digest of the set's card; ``samples`` holds each :data:`Member` by the sample's key and the member's
+    ending. Members leave out numpy's header before an array.
     """
 
     card: str
@@ -30,13 +30,13 @@ class Index:
     samples: dict[str, dict[str, Member]]
 
     def write(self, shard: Path) -> None:
-        """Write it beside ``shard``, whole or not at all."""
+        """Write the index beside ``shard`` atomically."""
         with whole(shard.with_suffix(".json")) as file:
             file.write(json.dumps(vars(self)).encode())
 
     @classmethod
     def read(cls, shard: Path, index: int, card: Card) -> Index:
-        """The index beside ``shard``, number ``index``.
+        """Read the index beside ``shard``, which is number ``index`` of the set of ``card``.
 
         Raises:
             TrajectoryError: if it is missing, damaged, or of another set.
@@ -52,21 +52,21 @@ class Index:
 
 
 def checksum(content: bytes | memoryview) -> str:
-    """xxh3_64 of ``content`` in hex."""
+    """Return the xxh3_64 of ``content`` in hex."""
     return xxh3_64(content).hexdigest()
 
 
 def step_ending(branch: int, step: int, part: str) -> str:
-    """Ending of the member with a part of the features of ``branch`` at ``step``: ``c03.npy``, ``u03.scales.npy``."""
+    """Return the ending of a member with features of ``branch`` at ``step``: ``c03.npy``, ``u03.scales.npy``."""
     return f"{'cu'[branch]}{step:02d}.{part}"
 
 
 def finished_shards(folder: Path, card: Card) -> dict[int, int]:
-    """Size of each shard of ``card`` that lies in ``folder`` as it was written, by number."""
+    """Return, by number, the size of each shard of ``card`` that is complete in ``folder``."""
     sizes = {path.name: path.stat().st_size for path in folder.glob("shard-*.tar")}
     finished = {}
     for number, name in enumerate(map(shard_name, range(card.num_shards))):
-        with suppress(TrajectoryError):  # not whole, which is what is asked; reading it says why
+        with suppress(TrajectoryError):  # then it is not complete; reading it says why
             if name in sizes and Index.read(folder / name, number, card).bytes == sizes[name]:
                 finished[number] = sizes[name]
     return finished
@@ -77,6 +77,6 @@ def check_shards(folder: Path, card: Card) -> None:
     missing = sorted(set(range(card.num_shards)) - finished_shards(folder, card).keys())
     if missing:
         raise TrajectoryError(
-            f"{folder / shard_name(missing[0])}: missing, or not of the size that its index says; {len(missing)} of "
-            f"{card.num_shards} shards are not whole: record the set to its end"
+            f"{folder / shard_name(missing[0])}: missing, or not of the size in its index; {len(missing)} of "
+            f"{card.num_shards} shards are incomplete: finish recording the set"
         )

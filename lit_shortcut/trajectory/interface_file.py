@@ -1,4 +1,4 @@
-"""The interface of the base, kept beside the shards."""
+"""Interface of the base, kept beside the shards."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _INTERFACE = "interface.safetensors"
 
 
 def interface_fingerprint(interface: TokenInterface) -> str:
-    """A digest that only equal interfaces share; the card of a set holds it."""
+    """Return a digest that only equal interfaces share; the card of a set holds it."""
     return _fingerprint(interface.kind, interface.to_tensors())
 
 
 def save_interface(folder: Path, interface: TokenInterface) -> None:
-    """Write ``interface`` beside the shards in ``folder``, whole or not at all."""
+    """Write ``interface`` beside the shards in ``folder`` atomically."""
     with whole(folder / _INTERFACE) as file:
         file.write(save(interface.to_tensors(), metadata={"kind": json.dumps(interface.kind)}))
 
 
 def load_interface(source: str | Path, card: Card) -> TokenInterface:
-    """The interface of the set at ``source``, whose card is ``card``.
+    """Load the interface of the set at ``source``, whose card is ``card``.
 
     Raises:
         WeightsError: if the file is missing or damaged.
-        TrajectoryError: if it does not hold the interface that the card names.
+        TrajectoryError: if it does not hold the interface named by the card.
     """
     where = locate(source, _INTERFACE)
     with TemporaryDirectory() as scratch:
@@ -44,7 +44,7 @@ def load_interface(source: str | Path, card: Card) -> TokenInterface:
         tensors, metadata = load_tensors(path)
     kind = metadata.get("kind", "")
     if (found := _fingerprint(kind, tensors)) != card.interface:
-        raise TrajectoryError(f"{where}: expected the interface {card.interface} that the card names, found {found}")
+        raise TrajectoryError(f"{where}: expected the interface {card.interface} named by the card, found {found}")
     try:
         return TokenInterface.from_tensors(kind, tensors)
     except ValueError as error:

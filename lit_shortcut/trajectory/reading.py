@@ -1,6 +1,7 @@
-"""Read a shard at any place: the bytes asked for, each checked against its checksum.
+"""Random access to a shard: only the bytes needed, each member checked against its checksum.
 
-Read, not memory-mapped: a file that is cut while it is open then gives an error instead of ending the process.
+Shards are read, not memory-mapped: a file truncated while it is open then raises an error instead of killing the
+process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lit_shortcut.trajectory.writing import require_values
 class Head(NamedTuple):
     """A sample without its features: ``tokens``, ``committed_at`` (L,), ``rows`` (S) of each branch.
 
-    ``lengths`` (G,) and ``control`` (P, C) of its text are 0 and empty where there is none.
+    ``lengths`` (G,) and ``control`` (P, C) describe its text prefix; without one they are 0 and empty.
     """
 
     tokens: Tensor
@@ -37,10 +38,12 @@ class Head(NamedTuple):
 
 
 class Shard:
-    """Shard ``index`` of the set of ``card``, open at ``path``, its index beside it; messages call it ``where``.
+    """Shard ``index`` of the set of ``card``, open at ``path`` with its index beside it; errors call it ``where``.
 
-    A :class:`TrajectoryError` if file or index is missing, or they do not fit one another. The file is closed with the
-    last use of the object.
+    The file is closed when the object is garbage-collected.
+
+    Raises:
+        TrajectoryError: if file or index is missing, or their sizes differ.
     """
 
     def __init__(self, path: Path, index: int, card: Card, where: str) -> None:
@@ -53,20 +56,20 @@ class Shard:
             raise TrajectoryError(f"{where}: no readable shard ({error.strerror})") from error
         finalize(self, os.close, self._file)
         if (size := os.fstat(self._file).st_size) != self.index.bytes:
-            raise TrajectoryError(f"{where}: its index says {self.index.bytes} bytes, found {size}; it is cut short")
+            raise TrajectoryError(f"{where}: expected {self.index.bytes} bytes as in its index, found {size}")
 
     def head(self, row: int) -> Head:
-        """The sample at ``row`` in the shard, without its features; kept once read."""
+        """Return the sample at ``row`` in the shard without its features; it is read once."""
         if row not in self._heads:
             with self._named(row):
                 self._heads[row] = self._head(row)
         return self._heads[row]
 
     def read_steps(self, row: int, branch: int, first: int, out: Parts) -> None:
-        """Copy consecutive steps of the sample at ``row`` into ``out``, parts (R, ≥ S, …), from step ``first``.
+        """Read consecutive steps of the sample at ``row``, from step ``first`` on, into ``out``, parts (R, ≥ S, …).
 
         Raises:
-            TrajectoryError: naming the sample, if its bytes are not those that were written, or do not fit the card.
+            TrajectoryError: naming the sample, if its bytes are damaged or do not fit the card.
         """
         num_rows = self.head(row).rows[branch]
         with self._named(row):
@@ -75,7 +78,7 @@ class Shard:
                     self._fill(row, step_ending(branch, first + step, part), values)
 
     def trajectory(self, row: int) -> Trajectories:
-        """The whole sample at ``row``, decoded: a batch of one. Errors as in :meth:`read_steps`."""
+        """Return the whole sample at ``row``, decoded, as a batch of one; errors as in :meth:`read_steps`."""
         head, card = self.head(row), self._card
         parts = room_for(card, (card.branches, card.num_steps), max(head.rows))
         for branch in range(card.branches):
@@ -90,9 +93,9 @@ class Shard:
         prefix = None
         if card.text_rows:
             num_control = torch.tensor([len(head.control)] + [0] * (card.branches - 1))
-            of_all = head.control.new_zeros(card.branches, int(head.lengths.max()), head.control.shape[1])
-            of_all[0, : len(head.control)] = head.control
-            prefix = Prefix(head.lengths[None], of_all[None], num_control[None])
+            control = head.control.new_zeros(card.branches, int(head.lengths.max()), head.control.shape[1])
+            control[0, : len(head.control)] = head.control
+            prefix = Prefix(head.lengths[None], control[None], num_control[None])
         conditions = Conditions(ids, seeds, labels, (facts["prompt"],) if card.prompts else ())
         tokens, committed_at = head.tokens.long()[None], head.committed_at.long()[None]
         return Trajectories(conditions, card.encoder.decode(parts)[None], tokens, committed_at, prefix)
@@ -120,7 +123,7 @@ class Shard:
         try:
             yield
         except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
-            problem = f"{error} is missing in the index" if isinstance(error, KeyError) else error
+            problem = f"{error} is missing from the index" if isinstance(error, KeyError) else error
             raise TrajectoryError(f"{self.where}: sample {self._ids[row]:08d}: {problem}") from error
 
     def _size(self, row: int, ending: str) -> int:
@@ -135,22 +138,22 @@ class Shard:
         return tensor
 
     def _fill(self, row: int, ending: str, tensor: Tensor) -> None:
-        """Read a member into ``tensor``, which is contiguous."""
+        """Read a member into the contiguous ``tensor``."""
         offset, size, expected = self.index.samples[f"{self._ids[row]:08d}"][ending]
         view, done = tensor.view(-1).view(torch.uint8).numpy().data, 0
         if len(view) != size:
-            raise ValueError(f"{ending}: expected {len(view)} bytes, as the card says, found {size}")
+            raise ValueError(f"{ending}: expected {len(view)} bytes by the card, found {size}")
         while done < size:
             count = os.preadv(self._file, [view[done:]], offset + done)
             if not count:
-                raise ValueError(f"{ending}: ends at byte {offset + done}; the shard is cut short")
+                raise ValueError(f"{ending}: ends at byte {offset + done}; the shard is truncated")
             done += count
         if checksum(view) != expected:
             raise ValueError(f"{ending}: checksum differs; the file is damaged")
 
 
 def room_for(card: Card, leading: tuple[int, ...], num_rows: int) -> Parts:
-    """Room for encoded features (*leading, ``num_rows``, …), of zeros where rows may be padding."""
+    """Allocate encoded features (*leading, ``num_rows``, …), zeros where rows may be padding."""
     kinds = card.encoder.members(num_rows, card.spec["width"])
     make: Callable[..., Tensor] = torch.zeros if card.text_rows else torch.empty
     return {part: make((*leading, *shape), dtype=dtype) for part, (dtype, shape) in kinds.items()}

@@ -1,4 +1,4 @@
-"""The shards of a set, open: those of a folder where they are, those behind a URL fetched into a bounded cache."""
+"""Open shards of a set: read in place from a folder, or fetched from a URL into a bounded cache."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 class Source:
     """Shards of the set of ``card`` at ``source``, a folder or a URL prefix that fsspec opens; ``kept`` stay open.
 
-    As many of a URL lie in a folder below ``cache``, which all processes of the machine share; the longest unused is
-    deleted for the next.
+    Shards behind a URL are fetched into a folder below ``cache``, shared by all processes of the machine. It holds
+    ``kept`` of them; the least recently used one makes room for the next.
     """
 
     def __init__(self, source: str | Path, card: Card, *, kept: int = 32, cache: Path | None = None) -> None:
@@ -38,7 +38,7 @@ class Source:
         self._ahead: Background[None] = Background()
 
     def read(self, index: int, use: Callable[[Shard], Result]) -> Result:
-        """What ``use`` makes of shard ``index``. One that is damaged in the cache is fetched again, once.
+        """Return ``use`` of shard ``index``. A shard that is damaged in the cache is fetched again, once.
 
         Raises:
             TrajectoryError: if it is missing or damaged.
@@ -57,18 +57,18 @@ class Source:
         return use(self._shard(index))
 
     def trajectories(self, index: int) -> Iterator[Trajectories]:
-        """All samples of shard ``index``, each a batch of one. Errors as in :meth:`read`."""
+        """Yield all samples of shard ``index``, each a batch of one; errors as in :meth:`read`."""
         for row in range(len(self.card.ids(index))):
             yield self.read(index, methodcaller("trajectory", row))
 
     def fetch_ahead(self, indices: Sequence[int]) -> None:
-        """Fetch shards of a URL into the cache, in the background, behind those asked for before."""
+        """Fetch shards of a URL into the cache in the background, after those requested before."""
         deque(self._ahead.results(leave=len(indices)), maxlen=0)
         for index in indices:
             self._ahead.submit(self._fetch_quietly, index)
 
     def close(self) -> None:
-        """Fetch nothing more ahead."""
+        """Cancel fetching ahead."""
         self._ahead.close(cancel=True)
 
     def _opened(self, index: int) -> Shard:
@@ -77,21 +77,21 @@ class Source:
         return Shard(self.folder / shard_name(index), index, self.card, locate(self.source, shard_name(index)))
 
     def _fetch_quietly(self, index: int) -> None:
-        with suppress(AccessError):  # whoever reads the shard meets the error and reports it
+        with suppress(AccessError):  # reading the shard raises the error again
             self._fetch(index)
 
     def _fetch(self, index: int) -> None:
         path = self.folder / shard_name(index)
         with suppress(FileNotFoundError):
-            os.utime(path)  # so that whoever makes room next leaves it
+            os.utime(path)  # mark it as recently used
             return
         with exclusive(self.folder, wait=True):  # ranks of a machine share the cache
             if path.exists():
                 return
             held = sorted(self.folder.glob("shard-*.tar"), key=lambda held: held.stat().st_mtime)
             for oldest in held[: max(0, len(held) - self.kept + 1)]:
-                self._remove(oldest)  # whoever has it open reads on
-            for name in (path.with_suffix(".json").name, path.name):  # its presence says that both are there
+                self._remove(oldest)  # processes that have it open can still read it
+            for name in (path.with_suffix(".json").name, path.name):  # a shard that is there has its index
                 fetch(locate(self.source, name), self.folder / name)
 
     def _remove(self, path: Path) -> None:
@@ -100,5 +100,5 @@ class Source:
 
 
 def read_shard(source: str | Path, index: int, card: Card) -> Iterator[Trajectories]:
-    """All samples of shard ``index`` of the set at ``source``, as :meth:`Source.trajectories` gives them."""
+    """Yield all samples of shard ``index`` of the set at ``source``, as :meth:`Source.trajectories` does."""
     yield from Source(source, card).trajectories(index)

@@ -1,4 +1,4 @@
-"""Transitions: what is in a training window, and how batches of them come about."""
+"""Transitions: training windows and how they are batched."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lit_shortcut.trajectory.encoding import ENCODINGS, Parts
 
 
 class EncodedTransition(NamedTuple):
-    """A :class:`Transition` as it leaves the loader: ``features``, of all R + 1 steps, still encoded (B, R + 1, S, …).
+    """A :class:`Transition` as it leaves the loader: ``features`` (B, R + 1, S, …) of all R + 1 steps, still encoded.
 
-    ``replaced`` (B,) marks windows that stand in for damaged ones.
+    ``replaced`` (B,) marks windows read in place of damaged ones.
     """
 
     encoding: str
@@ -33,7 +33,7 @@ class EncodedTransition(NamedTuple):
     def of(
         cls, encoding: str, features: Parts, tokens: Tensor, committed_at: Tensor, step: Tensor, prefix: Prefix | None
     ) -> EncodedTransition:
-        """The windows from ``step`` (B,) on, out of trajectories ``tokens``, ``committed_at`` (B, L)."""
+        """Return the windows that begin at ``step`` (B,) of trajectories with ``tokens``, ``committed_at`` (B, L)."""
         window = next(iter(features.values())).shape[1] - 1
         steps = step[:, None, None] + torch.arange(window, device=step.device)[:, None]
         committed_at = committed_at[:, None]
@@ -48,20 +48,20 @@ class EncodedTransition(NamedTuple):
         return cls(encoding, features, control, is_masked.float().mean(-1), is_masked, step, prefix, none)
 
     def decode(self) -> Transition:
-        """The batch with its features as numbers, on the device it lies on."""
+        """Decode the features on the device they are on."""
         features = ENCODINGS[self.encoding].decode(self.features)
         before, targets = features[:, 0], features[:, 1:]
         return Transition(before, self.control, self.masked_share, targets, self.is_masked, self.step, self.prefix)
 
 
 def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], window: int = 1) -> Transition:
-    """The windows of ``window`` (R) steps at ``places``: row, branch and the step before the window.
+    """Return the windows of ``window`` (R) steps at ``places``: row, branch and the step before the window.
 
     Features may lie on another device than the rest, which is small and best left on the CPU: their windows do, too.
     """
     row, branch, step = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
     features, prefix = trajectories.features, None
-    if trajectories.prefix is not None:  # rows that are padding to all are left out, others set to 0
+    if trajectories.prefix is not None:  # rows that are padding everywhere are left out, other padding is set to 0
         frame = features.shape[3] - trajectories.prefix.control.shape[-2]
         prefix = Prefix(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.prefix))
         prefix = prefix._replace(control=prefix.control[:, : int(prefix.num_control.max())])
@@ -77,7 +77,7 @@ def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], w
 
 
 def concatenated(batches: Sequence[Trajectories]) -> Trajectories:
-    """``batches`` as one, rows padded by zeros to the longest."""
+    """Concatenate ``batches``, with rows zero-padded to the longest."""
     if len(batches) == 1:
         return batches[0]
     ids, seeds, labels = (torch.cat(column) for column in zip(*(one.conditions[:3] for one in batches), strict=True))
@@ -90,6 +90,6 @@ def concatenated(batches: Sequence[Trajectories]) -> Trajectories:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """``parts`` (B, …, S, C), or (B, G), one behind the other; S is padded by zeros to the longest."""
+    """Concatenate ``parts`` (B, …, S, C) or (B, G), with S zero-padded to the longest."""
     longest = max(part.shape[-2] for part in parts)
     return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[-2])) if part.ndim > 2 else part for part in parts])

@@ -1,4 +1,4 @@
-"""Check a whole set: every byte against its checksum, every sample against the card and the others."""
+"""Verification of a whole set: every byte against its checksum, every sample against the card and the others."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lit_shortcut.weights import WeightsError
 
 
 def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
-    """What is wrong with the set at folder or URL prefix ``source``, each with its file; nothing of a sound set.
+    """Yield every problem of the set at folder or URL prefix ``source``, with its file; none if the set is sound.
 
-    A damaged shard is named once, by its checksum, and each of its damaged samples after it. Shards of a URL come into
-    ``cache``.
+    A damaged shard is reported once, by its checksum, and then each of its damaged samples. Shards behind a URL are
+    fetched into ``cache``.
     """
     try:
         card = Card.read(source)
@@ -34,7 +34,7 @@ def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
     known = {shard_name(index) for index in range(card.num_shards)}
     for path in [] if is_remote(source) else sorted(Path(source).glob("shard-*.tar")):
         if path.name not in known:
-            yield f"{path}: no shard of this set, which has {card.num_shards}"
+            yield f"{path}: not a shard of this set, which has {card.num_shards}"
     opened, frames = Source(source, card, kept=1, cache=cache), set()
     for index in range(card.num_shards):
         path = opened.folder / shard_name(index)
@@ -54,5 +54,5 @@ def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
                 continue
             frames.add(found.features.shape[-2] - (0 if found.prefix is None else int(found.prefix.lengths.max())))
             if len(frames) > 1:
-                yield f"{path}: sample {int(found.conditions.ids):08d}: other rows beside its text than before"
+                yield f"{path}: sample {int(found.conditions.ids):08d}: not as many rows beside its text as before"
                 frames.clear()

@@ -1,4 +1,4 @@
-"""Write shards as tar archives in WebDataset's convention, a few steps at a time."""
+"""Writing shards as tar archives in WebDataset's convention, a few steps at a time."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lit_shortcut.trajectory.card import Card, TrajectoryError, shard_name
 from lit_shortcut.trajectory.encoding import require_finite
 from lit_shortcut.trajectory.index import Index, Member, checksum, step_ending
 
-_AT_ONCE = 2**22  # bytes of features that are encoded together, one step at least
-_UNSIGNED = {1: torch.uint8, 2: torch.uint16}  # what stands in for a dtype that numpy lacks, by its size
+_AT_ONCE = 2**22  # bytes of features encoded together, at least one step
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16}  # for dtypes that numpy lacks, by their size in bytes
 _CHECKSUM = slice(148, 154)  # of a tar's header: octal digits of the sum of its bytes
 
 
 def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card) -> None:
-    """Write ``trajectories``, all samples of shard ``index``, to ``folder``: whole or not at all.
+    """Write ``trajectories``, all samples of shard ``index``, to ``folder`` atomically.
 
-    Trajectories lie in the host's memory, or in a file mapped there; equal ones give equal bytes. It takes as much
-    memory as a few steps do.
+    Trajectories lie in the host's memory, or in a file mapped there; equal ones give equal bytes. Only a few steps are
+    copied at a time.
 
     Raises:
-        TrajectoryError: if they are not the shard's samples, do not fit ``card``, are not finite, or if the file cannot
-            be written.
+        TrajectoryError: if ``trajectories`` are not the shard's samples, do not fit ``card`` or are not finite.
+        AccessError: if the file cannot be written.
     """
     path = folder / shard_name(index)
     ids = trajectories.conditions.ids.tolist()
@@ -52,12 +52,12 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
             except ValueError as error:
                 raise TrajectoryError(f"{path}: sample {key}: {error}") from error
         tar.close()
-        # before the shard, whose presence says that both are there
+        # before the shard is renamed into place: a shard that is there has its index
         Index(card.digest, tar.size, tar.digest.hexdigest(), samples).write(path)
 
 
 def require_values(grids: dict[str, Tensor], rows: list[int], lengths: list[int], card: Card) -> None:
-    """Raise a :class:`ValueError` unless ``grids``, and ``rows`` and text ``lengths`` of each branch, fit ``card``."""
+    """Raise a :class:`ValueError` unless ``grids`` and each branch's ``rows`` and text ``lengths`` fit ``card``."""
     for name, end in (("tokens", card.spec["codebook_size"]), ("committed_at", card.num_steps)):
         low, high = (int(bound) for bound in torch.aminmax(grids[name]))
         if low < 0 or high >= end:
@@ -70,10 +70,10 @@ def require_values(grids: dict[str, Tensor], rows: list[int], lengths: list[int]
 
 
 def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple[str, bytes, memoryview]]:
-    """Ending, header and content of the members of one sample, without what pads it to its batch."""
+    """Yield ending, header and content of the members of one sample, without the padding of its batch."""
     features, prefix, prompts = trajectories.features[row], trajectories.prefix, trajectories.conditions.prompts
     if (prefix is not None) != card.text_rows or bool(prompts) != bool(card.prompts):
-        raise ValueError(f"expected text_rows: {card.text_rows}, prompts: {bool(card.prompts)}, as the card says")
+        raise ValueError(f"expected text_rows: {card.text_rows}, prompts: {bool(card.prompts)} by the card")
     if features.shape[1::2] != (card.num_steps, card.spec["width"]):
         raise ValueError(f"features: expected {card.num_steps} steps of {card.spec['width']}, found {features.shape}")
     others = {"tokens": trajectories.tokens[row].int(), "committed_at": trajectories.committed_at[row].short()}
@@ -104,7 +104,7 @@ def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """``tensor`` in a dtype that numpy has."""
+    """Return ``tensor`` in a dtype that numpy has."""
     dtype = _in_numpy(tensor.dtype)
     return (tensor if dtype == tensor.dtype else tensor.contiguous().view(dtype)).numpy()
 
@@ -119,8 +119,8 @@ def _in_numpy(dtype: torch.dtype) -> torch.dtype:
 
 
 def _npy(array: np.ndarray[Any, Any]) -> tuple[bytes, memoryview]:
-    """Numpy's header and the bytes of ``array``."""
-    return _npy_header(array.dtype.str, array.shape), np.ascontiguousarray(array).data.cast("B")
+    """Return numpy's header and the bytes of ``array``."""
+    return _npy_header(array.dtype.str, array.shape), np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 @lru_cache(maxsize=64)
@@ -131,10 +131,10 @@ def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
 
 
 class _Tar:
-    """Writes a USTAR archive to ``file`` and knows its size and xxh3_64.
+    """A USTAR archive written to ``file``, with the ``size`` and xxh3_64 ``digest`` of what was written.
 
-    Only names differ from sample to sample, so headers are made once: :mod:`tarfile` took longer to make one than all
-    else that a small step takes.
+    Only the names differ from sample to sample, so each header is made once: with :mod:`tarfile`, making headers took
+    longer than everything else about a small step.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -161,7 +161,7 @@ class _Tar:
 
 
 def _tar_header(key: str, ending: str, size: int) -> bytes:
-    """Header of the member with ``ending`` of the sample with ``key``, digits; ``size`` bytes follow."""
+    """Return the header of a member: ``key``, which is digits, ``ending`` and the ``size`` of its content."""
     header, name = bytearray(_header_of_zeros(len(key), ending, size)), key.encode()
     header[: len(name)] = name
     header[_CHECKSUM] = b"%06o" % (int(header[_CHECKSUM], 8) + sum(name) - sum(b"0" * len(name)))

@@ -174,7 +174,7 @@ def test_text_encoder_may_come_from_elsewhere(folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("pixels", [0, 48])
 def test_size_that_fits_no_grid_is_refused(whole: Path, pixels: int) -> None:
-    with pytest.raises(ValueError, match=f"height must be a positive multiple of 32 pixels, got {pixels}"):
+    with pytest.raises(ValueError, match=f"height .* got {pixels}"):
         published(str(whole), height=pixels, width=64)
 
 

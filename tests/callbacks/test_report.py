@@ -67,7 +67,7 @@ def test_report_says_what_was_measured_and_how(tmp_path: Path) -> None:
     for part in ("6 images a row and seed, 2 seed(s)", "N = 5", "of 1 rounds in turns, batch 2", "precision 32-true"):
         assert part in text
     assert "dominates" not in text  # all distances are equal
-    for name in ("grids.png", "pareto.png"):
+    for name in ("grids.png", "pareto.png", "report.html"):
         assert (tmp_path / name).stat().st_size > 1000
     figures = json.loads((tmp_path / "report.json").read_text())
     assert [row["count"] for row in figures["rows"]] == [6.0] * 3
@@ -96,7 +96,7 @@ def test_report_without_grids_has_none(tmp_path: Path) -> None:
     assert not (tmp_path / "images").exists()
 
 
-@pytest.mark.parametrize("broken", ["grids", "pareto", "log_picture"])
+@pytest.mark.parametrize("broken", ["grids", "pareto", "page", "log_picture"])
 def test_picture_that_fails_is_logged_and_the_rest_is_kept(
     tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,7 +128,10 @@ def test_random_weights_have_latencies_and_no_quality(tmp_path: Path) -> None:
     assert rows[0][5] == "1.00×"
     assert "Random weights: latency only" in text
     assert "images a row" not in text
-    assert {path.name for path in tmp_path.iterdir()} == {"latency.json", "report.md", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"latency.json", "report.md", "report.json", "report.html"}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Random weights: latency only" in page
+    assert "data:image" not in page
 
 
 def test_random_weights_yield_no_quality_even_where_there_are_metrics(tmp_path: Path) -> None:

@@ -40,14 +40,14 @@ def default() -> MaskGIT:
 
 @pytest.fixture(scope="module")
 def images(default: MaskGIT) -> dict[int, torch.Tensor]:
-    """100 images each, drawn in 8 steps and in 2."""
-    (conditions,) = ClassLabels(100, batch_size=100, seed=77).loader()
+    """Forty images each, drawn in 8 steps and in 2."""
+    (conditions,) = ClassLabels(40, batch_size=40, seed=77).loader()
     rows = build_rows([[8], [2]], DECODING)
     return {row.decoding.num_steps: draw(default, conditions, row).images for row in rows}
 
 
 def labels() -> torch.Tensor:
-    return torch.arange(100) % 10
+    return torch.arange(40) % 10
 
 
 def test_manifest_names_every_shipped_weight_file_and_no_other() -> None:
@@ -89,8 +89,8 @@ def test_more_steps_come_closer_to_real_images(images: dict[int, torch.Tensor]) 
 
 
 def test_images_differ_from_one_another_within_a_class(images: dict[int, torch.Tensor]) -> None:
-    assert images[8].shape == (100, 3, 28, 28)
-    assert len(images[8].flatten(1).unique(dim=0)) == 100
+    assert images[8].shape == (40, 3, 28, 28)
+    assert len(images[8].flatten(1).unique(dim=0)) == 40
 
 
 def test_command_records_the_default_base(default: MaskGIT, tmp_path: Path) -> None:

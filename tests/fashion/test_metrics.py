@@ -49,5 +49,5 @@ def test_share_of_attributes_that_images_have() -> None:
 @pytest.mark.parametrize("metric", [PromptClassAgreement(Told()), AttributeAgreement()])
 def test_conditions_without_prompts_are_refused(metric: PromptClassAgreement | AttributeAgreement) -> None:
     bare = Conditions(torch.arange(2), torch.arange(2), torch.arange(2))
-    with pytest.raises(ValueError, match="expected a prompt for each of 2 images, got 0"):
+    with pytest.raises(ValueError, match=r"expected a prompt for each of 2 .* got 0"):
         metric.update(of_classes(1, 2), bare)

@@ -54,13 +54,12 @@ def test_held_out_prompts_all_name_a_class_and_many_an_attribute() -> None:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Vanilla and shortcut measured by the command on 40 prompts, one seed that no report uses."""
+    """Vanilla and shortcut measured by the command on 20 prompts, one seed that no report uses."""
     folder = tmp_path_factory.mktemp("fashion_text")
     (folder / "checkpoints").symlink_to(SHIPPED.parent)
-    (folder / "runs/fashion_text/shortcut").mkdir(parents=True)
-    shutil.copy(SHIPPED / "shortcut/model.safetensors", folder / "runs/fashion_text/shortcut/shortcut.safetensors")
+    shutil.copytree(SHIPPED / "shortcut", folder / "runs/fashion_text/shortcut")
     words = ('--model.rows=[[8], [8, 2, "shortcut"]]', "--data.run_seeds=[77]", "--model.latency_rounds=1")
-    words += ("--data.num_images=40", "--data.batch_size=40", "--model.latency_batch_size=2", "--trainer.logger=false")
+    words += ("--data.num_images=20", "--data.batch_size=20", "--model.latency_batch_size=2", "--trainer.logger=false")
     lightning(folder, "test", "--config", CONFIGS / "fashion_text" / "evaluate.yaml", *words)
     return folder / "runs" / "fashion_text" / "report"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,17 @@ class Case(NamedTuple):
     """How to make a base and the shortcut network for it, and the prompts it is asked for."""
 
     make_base: Callable[[], MaskedImageModel]
-    make_network: Callable[[], ShortcutNetwork]
+    network: Callable[[], ShortcutNetwork]
     prompts: tuple[str, ...] = ()
+
+    def make_network(self) -> ShortcutNetwork:
+        """One that predicts something else than its input, ready to run; the same at every call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            network = self.network()
+            assert isinstance(network.widen, nn.Linear)
+            nn.init.normal_(network.widen.weight, std=0.1)
+        return network.eval().requires_grad_(False)
 
     def conditions(self, count: int = 2) -> Conditions:
         ids = torch.arange(count)
@@ -50,31 +60,22 @@ def maskgit(depth: int = 2) -> MaskGIT:
         return MaskGIT(transformer, FSQTokenizer(levels=[8], width=8, image_size=8))
 
 
-def moving(network: ShortcutNetwork) -> ShortcutNetwork:
-    """``network``, which predicts something else than its input, ready to run."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        assert isinstance(network.widen, nn.Linear)
-        nn.init.normal_(network.widen.weight, std=0.1)
-    return network.eval().requires_grad_(False)
-
-
 CASES = {
-    "toy": Case(ToyBase, lambda: moving(ShortcutNet(16, num_heads=2))),
-    "cross toy": Case(CrossToyBase, lambda: moving(ShortcutNet(16, num_heads=2)), UNEQUAL_PROMPTS),
-    "maskgit": Case(maskgit, lambda: moving(ShortcutNet(32, num_heads=2))),
-    "neighbourhood": Case(maskgit, lambda: moving(ShortcutNet(32, num_heads=2, grid=4, reach=1))),
-    "masked rows": Case(maskgit, lambda: moving(ShortcutNet(32, num_heads=2, rows="masked", anchored=True))),
-    "halton": Case(tiny_halton, lambda: moving(ShortcutNet(32, num_heads=2))),
-    "amused": Case(lambda: tiny_amused(0), lambda: moving(ShortcutNet(32, num_heads=2)), UNEQUAL_PROMPTS),
+    "toy": Case(ToyBase, partial(ShortcutNet, 16, num_heads=2)),
+    "cross toy": Case(CrossToyBase, partial(ShortcutNet, 16, num_heads=2), UNEQUAL_PROMPTS),
+    "maskgit": Case(maskgit, partial(ShortcutNet, 32, num_heads=2)),
+    "neighbourhood": Case(maskgit, partial(ShortcutNet, 32, num_heads=2, grid=4, reach=1)),
+    "masked rows": Case(maskgit, partial(ShortcutNet, 32, num_heads=2, rows="masked", anchored=True)),
+    "halton": Case(tiny_halton, partial(ShortcutNet, 32, num_heads=2)),
+    "amused": Case(lambda: tiny_amused(0), partial(ShortcutNet, 32, num_heads=2), UNEQUAL_PROMPTS),
     "meissonic": Case(
         lambda: tiny_meissonic(0, 64, downsample=True, upsample=True),
-        lambda: moving(ShortcutNet(24, num_heads=2)),
+        partial(ShortcutNet, 24, num_heads=2),
         UNEQUAL_PROMPTS,
     ),
-    "mmada": Case(tiny_mmada, lambda: moving(LLaDAShortcutNet(16, num_heads=2, mlp_width=32)), UNEQUAL_PROMPTS),
-    "dimoo": Case(toy_dimoo, lambda: moving(LLaDAShortcutNet(16, num_heads=2, mlp_width=32)), EQUAL_PROMPTS),
-    "dimoo, padded": Case(toy_dimoo, lambda: moving(LLaDAShortcutNet(16, num_heads=2, mlp_width=32)), UNEQUAL_PROMPTS),
+    "mmada": Case(tiny_mmada, partial(LLaDAShortcutNet, 16, num_heads=2, mlp_width=32), UNEQUAL_PROMPTS),
+    "dimoo": Case(toy_dimoo, partial(LLaDAShortcutNet, 16, num_heads=2, mlp_width=32), EQUAL_PROMPTS),
+    "dimoo, padded": Case(toy_dimoo, partial(LLaDAShortcutNet, 16, num_heads=2, mlp_width=32), UNEQUAL_PROMPTS),
 }
 
 

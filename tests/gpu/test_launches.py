@@ -10,9 +10,8 @@ from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Acceleration, MaskedImageModel
-from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding, sample
-from tests.gpu.cases import CASES, Case, accelerations, maskgit, moving
+from tests.gpu.cases import CASES, Case, accelerations, maskgit
 from tests.gpu.launches import Launches, launches_of
 
 DECODING = Decoding(num_steps=6)
@@ -32,7 +31,7 @@ def test_a_hold_step_is_at_most_30_launches() -> None:
 
 
 def test_a_shortcut_step_of_maskgit_is_at_most_85_launches() -> None:
-    shortcut = Accelerated(Even(1), Shortcut(moving(ShortcutNet(32, num_heads=2))))
+    shortcut = Accelerated(Even(1), Shortcut(CASES["maskgit"].make_network()))
     steps = steps_of(maskgit(depth=24), CASES["maskgit"], shortcut)
     assert max(step.total for step in steps[1:]) <= 85
 

@@ -1,4 +1,4 @@
-"""Lumina-DiMOO: what it makes of a prompt, and how its images stand behind it."""
+"""Lumina-DiMOO behind the base protocol: its prompts, and its images' places after them."""
 
 from __future__ import annotations
 
@@ -6,33 +6,34 @@ from typing import Any
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import TEMPLATE, UNCONDITION, Frame, PromptTokenizer, SpecialTokens
-from lit_shortcut.bases.prompted_llada import ImageTokens, PromptedLLaDA, grid_of
+from lit_shortcut.bases.frozen import grid_of
+from lit_shortcut.bases.prompted_llada import ImageTokens, PromptedLLaDA
 from lit_shortcut.contracts import ImageDecoder
 
 
 class DiMOO(PromptedLLaDA):
     """A frozen text-to-image LLaDA with its tokenizers.
 
-    The image's tokens are framed by answer_start and boi, a newline behind each row, eoi and answer_end.
+    The image's tokens are framed by answer_start and boi, a newline after each row, eoi and answer_end.
 
     Args:
         transformer: the network that is accelerated.
         tokenizer: decodes image tokens to images.
-        prompt_tokenizer: text to token ids.
-        special: ids of the tokens that are no text.
+        prompt_tokenizer: maps text to token ids.
+        special: ids of the tokens that are not text.
         codebook_size: V.
-        height: of the images in pixels, a multiple of ``patch_size``.
-        width: of the images in pixels, a multiple of ``patch_size``.
+        height: height of the images in pixels, a multiple of ``patch_size``.
+        width: width of the images in pixels, a multiple of ``patch_size``.
         patch_size: side in pixels of the square that a token stands for.
-        max_prompt_tokens: longest prompt taken, template included.
-        template: text around a prompt, which stands at ``{}``. Special tokens are spelt here and in ``negative``; in a
-            prompt they are plain text.
+        max_prompt_tokens: longest prompt in tokens, template included.
+        template: text around a prompt, which replaces ``{}``. Special tokens are recognised here and in ``negative``;
+            in a prompt they are plain text.
         negative: prompt of the unconditional branch.
 
     Raises:
-        ValueError: if height or width is no positive multiple of the patch size, a code or special token lies outside
-            the vocabulary, the prompt tokenizer does not know ``<uncondition>`` by its id, or the negative prompt is
-            too long.
+        ValueError: if height or width is not a positive multiple of the patch size, a code or special token lies
+            outside the vocabulary, the prompt tokenizer does not know ``<uncondition>`` by its id, or the negative
+            prompt is too long.
     """
 
     special: SpecialTokens
@@ -66,10 +67,10 @@ class DiMOO(PromptedLLaDA):
                 f"the prompt tokenizer must know {UNCONDITION} as token {special.uncondition}, "
                 f"but makes {known} of it: it belongs to another model"
             )
-        self.unconditional_ids()  # a negative prompt that is too long is refused here
+        self.unconditional_ids()  # raises if the negative prompt is too long
 
     def identity(self) -> dict[str, Any]:
-        """Fingerprints of transformer, image decoder and prompt tokenizer, and how prompts and images are laid out."""
+        """Identity of the base, with its prompt tokenizer, the template and the negative prompt."""
         return super().identity() | {
             "prompt_tokenizer": self.prompt_tokenizer.identity(),
             "template": self.template,
@@ -77,7 +78,7 @@ class DiMOO(PromptedLLaDA):
         }
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt`` in the template; ValueError if there are too many."""
+        """Token ids of ``prompt`` in the template; raises ValueError if there are too many."""
         return self._checked(self.prompt_tokenizer.encode(prompt, self.template), prompt)
 
     def unconditional_ids(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""The bidirectional transformer of LLaDA (Nie et al., arXiv 2502.09992), as Lumina-DiMOO uses it (arXiv 2510.06308)."""
+"""Bidirectional transformer of LLaDA (Nie et al., arXiv 2502.09992), as Lumina-DiMOO uses it (arXiv 2510.06308)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lit_shortcut.bounds import require_above, require_at_least
 from lit_shortcut.networks.deepening import deepened
 from lit_shortcut.networks.llada import LLaDABlock, RMSNorm, Rotation, rotation
 from lit_shortcut.weights import load_module
 
 
 class LLaDA(nn.Module):
-    """Token ids in, features out. Submodules carry the names of the published weights, ``transformer.`` left out.
+    """Transformer from token ids to features. Submodules have their published names without ``transformer.``.
 
     Args:
         vocab_size: rows of the embedding table, and of the head.
@@ -21,8 +22,8 @@ class LLaDA(nn.Module):
         num_heads: attention heads.
         mlp_width: hidden width of the SwiGLUs.
         rope_theta: base of the rotary frequencies.
-        norm_eps: of the RMS norms.
-        is_tied: the head is the embedding table.
+        norm_eps: eps of the RMS norms.
+        is_tied: whether the head is the embedding table.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class LLaDA(nn.Module):
         is_tied: bool = False,
     ) -> None:
         super().__init__()
+        require_at_least(1, vocab_size=vocab_size, width=width, depth=depth, num_heads=num_heads, mlp_width=mlp_width)
+        require_above(0, rope_theta=rope_theta, norm_eps=norm_eps)
         self.hparams = {
             "vocab_size": vocab_size,
             "width": width,
@@ -59,16 +62,16 @@ class LLaDA(nn.Module):
         return self.wte.weight if self.ff_out is None else self.ff_out.weight
 
     def rotation(self, places: Tensor) -> Rotation:
-        """Rotation of tokens at ``places`` (B, S) in the sequence, for all passes in which they stand there."""
+        """Rotation of tokens at ``places`` (B, S) in the sequence, for all passes with the same places."""
         return rotation(places, self.head_width, self.rope_theta)
 
     def forward(self, ids: Tensor, by: Rotation, is_real: Tensor | None = None) -> Tensor:
-        """Features (B, S, C), behind the last norm, of token ``ids`` (B, S).
+        """Features (B, S, C), output of the last norm, of token ``ids`` (B, S).
 
         Args:
-            ids: in any order: what they are rotated by says where each stands.
-            by: of their places.
-            is_real: (B, S), false at padding, which nothing attends to.
+            ids: token ids in any order, since each is rotated by its place.
+            by: rotation of their places.
+            is_real: (B, S), false at padding, which is never attended to.
         """
         x: Tensor = self.wte(ids)
         for block in self.blocks:
@@ -78,12 +81,12 @@ class LLaDA(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> LLaDA:
-        """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """Load the frozen network at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it fails."""
         return load_module(cls, path)
 
     @classmethod
     def load_deepened(cls, path: Path, depth: int) -> LLaDA:
-        """The network stored at ``path``, grown to ``depth`` blocks without a change of its features, to train on."""
+        """Load the network at ``path`` and grow it to ``depth`` blocks with the same features, to train further."""
         network = cls.load(path)
         network.blocks = deepened(network.blocks, depth, lambda block: (block.attn_out, block.ff_out))
         network.hparams["depth"] = depth

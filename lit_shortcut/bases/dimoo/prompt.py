@@ -13,6 +13,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
+from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError
 
 TEMPLATE = "<system>Generate an image according to the text prompt.</system><user>{}</user>"
@@ -21,17 +22,17 @@ UNCONDITION = "<uncondition>"  # stands for the prompt in the unconditional bran
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens that are no text; the defaults are those of the published weights.
+    """Ids of the tokens that are not text; the defaults are the published ones.
 
     Args:
-        mask: at image places not yet known.
-        newline: behind each row of the grid.
-        boi: before the first row.
-        eoi: behind the last.
-        answer_start: behind the prompt.
-        answer_end: the sequence's last.
-        uncondition: the prompt of the unconditional branch, as the tokenizer knows ``<uncondition>``.
-        first_code: code k of the codebook is this + k.
+        mask: stands at unknown image places.
+        newline: ends each row of the grid.
+        boi: begins the image.
+        eoi: ends the image.
+        answer_start: follows the prompt.
+        answer_end: last of the sequence.
+        uncondition: ``<uncondition>``, prompt of the unconditional branch.
+        first_code: id of code 0, from which the others follow.
     """
 
     mask: int = 126336
@@ -73,7 +74,7 @@ class Utf8Tokenizer:
         return self._known(before) + list(text.encode()) + self._known(after)
 
     def identity(self) -> str:
-        """Its name and the id."""
+        """Name and id."""
         return f"utf8:{self.uncondition}"
 
     def _known(self, template: str) -> list[int]:
@@ -86,7 +87,7 @@ class TextTokenizer:
 
     Args:
         path: ``tokenizer.json``.
-        special: ids it must agree with; None for a model that has none of these tokens.
+        special: ids that it must agree with; None for a model without these tokens.
 
     Raises:
         WeightsError: if the file is missing or damaged, does not know ``<uncondition>``, or knows a special token by
@@ -94,13 +95,14 @@ class TextTokenizer:
     """
 
     def __init__(self, path: Path, special: SpecialTokens | None) -> None:
+        path = located(path)
         if not path.is_file():
             raise WeightsError(f"{path}: no such file; expected a text tokenizer")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower class
             raise WeightsError(f"{path}: not a tokenizer ({error})") from error
-        self._tokenizer.no_truncation()  # the file may hold either
+        self._tokenizer.no_truncation()  # the file may set either
         self._tokenizer.no_padding()
         content = json.loads(self._tokenizer.to_str())
         added = sorted((token["content"] for token in content["added_tokens"]), key=len, reverse=True)
@@ -115,15 +117,15 @@ class TextTokenizer:
         return size
 
     def id_of(self, token: str) -> int | None:
-        """Id of ``token``; None if it is not known."""
+        """Id of ``token``; None if it is unknown."""
         id_: int | None = self._tokenizer.token_to_id(token)
         return id_
 
     def encode(self, text: str, template: str = "{}") -> list[int]:
         """Token ids of ``template`` with ``text`` at ``{}``; special tokens are known in the template, not in text.
 
-        The library cuts a string at its special tokens and takes what is between them on its own. So does this, only
-        that the piece with ``text`` goes to a tokenizer that has no special tokens.
+        The library splits a string at its special tokens and encodes the pieces between them separately. So does this,
+        but the piece with ``text`` goes to a tokenizer without special tokens.
         """
         before, _, after = template.partition("{}")
         start = max((match.end() for match in self._added.finditer(before)), default=0)
@@ -155,7 +157,7 @@ class TextTokenizer:
 
 @dataclass(frozen=True)
 class Frame:
-    """The tokens around the image's, and where all of them stand behind the prompt.
+    """Tokens around the image's, and the places of all of them after the prompt.
 
     Args:
         height: H, rows of the token grid.

@@ -1,4 +1,4 @@
-"""The published Lumina-DiMOO (Alpha-VLLM/Lumina-DiMOO): its folder's weights and tokenizers, or its sizes without."""
+"""Lumina-DiMOO as published (Alpha-VLLM/Lumina-DiMOO): with its weights, or at its sizes with random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import SpecialTokens, TextTokenizer, Utf8Tokenizer
-from lit_shortcut.bases.prompted_llada import Untrained
 from lit_shortcut.bases.saved import TRANSFORMERS, Precision, read_json, read_weights
 from lit_shortcut.bases.vq import VQDecoder
 from lit_shortcut.hub import local_folder
@@ -32,7 +31,7 @@ _SIZES = {  # ours, by the configuration's keys
     "rms_norm_eps": "norm_eps",
     "weight_tying": "is_tied",
 }
-_VARIANTS = {  # of LLaDA's configuration, that are not implemented otherwise
+_VARIANTS = {  # values of LLaDA's configuration that are implemented
     "block_type": ("llama",),
     "activation_type": ("silu",),
     "layer_norm_type": ("rms",),
@@ -60,15 +59,15 @@ def published(
 
     Args:
         source: folder, or address on the hub: ``hf://Alpha-VLLM/Lumina-DiMOO``.
-        height: of the images in pixels, a multiple of 16.
-        width: of the images in pixels, a multiple of 16.
-        max_prompt_tokens: longest prompt taken, template included.
-        dtype: of the transformer's weights; those stored in it are mapped from the files and not copied.
-        special: ids of the tokens that are no text; None are the published ones.
+        height: height of the images in pixels, a multiple of 16.
+        width: width of the images in pixels, a multiple of 16.
+        max_prompt_tokens: longest prompt in tokens, template included.
+        dtype: dtype of the transformer's weights; weights stored in it are mapped from the files and not copied.
+        special: ids of the tokens that are not text; None takes the published ones.
 
     Raises:
-        WeightsError: if a file cannot be had, is damaged, or does not fit the others.
-        ValueError: if height or width is no multiple of 16.
+        WeightsError: if a file is unavailable, damaged, or does not fit the others.
+        ValueError: if height or width is not a multiple of 16.
     """
     folder, special = local_folder(source, FILES), special or SpecialTokens()
     decoder = VQDecoder.load(folder / "vqvae", height // PATCH_SIZE, width // PATCH_SIZE)
@@ -98,29 +97,29 @@ def random_weights(
     device: str = "cpu",
     seed: int = 0,
 ) -> DiMOO:
-    """The base at published sizes that has learned nothing: for latency and memory, never for quality.
+    """The base at published sizes with random weights: for latency and memory, never for quality.
 
-    Its fingerprint begins with ``random-``. Bytes of a prompt, in no template, stand for text tokens, and there is no
+    Its fingerprint begins with ``random-``. Text tokens are the bytes of a prompt, without a template, and there is no
     image decoder.
 
     Args:
-        depth: transformer blocks; fewer than published make a base that fits anywhere.
-        height: of the images in pixels, a multiple of 16.
-        width: of the images in pixels, a multiple of 16.
+        depth: transformer blocks; a base with fewer than published fits anywhere.
+        height: height of the images in pixels, a multiple of 16.
+        width: width of the images in pixels, a multiple of 16.
         feature_width: C.
         num_heads: attention heads.
         mlp_width: hidden width of the SwiGLUs.
-        vocab_size: tokens of text and codes.
-        dtype: of the transformer's weights.
-        device: that they are made on; on ``meta`` they have shapes alone and take no memory.
-        seed: of the weights.
+        vocab_size: number of text tokens and codes.
+        dtype: dtype of the transformer's weights.
+        device: device of the weights; on ``meta`` they have only shapes and take no memory.
+        seed: seed of the weights.
 
     Raises:
-        ValueError: if height or width is no multiple of 16, or sizes do not fit one another.
+        ValueError: if height or width is not a multiple of 16, or sizes do not fit one another.
     """
     transformer = random_transformer(vocab_size, feature_width, depth, num_heads, mlp_width, dtype, device, seed)
     special = SpecialTokens()
-    base = _RandomDiMOO(
+    base = DiMOO(
         transformer,
         NoDecoder(),
         Utf8Tokenizer(special.uncondition),
@@ -130,6 +129,7 @@ def random_weights(
         patch_size=PATCH_SIZE,
         template="{}",
     )
+    base.label = "random-"
     return base.to(device)
 
 
@@ -143,7 +143,7 @@ def random_transformer(
     device: str,
     seed: int,
 ) -> LLaDA:
-    """A transformer of these sizes that has learned nothing, on ``device``; on ``meta`` it has no weights at all."""
+    """A transformer of these sizes with random weights on ``device``; on ``meta`` it has only shapes."""
     with torch.device("meta"):
         transformer = LLaDA(vocab_size, width, depth, num_heads, mlp_width).to(getattr(torch, dtype))
     if device != "meta":
@@ -157,15 +157,11 @@ def random_transformer(
 
 
 class NoDecoder:
-    """Stands for the image decoder of a base that has learned nothing."""
+    """Placeholder for the image decoder of a base with random weights."""
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Raise ValueError: such a base draws no images."""
-        raise ValueError("random weights draw no images: they have no decoder")
-
-
-class _RandomDiMOO(Untrained, DiMOO):
-    pass
+        """Raise ValueError: such a base generates no images."""
+        raise ValueError("a base with random weights has no image decoder")
 
 
 def load_transformer(folder: Path, dtype: torch.dtype) -> LLaDA:
@@ -176,7 +172,7 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> LLaDA:
     """
     sizes, state = read_sizes(folder / "config.json"), unwrapped(read_weights(folder, TRANSFORMERS, dtype=dtype))
     if (table := state.get(f"{_PREFIX}wte.weight")) is not None:
-        sizes["vocab_size"] = len(table)  # the release overrides what its configuration says of it
+        sizes["vocab_size"] = len(table)  # the release overrides its configuration's value
     with torch.device("meta"):
         transformer = LLaDA(**sizes).to(dtype)
     fill(transformer, state, Names([(_PREFIX, "")]), folder)

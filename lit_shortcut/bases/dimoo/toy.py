@@ -1,4 +1,4 @@
-"""Lumina-DiMOO at its smallest, with random weights: for tests alone."""
+"""Lumina-DiMOO at its smallest, with random weights, for tests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import SpecialTokens, Utf8Tokenizer
+from lit_shortcut.bounds import require_at_least
 
-SPECIAL = SpecialTokens(  # behind the 256 bytes
+SPECIAL = SpecialTokens(  # after the 256 bytes
     mask=256, newline=257, boi=258, eoi=259, answer_start=260, answer_end=261, uncondition=262, first_code=264
 )
 _CODES = 8
@@ -30,6 +31,7 @@ class GreyShades(nn.Module):
 
 def toy_dimoo(grid: int = 4, width: int = 16, seed: int = 0) -> DiMOO:
     """Prompts in bytes, ``grid``² tokens of 8 codes, 2 pixels a side each; features are ``width`` wide."""
+    require_at_least(1, grid=grid, width=width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vocab_size = SPECIAL.first_code + _CODES

@@ -1,4 +1,4 @@
-"""Halton-MaskGIT for ImageNet as published (llvictorll/Halton-Maskgit): with its weights, or at its sizes without."""
+"""Halton-MaskGIT for ImageNet as published (llvictorll/Halton-Maskgit): with its weights or with random weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lit_shortcut.bases.halton.llamagen import llamagen_decoder, load_llamagen
 from lit_shortcut.bases.halton.transformer import HaltonTransformer, swiglu_width
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.hub import local_file
+from lit_shortcut.places import located
 
 Size = Literal["tiny", "small", "base", "large", "xlarge"]
 Resolution = Literal[256, 384]
@@ -27,16 +28,16 @@ PATCH_SIZE = 16
 def published(source: str, vq: str, size: Size = "large", resolution: Resolution = 384) -> MaskGIT:
     """The base with published weights.
 
-    Files that :mod:`lit_shortcut.convert` made, of the same names but for ``.safetensors``, go first in a folder.
+    Files converted by :mod:`lit_shortcut.convert`, with the ending ``.safetensors``, take precedence in a folder.
 
     Args:
         source: folder of ``ImageNet_<resolution>_<size>.pth``, or ``hf://llvictorll/Halton-Maskgit``.
         vq: folder of LlamaGen's ``vq_ds16_c2i.pt``, or ``hf://FoundationVision/LlamaGen``.
-        size: of the transformer.
+        size: size of the transformer.
         resolution: side of the images in pixels.
 
     Raises:
-        WeightsError: if a file cannot be had, is damaged, or is of other sizes.
+        WeightsError: if a file is unavailable, damaged, or of other sizes.
     """
     transformer = _file(source, f"ImageNet_{resolution}_{size}.pth")
     decoder = load_llamagen(_file(vq, "vq_ds16_c2i.pt"))
@@ -44,9 +45,9 @@ def published(source: str, vq: str, size: Size = "large", resolution: Resolution
 
 
 def random_weights(size: Size = "large", resolution: Resolution = 384, seed: int = 0) -> MaskGIT:
-    """The base at published sizes that has learned nothing: for latency and tests, never for quality.
+    """The base at published sizes with random weights: for latency and tests, never for quality.
 
-    Its fingerprint begins with ``random-``, and so do the entries for it in cards and result rows.
+    Its fingerprint begins with ``random-``, also in cards and result rows.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,7 +76,7 @@ def imagenet_sizes(size: Size, resolution: Resolution) -> dict[str, Any]:
 
 def _file(source: str, name: str) -> Path:
     if not source.startswith("hf://"):
-        converted = (Path(source) / name).with_suffix(".safetensors")
+        converted = located((Path(source) / name).with_suffix(".safetensors"))
         if converted.exists():
             return converted
     return local_file(f"{source}/{name}")

@@ -1,4 +1,4 @@
-"""The image decoder of LlamaGen (Sun et al., arXiv 2406.06525), whose codes Halton-MaskGIT draws."""
+"""Image decoder of LlamaGen (Sun et al., arXiv 2406.06525), for the codes of Halton-MaskGIT."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ NAMES = Names(
         ("decoder.norm_out.", "decoder.conv_norm_out."),
     ]
 )
-"""Tensors of the published checkpoint and ours; other names are the same."""
+"""Names of tensors in the published checkpoint and ours; other names are the same."""
 
-_UNUSED = ("encoder.", "quant_conv.", "quantize.codebook_used")  # in the checkpoint beside the decoder
+_UNUSED = ("encoder.", "quant_conv.", "quantize.codebook_used")  # other tensors of the checkpoint
 _SIZES: dict[str, Any] = {
     "codebook_size": 16384,
     "code_width": 8,
@@ -37,7 +37,7 @@ _SIZES: dict[str, Any] = {
 
 
 def llamagen_decoder(**sizes: Any) -> CodeDecoder:
-    """LlamaGen's f16 decoder with weights at random; ``sizes`` change arguments of :class:`CodeDecoder`.
+    """LlamaGen's f16 decoder with random weights; ``sizes`` change arguments of :class:`CodeDecoder`.
 
     The coarsest level has self-attention, and codes have unit length.
     """
@@ -46,7 +46,7 @@ def llamagen_decoder(**sizes: Any) -> CodeDecoder:
 
 
 def load_llamagen(path: Path, **sizes: Any) -> CodeDecoder:
-    """LlamaGen's decoder with the published weights at ``path``, frozen.
+    """Load LlamaGen's frozen decoder with the published weights at ``path``.
 
     Args:
         path: ``vq_ds16_c2i.pt``, or the safetensors file that :mod:`lit_shortcut.convert` made of it.

@@ -1,4 +1,4 @@
-"""The transformer of Halton-MaskGIT (Besnier et al., arXiv 2503.17076): the class modulates every layer."""
+"""Transformer of Halton-MaskGIT (Besnier et al., arXiv 2503.17076): the class modulates every layer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import attend, split_heads
 from lit_shortcut.networks.llada import RMSNorm
@@ -40,7 +41,7 @@ NAMES = Names(
         ("head.weight", "head_weight"),
     ]
 )
-"""Tensors of the published checkpoints and ours."""
+"""Names of tensors in the published checkpoints and ours."""
 
 
 class Layer(nn.Module):
@@ -49,7 +50,7 @@ class Layer(nn.Module):
     def __init__(self, width: int, num_heads: int, mlp_width: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        heads_width = width // num_heads * num_heads  # below ``width`` where that is no multiple of the heads
+        heads_width = width // num_heads * num_heads  # below ``width`` if that is not a multiple of the heads
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.attention_norm = RMSNorm(width, _EPS)
         self.query, self.key, self.value = (nn.Linear(width, heads_width, bias=False) for _ in range(3))
@@ -62,7 +63,7 @@ class Layer(nn.Module):
         """(B, S, C) to (B, S, C) under ``condition`` (B, 1, C)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition).chunk(6, dim=-1)
         normed = _modulate(self.attention_norm(x), shift, scale)
-        # queries and keys are normalised over all heads together, before they are split
+        # queries and keys are normalised over all heads together, before the split
         queries, keys = (F.rms_norm(p(normed), (p.out_features,), eps=_EPS) for p in (self.query, self.key))
         heads = (split_heads(part, self.num_heads) for part in (queries, keys, self.value(normed)))
         x = x + gate * self.attention_out(attend(*heads))
@@ -87,21 +88,21 @@ class LastNorm(nn.Module):
 
 
 class HaltonTransformer(nn.Module):
-    """Image tokens and a class in, features out.
+    """Transformer from image tokens and a class to features.
 
     The sequence is L = ``grid``² image tokens, row by row, then registers, which the features leave out: S = L. Codes
-    are rows 0..V-1 of the token embedding, the mask is row V; the head has a row for the mask, too, which is not used.
+    are rows 0..V-1 of the token embedding, the mask is row V; the head's row for the mask is not used.
 
     Args:
         codebook_size: V, number of codes of the image tokenizer.
-        num_classes: classes that can be asked for; the embedding has one more, the dropped class.
+        num_classes: number of classes; the embedding has one more, the dropped class.
         grid: side of the square token grid.
         width: C, feature width.
         depth: transformer layers.
         num_heads: attention heads, each ``width // num_heads`` wide.
         mlp_width: hidden width of the SwiGLUs.
-        num_registers: learned rows behind the image tokens.
-        is_tied: the head is the token embedding.
+        num_registers: learned rows after the image tokens.
+        is_tied: whether the head is the token embedding.
     """
 
     first_class_id = 0
@@ -119,6 +120,9 @@ class HaltonTransformer(nn.Module):
         is_tied: bool = True,
     ) -> None:
         super().__init__()
+        require_at_least(1, codebook_size=codebook_size, num_classes=num_classes, grid=grid, width=width)
+        require_at_least(1, depth=depth, num_heads=num_heads, mlp_width=mlp_width)
+        require_at_least(0, num_registers=num_registers)
         self.hparams = {
             "codebook_size": codebook_size,
             "num_classes": num_classes,
@@ -167,16 +171,16 @@ class HaltonTransformer(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> HaltonTransformer:
-        """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """Load the frozen network at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it fails."""
         return load_module(cls, path)
 
     @classmethod
     def load_published(cls, path: Path, **sizes: Any) -> HaltonTransformer:
-        """The network whose published checkpoint is at ``path``, frozen; its weights are in memory once.
+        """Load the published checkpoint at ``path``, frozen; its weights are in memory only once.
 
         Args:
             path: ``.pth`` as published, or the safetensors file that :mod:`lit_shortcut.convert` made of it.
-            **sizes: the arguments of this class but ``is_tied``, which the file's head and embedding decide.
+            **sizes: arguments of this class but ``is_tied``, which follows from the file's head and embedding.
 
         Raises:
             WeightsError: if the file is missing, damaged, or not of these sizes.

@@ -1,21 +1,22 @@
-"""The answer of class-conditional bases, MaskGIT and its kin, to the base protocol."""
+"""MaskGIT and other class-conditional bases behind the base protocol."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_shortcut.bases.class_tokens import ClassContext, class_context
+from lit_shortcut.bases.frozen import FrozenBase
 from lit_shortcut.contracts import Clock, Conditions, Context, ImageDecoder, TokenSpec
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.weights import WeightsError, fingerprint, network_fingerprint
+from lit_shortcut.weights import WeightsError, fingerprint
 
 
 class ClassTransformer(Protocol):
     """A network from image tokens and a class to features.
 
-    Class k has the id ``first_class_id`` + k, the dropped class the one behind the last; ``sequence_length`` is S.
+    Class k has the id ``first_class_id`` + k, the dropped class the id after the last; ``sequence_length`` is S.
     """
 
     num_tokens: int
@@ -33,7 +34,7 @@ class ClassTransformer(Protocol):
         """The cheap ends, sharing the network's parameters."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its weights."""
+        """Weights of the network."""
 
 
 class CountedDecoder(ImageDecoder, Protocol):
@@ -44,7 +45,7 @@ class CountedDecoder(ImageDecoder, Protocol):
         """V, number of codes."""
 
 
-class MaskGIT(nn.Module):
+class MaskGIT(FrozenBase):
     """A frozen class-conditional MaskGIT with its image decoder.
 
     Args:
@@ -56,14 +57,12 @@ class MaskGIT(nn.Module):
     """
 
     def __init__(self, transformer: ClassTransformer, tokenizer: CountedDecoder) -> None:
-        super().__init__()
         if tokenizer.codebook_size != transformer.codebook_size:
             raise WeightsError(
                 f"transformer and tokenizer do not belong together: the one draws {transformer.codebook_size} codes, "
                 f"the other has {tokenizer.codebook_size}"
             )
-        self.transformer, self.tokenizer = transformer, tokenizer
-        self.eval().requires_grad_(False)
+        super().__init__(transformer, tokenizer)
         self.interface = transformer.interface()
         self.spec = TokenSpec(
             num_tokens=transformer.num_tokens,
@@ -73,19 +72,7 @@ class MaskGIT(nn.Module):
             mask_id=transformer.mask_id,
             num_classes=transformer.num_classes,
         )
-        self.fingerprint = fingerprint(transformer.state_dict())
-
-    def train(self, mode: bool = True) -> MaskGIT:
-        """Stay in eval mode: a base is frozen."""
-        return super().train(False)
-
-    def identity(self) -> dict[str, Any]:
-        """Fingerprints of transformer and image tokenizer."""
-        return {
-            "class": type(self).__name__,
-            "fingerprint": self.fingerprint,
-            "decoder": network_fingerprint(self.tokenizer),
-        }
+        self.fingerprint = fingerprint(transformer.state_dict())  # now, before a trainer casts the weights
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
         """Class token ids.
@@ -101,7 +88,3 @@ class MaskGIT(nn.Module):
         branches = len(context.ids)
         stacked: Tensor = self.transformer(tokens.repeat(branches, 1), context.ids.flatten())
         return stacked.unflatten(0, (branches, -1))
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
-        return self.tokenizer.decode(tokens)

@@ -1,4 +1,4 @@
-"""MaskGIT for ImageNet as published (llvictorll/Maskgit-pytorch): with its weights, or at its sizes without."""
+"""MaskGIT for ImageNet as published (llvictorll/Maskgit-pytorch): with its weights, or with random weights."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def published(transformer: str, vqgan: str, grid: int = 32, size: Size = "base")
         transformer: checkpoint of the transformer, a path or an ``hf://`` address.
         vqgan: folder of the VQGAN's ``last.ckpt`` and ``model.yaml``, a path or an ``hf://`` address.
         grid: side of the token grid: 32 at 512×512 pixels, 16 at 256×256.
-        size: of the transformer.
+        size: size of the transformer.
 
     Raises:
-        WeightsError: if a file cannot be had, is damaged, or is of other sizes.
+        WeightsError: if a file is unavailable, damaged, or of other sizes.
     """
     file = local_file(transformer)
     local_file(f"{vqgan}/last.ckpt")
@@ -39,9 +39,9 @@ def published(transformer: str, vqgan: str, grid: int = 32, size: Size = "base")
 
 
 def random_weights(grid: int = 32, size: Size = "base", seed: int = 0) -> MaskGIT:
-    """The base at published sizes that has learned nothing: for latency and tests, never for quality.
+    """The base at published sizes with random weights: for latency and tests, never for quality.
 
-    Its fingerprint begins with ``random-``, and so do the entries for it in cards and result rows.
+    Its fingerprint begins with ``random-``, also in cards and result rows.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

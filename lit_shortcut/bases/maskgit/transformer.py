@@ -1,4 +1,4 @@
-"""The bidirectional transformer of MaskGIT, as published for ImageNet by Besnier and Chen (arXiv 2310.14400)."""
+"""Bidirectional transformer of MaskGIT, as published for ImageNet by Besnier and Chen (arXiv 2310.14400)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention, feed_forward
 from lit_shortcut.networks.deepening import deepened
 from lit_shortcut.published import MASKGIT, fill, load_state
 from lit_shortcut.weights import load_module
 
-_OUTER_EPS = 1e-12  # layer norms of the first and last block; those inside the layers keep torch's 1e-5
+_OUTER_EPS = 1e-12  # in the layer norms of the first and last block; those inside the layers keep torch's 1e-5
 
 
 class Layer(nn.Module):
@@ -35,7 +36,7 @@ class Layer(nn.Module):
 
 
 class MaskGITTransformer(nn.Module):
-    """Image tokens and a class in, features out.
+    """Transformer from image tokens and a class to features.
 
     One embedding table serves codes (rows 0..V-1), the mask token (V), classes (V+1..) and the dropped class (last
     row). The sequence is L = ``grid``² image tokens, row by row, then the class token: S = L + 1. The head is tied to
@@ -43,7 +44,7 @@ class MaskGITTransformer(nn.Module):
 
     Args:
         codebook_size: V, number of codes of the image tokenizer.
-        num_classes: classes that can be asked for.
+        num_classes: number of classes.
         grid: side of the square token grid.
         width: C, feature width.
         depth: transformer layers.
@@ -55,6 +56,8 @@ class MaskGITTransformer(nn.Module):
         self, codebook_size: int, num_classes: int, grid: int, width: int, depth: int, num_heads: int, mlp_width: int
     ) -> None:
         super().__init__()
+        require_at_least(1, codebook_size=codebook_size, num_classes=num_classes, grid=grid, width=width)
+        require_at_least(1, depth=depth, num_heads=num_heads, mlp_width=mlp_width)
         self.hparams = {
             "codebook_size": codebook_size,
             "num_classes": num_classes,
@@ -91,7 +94,7 @@ class MaskGITTransformer(nn.Module):
         nn.init.normal_(self.position_embedding, std=0.02)
 
     def class_ids(self, labels: Tensor) -> Tensor:
-        """Token ids of class ``labels`` (B,), as embedded behind the image tokens."""
+        """Token ids of class ``labels`` (B,), as embedded after the image tokens."""
         return labels + self.first_class_id
 
     def forward(self, tokens: Tensor, class_ids: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ class MaskGITTransformer(nn.Module):
         return features
 
     def interface(self) -> TokenInterface:
-        """The cheap ends, sharing this transformer's parameters: image rows and codebook columns alone."""
+        """The cheap ends, sharing this transformer's parameters: only image rows and codebook columns."""
         codes = self.token_embedding.weight[: self.codebook_size]
         return TokenInterface(
             num_tokens=self.num_tokens,
@@ -116,12 +119,12 @@ class MaskGITTransformer(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> MaskGITTransformer:
-        """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """Load the frozen network at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it fails."""
         return load_module(cls, path)
 
     @classmethod
     def load_deepened(cls, path: Path, depth: int) -> MaskGITTransformer:
-        """The network stored at ``path``, grown to ``depth`` layers without a change of its features, to train on."""
+        """Load the network at ``path`` and grow it to ``depth`` layers with the same features, to train further."""
         network = cls.load(path)
         network.layers = deepened(network.layers, depth, lambda layer: (layer.attention.out_proj, layer.mlp[-1]))
         network.hparams["depth"] = depth
@@ -129,11 +132,11 @@ class MaskGITTransformer(nn.Module):
 
     @classmethod
     def load_published(cls, path: Path, **sizes: int) -> MaskGITTransformer:
-        """The network whose published checkpoint is at ``path``, frozen; its weights are in memory once.
+        """Load the published checkpoint at ``path``, frozen; its weights are in memory only once.
 
         Args:
             path: ``.pth`` as published, or the safetensors file that :mod:`lit_shortcut.convert` made of it.
-            **sizes: the arguments of this class.
+            **sizes: arguments of this class.
 
         Raises:
             WeightsError: if the file is missing, damaged, or not of these sizes.

@@ -1,4 +1,4 @@
-"""The VQGAN of taming-transformers (Esser et al., arXiv 2012.09841) as an image tokenizer; diffusers computes it."""
+"""VQGAN of taming-transformers (Esser et al., arXiv 2012.09841) as an image tokenizer; diffusers computes it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from lit_shortcut.bases.code_decoder import taming_pairs
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.published import Names, fill, load_state
 from lit_shortcut.weights import WeightsError
 
-_TRAINING_ONLY = "loss."  # discriminator and perceptual loss, in the checkpoint beside the autoencoder
+_TRAINING_ONLY = "loss."  # discriminator and perceptual loss, also in the checkpoint
 
 
 class VQGAN(nn.Module):
-    """Colour images to a grid of codes and back. The defaults are the f16 VQGAN of 1024 codes that MaskGIT uses.
+    """Tokenizer from colour images to a grid of codes and back; by default MaskGIT's f16 VQGAN with 1024 codes.
 
     Args:
         codebook_size: V, number of codes.
         code_width: values in a code.
         latent_width: channels between encoder and quantiser.
         width: channels at full resolution.
-        multipliers: times ``width``, channels at each level, the first 1; each after it halves the resolution.
-        num_blocks: residual blocks a level in the encoder; the decoder has one more.
-        attention_levels: levels that have self-attention, counted from 0, the full resolution.
-        chunk: images that pass the networks at once; one at 512×512 takes about 0.75 GB in decoding.
+        multipliers: channels at each level in units of ``width``; each level after the first halves the resolution.
+        num_blocks: residual blocks per level in the encoder; the decoder has one more.
+        attention_levels: levels with self-attention, counted from 0, the full resolution.
+        chunk: images processed at once; decoding one at 512×512 takes about 0.75 GB.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class VQGAN(nn.Module):
         chunk: int = 8,
     ) -> None:
         super().__init__()
+        require_at_least(1, codebook_size=codebook_size, code_width=code_width, latent_width=latent_width)
+        require_at_least(1, width=width, num_blocks=num_blocks, chunk=chunk)
         self.hparams = {
             "codebook_size": codebook_size,
             "code_width": code_width,
@@ -90,7 +93,7 @@ class VQGAN(nn.Module):
 
     @classmethod
     def load_published(cls, folder: Path) -> VQGAN:
-        """The one whose ``model.yaml`` and ``last.ckpt`` are in ``folder``, frozen; ``last.safetensors`` goes first.
+        """Load the frozen VQGAN of ``model.yaml`` and ``last.ckpt``, or ``last.safetensors`` if there is one.
 
         Raises:
             WeightsError: if a file is missing or damaged, or the weights do not fit the configuration.
@@ -109,7 +112,7 @@ def read_sizes(path: Path) -> dict[str, Any]:
     """Arguments of :class:`VQGAN` from taming's ``model.yaml``.
 
     Raises:
-        WeightsError: if the file is missing, no YAML, lacks a size, or asks for what :class:`VQGAN` has not.
+        WeightsError: if the file is missing, is not YAML, lacks a size, or describes an unsupported variant.
     """
     try:
         params = yaml.safe_load(path.read_text())["model"]["params"]

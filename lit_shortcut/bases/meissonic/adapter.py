@@ -1,17 +1,13 @@
-"""Meissonic's answer to the base protocol."""
+"""Meissonic behind the base protocol."""
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_shortcut.bases.clip_text import EncodedContext, TextEncoder, encoded_context
+from lit_shortcut.bases.clip_text import EncodedBase, EncodedContext, TextEncoder
 from lit_shortcut.bases.meissonic.transformer import TIME_SCALE, MeissonicTransformer
-from lit_shortcut.contracts import Clock, Conditions, Context, ImageDecoder, TokenSpec
-from lit_shortcut.weights import fingerprint, network_fingerprint
+from lit_shortcut.contracts import Clock, Context, ImageDecoder, TokenSpec
 
 NEGATIVE = (
     "worst quality, low quality, low res, blurry, distortion, watermark, logo, signature, text, jpeg artifacts, "
@@ -20,24 +16,24 @@ NEGATIVE = (
 """The negative prompt of the authors' own script for Monetico."""
 
 
-class Meissonic(nn.Module):
+class Meissonic(EncodedBase):
     """A frozen Meissonic, or Monetico, with its text encoder and image decoder.
 
-    Features are the rows that the blocks see, before they are upsampled: a quarter as many as tokens where the
-    transformer resamples, as many where it doesn't. They depend on the number of steps that are left, so a shortcut
-    goes with the number of steps it was recorded at.
+    Features are the rows that the blocks see, before they are upsampled: a quarter as many as tokens if the transformer
+    resamples, else as many. They depend on the number of steps that are left, so a shortcut only fits the number of
+    steps it was recorded at.
 
     Args:
         transformer: the network that is accelerated.
         tokenizer: decodes image tokens to images.
-        text_encoder: of prompts.
-        height: of the images in pixels.
-        width: of the images in pixels.
+        text_encoder: encodes prompts.
+        height: height of the images in pixels.
+        width: width of the images in pixels.
         patch_size: side in pixels of the square that a token stands for.
         negative: prompt of the unconditional branch.
 
     Raises:
-        ValueError: if height or width is no positive multiple of what the transformer can do.
+        ValueError: if height or width is not a positive multiple of the squares that the blocks see.
     """
 
     def __init__(
@@ -51,15 +47,9 @@ class Meissonic(nn.Module):
         patch_size: int = 16,
         negative: str = NEGATIVE,
     ) -> None:
-        super().__init__()
-        multiple = patch_size * transformer.stride
-        for name, pixels in (("height", height), ("width", width)):
-            if pixels < 1 or pixels % multiple:
-                raise ValueError(f"{name} must be a positive multiple of {multiple} pixels, got {pixels}")
-        self.size, self.grid = (height, width), (height // patch_size, width // patch_size)
-        self.transformer, self.tokenizer, self.text_encoder = transformer, tokenizer, text_encoder
-        self.negative = negative
-        self.eval().requires_grad_(False)
+        super().__init__(
+            transformer, tokenizer, text_encoder, negative, (height, width), patch_size, transformer.stride
+        )
         self.interface = transformer.interface(*self.grid)
         self.spec = TokenSpec(
             num_tokens=self.interface.num_tokens,
@@ -70,34 +60,6 @@ class Meissonic(nn.Module):
             num_classes=0,
             grid_height=self.grid[0],
         )
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the transformer's weights; computed when first asked for, since it reads all of them."""
-        return fingerprint(self.transformer.state_dict())
-
-    def train(self, mode: bool = True) -> Meissonic:
-        """Stay in eval mode: a base is frozen."""
-        return super().train(False)
-
-    def identity(self) -> dict[str, Any]:
-        """Fingerprints of transformer, image decoder and text encoder, the negative prompt and the images' size."""
-        return {
-            "class": type(self).__name__,
-            "fingerprint": self.fingerprint,
-            "decoder": network_fingerprint(self.tokenizer),
-            "text_encoder": self.text_encoder.identity(),
-            "negative": self.negative,
-            "size": list(self.size),
-        }
-
-    def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """Encoded prompts; the unconditional branch has the negative one.
-
-        Raises:
-            ValueError: if there is not a prompt for each sample, or one is empty.
-        """
-        return encoded_context(self.text_encoder, conditions, self.negative, self.size, guided=guided)
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """Features (G, B, S, C), both branches in one batch; time is the number of steps that follow this one.
@@ -118,7 +80,3 @@ class Meissonic(nn.Module):
             torch.full((1,), left, device=tokens.device),
         )
         return stacked.unflatten(0, (branches, -1))
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, height, width), of codes ``tokens`` (B, L)."""
-        return self.tokenizer.decode(tokens)

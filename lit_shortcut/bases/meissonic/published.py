@@ -1,8 +1,7 @@
-"""Meissonic and Monetico as published: their folders' weights, or their sizes without."""
+"""Meissonic and Monetico as published: with weights from their folders, or at their sizes with random weights."""
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,16 +53,17 @@ def published(
 
     Args:
         source: folder, or address on the hub: ``hf://MeissonFlow/Meissonic``, ``hf://Collov-Labs/Monetico``.
-        height: of the images in pixels; None takes 1024 where the transformer resamples (Meissonic), else 512.
-        width: of the images in pixels, likewise.
+        height: height of the images in pixels; None takes 1024 if the transformer resamples (Meissonic), else 512.
+        width: width of the images in pixels, likewise.
         negative: prompt of the unconditional branch.
-        text_encoder: folder or address of another one than the source's own, alone or within a whole CLIP. The authors
-            call ``hf://laion/CLIP-ViT-H-14-laion2B-s32B-b79K`` more stable for some prompts.
+        text_encoder: folder or address of a text encoder, or a whole CLIP, to use instead of the source's own. The
+            authors call ``hf://laion/CLIP-ViT-H-14-laion2B-s32B-b79K`` more stable for some prompts.
         variant: ``fp16`` takes the source's files in half precision.
-        dtype: of transformer and text encoder; the image decoder runs in float32. Meissonic's time is rounded to it.
+        dtype: dtype of transformer and text encoder; the image decoder runs in float32. Meissonic's time is rounded to
+            it.
 
     Raises:
-        WeightsError: if a file cannot be had, is damaged, or does not fit the others.
+        WeightsError: if a file is unavailable, damaged, or does not fit the others.
         ValueError: if height or width does not fit the transformer.
     """
     patterns = [*file_patterns("transformer", DIFFUSERS, variant), *file_patterns("vqvae", DIFFUSERS, variant)]
@@ -91,17 +91,17 @@ def random_weights(
     dtype: Precision = "bfloat16",
     seed: int = 0,
 ) -> Meissonic:
-    """The base at published sizes that has learned nothing: for latency and memory, never for quality.
+    """The base at published sizes with random weights: for latency and memory, never for quality.
 
-    Its fingerprint begins with ``random-``. Bytes of a prompt stand for text tokens.
+    Its fingerprint begins with ``random-``. Text tokens are the bytes of a prompt.
 
     Args:
         resolution: side of the images in pixels: 1024 is Meissonic, 512 Monetico.
         depth: blocks of two streams.
         single_depth: blocks of one stream.
         text_depth: layers of the text encoder.
-        dtype: of transformer and text encoder.
-        seed: of the weights.
+        dtype: dtype of transformer and text encoder.
+        seed: seed of the weights.
     """
     own_dtype, resampled = getattr(torch, dtype), resolution != _DEFAULT_PIXELS[1]
     with torch.random.fork_rng(devices=[]):
@@ -110,20 +110,10 @@ def random_weights(
         text = CLIPText.random(1024, text_depth, num_heads=16, activation="gelu", dtype=own_dtype)
         vqvae = random_vqvae()
     patch = patch_size(vqvae)
-    return _RandomMeissonic(
-        transformer.to(own_dtype),
-        VQDecoder(vqvae, resolution // patch, resolution // patch),
-        text,
-        height=resolution,
-        width=resolution,
-        patch_size=patch,
-    )
-
-
-class _RandomMeissonic(Meissonic):
-    @cached_property
-    def fingerprint(self) -> str:
-        return f"random-{super().fingerprint}"
+    decoder = VQDecoder(vqvae, resolution // patch, resolution // patch)
+    base = Meissonic(transformer.to(own_dtype), decoder, text, height=resolution, width=resolution, patch_size=patch)
+    base.label = "random-"
+    return base
 
 
 def load_transformer(

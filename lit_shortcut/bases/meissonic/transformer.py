@@ -1,4 +1,4 @@
-"""The transformer of Meissonic (Bai et al., arXiv 2410.08261), made of diffusers' parts under its published names."""
+"""Transformer of Meissonic (Bai et al., arXiv 2410.08261), made of diffusers' parts under its published names."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from diffusers.models.unets.uvit_2d import ConvMlmLayer, UVit2DConvEmbed
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import ConvolutionalInterface
 
 _EPS = 1e-6
 _ROPE_THETA = 10_000
-_MICRO_CONDS, _MICRO_WIDTH = 5, 256  # five numbers, each to so many sinusoids
+_MICRO_CONDS, _MICRO_WIDTH = 5, 256  # five numbers, each embedded in so many sinusoids
 TIME_SCALE = 1000
-"""What the number of steps left is multiplied by; the reference does so though it is no share of 1."""
+"""Factor of the number of steps left, as in the reference."""
 
 
 class MeissonicTransformer(nn.Module):
-    """Image tokens and encoded prompts in, features out.
+    """Transformer from image tokens and encoded prompts to features.
 
     Text and image rows go through blocks with weights of their own for each (``num_layers``), then through blocks that
     share theirs (``num_single_layers``). The arguments are those of the published configuration.
@@ -44,7 +45,7 @@ class MeissonicTransformer(nn.Module):
         vocab_size: rows of the embedding table; the last is the mask.
         codebook_size: V.
         downsample: the blocks see squares of 2×2 tokens.
-        upsample: which the head takes apart again; as ``downsample``.
+        upsample: the head splits them again; equal to ``downsample``.
 
     Raises:
         ValueError: if sizes do not fit one another.
@@ -65,6 +66,9 @@ class MeissonicTransformer(nn.Module):
         upsample: bool = False,
     ) -> None:
         super().__init__()
+        require_at_least(0, num_layers=num_layers, num_single_layers=num_single_layers)
+        require_at_least(1, num_attention_heads=num_attention_heads, codebook_size=codebook_size)
+        require_at_least(1, attention_head_dim=attention_head_dim, joint_attention_dim=joint_attention_dim)
         heads, head_width = num_attention_heads, attention_head_dim
         width = heads * head_width
         if pooled_projection_dim != width:
@@ -132,10 +136,10 @@ class MeissonicTransformer(nn.Module):
 
         Args:
             tokens: (B, h, w) on the grid.
-            states: (B, T, E) of the text encoder's layer before the last.
+            states: (B, T, E), output of the text encoder's last layer but one.
             pooled: (B, C), its pooled state.
             micro_conds: (B, 5), see :class:`~lit_shortcut.bases.clip_text.EncodedContext`.
-            timestep: (1,) or (B,), steps that are left behind this one.
+            timestep: (1,) or (B,), steps left after this one.
         """
         image = self.embed(tokens)
         for module in self.down_block.values():
@@ -150,7 +154,7 @@ class MeissonicTransformer(nn.Module):
         return features
 
     def condition(self, timestep: Tensor, pooled: Tensor, micro_conds: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, C) what modulates all blocks: time, size of the images and pooled state.
+        """Modulation (B, C) of all blocks: time, size of the images and pooled state.
 
         Time is rounded to ``dtype`` before it is embedded, as in the reference: 63,000 to 62,976 in bfloat16.
         """
@@ -167,7 +171,7 @@ class MeissonicTransformer(nn.Module):
         return interface_of(self, height, width)
 
     def _rotation(self, num_text: int, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rows' places: 0 for ``num_text`` of text, then row and column in ``image``."""
+        """Cosines and sines of the rows' places: 0 for ``num_text`` rows of text, then row and column in ``image``."""
         height, width = image.shape[-2:]
         row, column = torch.meshgrid(
             torch.arange(height, device=image.device), torch.arange(width, device=image.device), indexing="ij"

@@ -1,4 +1,4 @@
-"""MMaDA (Yang et al., arXiv 2505.15809): what it makes of a prompt, and how its images stand behind it."""
+"""MMaDA (Yang et al., arXiv 2505.15809) behind the base protocol: its prompts, and its images' places after them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import torch
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import PromptTokenizer
-from lit_shortcut.bases.prompted_llada import ImageTokens, PromptedLLaDA, grid_of
+from lit_shortcut.bases.frozen import grid_of
+from lit_shortcut.bases.prompted_llada import ImageTokens, PromptedLLaDA
 from lit_shortcut.contracts import ImageDecoder
 
 
 @dataclass(frozen=True)
 class MMaDATokens:
-    """Ids of the tokens that are no text; the defaults are those of the published weights.
+    """Ids of the tokens that are not text; the defaults are the published ones.
 
     Args:
-        bos: before the text.
-        eos: behind the text.
-        first_code: code k of the codebook is this + k; the length of the text tokenizer.
-        mask: at image places not yet known.
-        t2i: the sequence's first, which asks for an image.
-        soi: before the image's tokens.
-        eoi: behind them.
+        bos: begins the text.
+        eos: ends the text.
+        first_code: id of code 0, from which the others follow; the length of the text tokenizer.
+        mask: stands at unknown image places.
+        t2i: first of the sequence; requests an image.
+        soi: begins the image.
+        eoi: ends the image.
     """
 
     bos: int = 126080
@@ -46,18 +47,18 @@ class MMaDA(PromptedLLaDA):
     Args:
         transformer: the network that is accelerated.
         tokenizer: decodes image tokens to images.
-        prompt_tokenizer: text to token ids.
-        special: ids of the tokens that are no text.
+        prompt_tokenizer: maps text to token ids.
+        special: ids of the tokens that are not text.
         codebook_size: V.
-        height: of the images in pixels, a multiple of ``patch_size``.
-        width: of the images in pixels, a multiple of ``patch_size``.
+        height: height of the images in pixels, a multiple of ``patch_size``.
+        width: width of the images in pixels, a multiple of ``patch_size``.
         patch_size: side in pixels of the square that a token stands for.
-        max_text_tokens: longest text, with t2i and bos; a longer one is cut there and gets its eos.
+        max_text_tokens: longest text, with t2i and bos; a longer one is cut before its eos.
         negative: prompt of the unconditional branch.
 
     Raises:
-        ValueError: if height or width is no positive multiple of the patch size, ``max_text_tokens`` leave no room for
-            text, or a code or special token lies outside the vocabulary.
+        ValueError: if height or width is not a positive multiple of the patch size, ``max_text_tokens`` leave no room
+            for text, or a code or special token lies outside the vocabulary.
     """
 
     special: MMaDATokens
@@ -93,7 +94,7 @@ class MMaDA(PromptedLLaDA):
         self.prompt_tokenizer, self.max_text_tokens, self.negative = prompt_tokenizer, max_text_tokens, negative
 
     def identity(self) -> dict[str, Any]:
-        """Fingerprints of transformer, image decoder and prompt tokenizer, and how prompts and images are laid out."""
+        """Identity of the base, with its prompt tokenizer, the longest text and the negative prompt."""
         return super().identity() | {
             "prompt_tokenizer": self.prompt_tokenizer.identity(),
             "max_text_tokens": self.max_text_tokens,
@@ -101,9 +102,9 @@ class MMaDA(PromptedLLaDA):
         }
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of ``prompt`` between t2i, bos and eos; too long a text is cut with a warning, as the base does."""
+        """Token ids of ``prompt`` between t2i, bos and eos; longer texts are cut with a warning, as the base does."""
         text = self.prompt_tokenizer.encode(prompt)
-        if text[:1] != [self.special.bos]:  # the tokenizer may have put it there
+        if text[:1] != [self.special.bos]:  # some tokenizers add it
             text = [self.special.bos, *text]
         ids = [self.special.t2i, *text]
         if len(ids) > self.max_text_tokens:

@@ -1,6 +1,6 @@
-"""The image decoder of Show-o's MAGVIT-v2 (showlab/magvitv2), whose codes MMaDA draws: each is a number's bits as ±1.
+"""Image decoder of Show-o's MAGVIT-v2 (showlab/magvitv2), for the codes of MMaDA.
 
-The quantiser has no table to look up (LFQ; Yu et al., arXiv 2310.05737, section 3.1).
+No table is looked up: each code is the bits of its number as ±1 (LFQ; Yu et al., arXiv 2310.05737, section 3.1).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lit_shortcut.published import Names, fill, load_state
 from lit_shortcut.weights import WeightsError
 
 FILES = ("pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
-"""Names that the weights may have in their folder; the first that is there counts."""
+"""Possible names of the weight file; the first that exists is used."""
 
-_UNUSED = ("encoder.", "quant_conv.", "quantize.power_vals")  # in the checkpoint beside the decoder
+_UNUSED = ("encoder.", "quant_conv.", "quantize.power_vals")  # other tensors of the checkpoint
 _SIZES: dict[str, Any] = {"width": 128, "multipliers": (1, 1, 2, 2, 4), "num_blocks": (4, 4, 3, 4, 3)}
 
 
 def magvit_decoder(bits: int = 13, **sizes: Any) -> CodeDecoder:
-    """MAGVIT-v2's f16 decoder with weights at random; ``sizes`` change arguments of :class:`CodeDecoder`."""
+    """MAGVIT-v2's f16 decoder with random weights; ``sizes`` change arguments of :class:`CodeDecoder`."""
     decoder = CodeDecoder(2**bits, bits, bits, **_SIZES | sizes, is_rounded=False)
     if not decoder.codes.weight.is_meta:
         decoder.codes.weight.copy_(bits_of_codes(bits))
@@ -31,11 +31,11 @@ def magvit_decoder(bits: int = 13, **sizes: Any) -> CodeDecoder:
 
 
 def load_magvit(folder: Path, bits: int = 13, **sizes: Any) -> CodeDecoder:
-    """MAGVIT-v2's decoder with the published weights in ``folder``, frozen.
+    """Load MAGVIT-v2's frozen decoder with the published weights in ``folder``.
 
     Args:
-        folder: of one of :data:`FILES`.
-        bits: of a code.
+        folder: folder of one of :data:`FILES`.
+        bits: bits of a code.
         **sizes: arguments of :class:`CodeDecoder` that differ from the published f16 decoder's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The published MMaDA (Gen-Verse/MMaDA-8B): its weights and tokenizers, or its sizes without."""
+"""MMaDA as published (Gen-Verse/MMaDA-8B): with its weights, or at its sizes with random weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from lit_shortcut.bases.dimoo.published import PATCH_SIZE, NoDecoder, load_trans
 from lit_shortcut.bases.mmada.adapter import MMaDA, MMaDATokens
 from lit_shortcut.bases.mmada.magvit import FILES as VQ_FILES
 from lit_shortcut.bases.mmada.magvit import load_magvit
-from lit_shortcut.bases.prompted_llada import Untrained
 from lit_shortcut.bases.saved import Precision, read_json
 from lit_shortcut.hub import local_folder
 from lit_shortcut.weights import WeightsError
@@ -36,13 +35,13 @@ def published(
         vq: folder of the image decoder's weights, or ``hf://showlab/magvitv2``.
         size: side of the images in pixels, a multiple of 16.
         max_text_tokens: longest text, with t2i and bos; a longer one is cut.
-        dtype: of the transformer's weights; those stored in it are mapped from the files and not copied.
-        special: ids of the tokens that are no text; None are the published ones, with bos, eos and the first code of
-            the folder's tokenizer.
+        dtype: dtype of the transformer's weights; weights stored in it are mapped from the files and not copied.
+        special: ids of the tokens that are not text; None takes the published ones, with bos, eos and the first code
+            of the folder's tokenizer.
 
     Raises:
-        WeightsError: if a file cannot be had, is damaged, or does not fit the others.
-        ValueError: if ``size`` is no multiple of 16.
+        WeightsError: if a file is unavailable, damaged, or does not fit the others.
+        ValueError: if ``size`` is not a multiple of 16.
     """
     folder = local_folder(source, FILES)
     text = TextTokenizer(folder / "tokenizer.json", None)
@@ -61,10 +60,10 @@ def published(
 
 
 def tokens_of(text: TextTokenizer, path: Path) -> MMaDATokens:
-    """The published ids, with bos and eos that the configuration at ``path`` names, and codes behind all of ``text``.
+    """The published ids, with bos and eos of the configuration at ``path``, and codes after all tokens of ``text``.
 
     Raises:
-        WeightsError: if the file is missing or damaged, or names no such token.
+        WeightsError: if the file is missing or damaged, or does not name them.
     """
     config, ids = read_json(path), {}
     for name in ("bos", "eos"):
@@ -89,29 +88,26 @@ def random_weights(
     device: str = "cpu",
     seed: int = 0,
 ) -> MMaDA:
-    """The base at published sizes that has learned nothing: for latency and memory, never for quality.
+    """The base at published sizes with random weights: for latency and memory, never for quality.
 
-    Its fingerprint begins with ``random-``. Bytes of a prompt stand for text tokens, and there is no image decoder.
+    Its fingerprint begins with ``random-``. Text tokens are the bytes of a prompt, and there is no image decoder.
 
     Args:
-        depth: transformer blocks; fewer than published make a base that fits anywhere.
+        depth: transformer blocks; a base with fewer than published fits anywhere.
         size: side of the images in pixels, a multiple of 16.
         feature_width: C.
         num_heads: attention heads.
         mlp_width: hidden width of the SwiGLUs.
-        vocab_size: tokens of text and codes.
-        dtype: of the transformer's weights.
-        device: that they are made on; on ``meta`` they have shapes only and take no memory.
-        seed: of the weights.
+        vocab_size: number of text tokens and codes.
+        dtype: dtype of the transformer's weights.
+        device: device of the weights; on ``meta`` they have only shapes and take no memory.
+        seed: seed of the weights.
 
     Raises:
-        ValueError: if ``size`` is no multiple of 16, or sizes do not fit one another.
+        ValueError: if ``size`` is not a multiple of 16, or sizes do not fit one another.
     """
     transformer = random_transformer(vocab_size, feature_width, depth, num_heads, mlp_width, dtype, device, seed)
     text = Utf8Tokenizer(uncondition=-1)
-    base = _RandomMMaDA(transformer, NoDecoder(), text, height=size, width=size, patch_size=PATCH_SIZE)
+    base = MMaDA(transformer, NoDecoder(), text, height=size, width=size, patch_size=PATCH_SIZE)
+    base.label = "random-"
     return base.to(device)
-
-
-class _RandomMMaDA(Untrained, MMaDA):
-    pass
