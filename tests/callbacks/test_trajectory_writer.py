@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from concurrent.futures import Future
@@ -19,7 +20,7 @@ from lit_shortcut.contracts import Conditions, Context, Trajectories
 from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import Card, TrajectoryError, finished_shards, load_interface, read_shard
-from lit_shortcut.trajectory.writing import _Hashing
+from lit_shortcut.trajectory.writing import _Tar
 from tests.tiny_trajectories import SPEC, interface, trajectories
 
 TRIALS = ("fast_dev_run", "limit_predict_batches")
@@ -190,17 +191,17 @@ def test_full_disk_ends_the_run_and_leaves_what_was_written_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = predict(tmp_path / "whole", num_images=30) and contents(tmp_path / "whole")
-    write, written = _Hashing.write, []
+    write, written = _Tar._write, []
 
-    def full(self: _Hashing, content: bytes) -> int:
+    def full(self: _Tar, content: bytes) -> None:
         written.append(len(content))
         if sum(written) > 120_000:
             raise OSError(28, "No space left on device")
-        return write(self, content)
+        write(self, content)
 
     module = Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr(_Hashing, "write", full)
+        patch.setattr(_Tar, "_write", full)
         with pytest.raises(OSError, match=r"shard-\d+\.tar: cannot be written \(No space left on device\)"):
             predict(tmp_path / "set", module, num_images=30)
     assert module.batches < 10  # it did not go on to the end
@@ -215,7 +216,7 @@ def test_full_disk_ends_the_run_and_leaves_what_was_written_valid(
     "trial", [{"fast_dev_run": True}, {"limit_predict_batches": 2}, {"limit_predict_batches": 0.5}]
 )
 def test_trial_run_writes_nothing_that_lasts_and_says_so(
-    tmp_path: Path, said: list[str], trial: dict[str, Any]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, trial: dict[str, Any]
 ) -> None:
     written: list[Path] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -223,11 +224,12 @@ def test_trial_run_writes_nothing_that_lasts_and_says_so(
         patch.setattr(
             trajectory_writer, "write_shard", lambda folder, *rest: (written.append(folder), write(folder, *rest))
         )
-        module = predict(tmp_path / "set", overwrite=True, **trial)
-    assert module.batches == len(written) == 1 if "fast_dev_run" in trial else 2
+        with caplog.at_level(logging.INFO):
+            module = predict(tmp_path / "set", overwrite=True, **trial)
+    assert module.batches == len(written) == (1 if "fast_dev_run" in trial else 2)
     assert not (tmp_path / "set").exists()
     assert not any(folder.exists() for folder in written)
-    assert said == [f"a trial run: nothing is written to {tmp_path / 'set'}"]
+    assert f"a trial run: nothing is written to {tmp_path / 'set'}" in caplog.text
 
 
 def test_error_in_writing_the_last_shard_is_raised_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
