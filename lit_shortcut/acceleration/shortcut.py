@@ -50,7 +50,6 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
 
     A folder or repository of the Hugging Face hub holds ``model.safetensors``, ``config.json``, a model card and, with
     calibrated plans, ``plan.json``; ``from_pretrained`` and the like come from ``huggingface_hub``.
-
     Guidance branches run in one batch, or one after the other if they have text prefixes. An anchored network starts
     from the last full step and all tokens committed since, any other from the latest features.
 

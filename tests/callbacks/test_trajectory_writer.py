@@ -20,7 +20,7 @@ from lit_shortcut.contracts import Conditions, Context, Trajectories
 from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import Card, TrajectoryError, finished_shards, load_interface, read_shard
-from lit_shortcut.trajectory.writing import _Tar
+from lit_shortcut.trajectory.writing import _Hashing
 from tests.tiny_trajectories import SPEC, interface, trajectories
 
 TRIALS = ("fast_dev_run", "limit_predict_batches")
@@ -191,17 +191,17 @@ def test_full_disk_ends_the_run_and_leaves_what_was_written_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = predict(tmp_path / "whole", num_images=30) and contents(tmp_path / "whole")
-    write, written = _Tar._write, []
+    write, written = _Hashing.write, []
 
-    def full(self: _Tar, content: bytes) -> None:
+    def full(self: _Hashing, content: bytes) -> int:
         written.append(len(content))
         if sum(written) > 120_000:
             raise OSError(28, "No space left on device")
-        write(self, content)
+        return write(self, content)
 
     module = Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr(_Tar, "_write", full)
+        patch.setattr(_Hashing, "write", full)
         with pytest.raises(OSError, match=r"shard-\d+\.tar: cannot be written \(No space left on device\)"):
             predict(tmp_path / "set", module, num_images=30)
     assert module.batches < 10  # it did not go on to the end
