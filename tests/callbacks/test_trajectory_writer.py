@@ -75,7 +75,8 @@ def is_complete(folder: Path, card: Card) -> bool:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
-    monkeypatch.setattr(trajectory_writer, "rank_zero_info", messages.append)
+    for module in (trajectory_writer, trials):
+        monkeypatch.setattr(module, "rank_zero_info", messages.append)
     return messages
 
 
