@@ -1,4 +1,4 @@
-"""The ``lightning`` command, also ``lit-shortcut``: fit, validate, test, predict, generate; verify, card."""
+"""The ``lightning`` command, also ``lit-shortcut``: fit, validate, test, predict, generate; verify, card, app."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ActionYesNo, auto_cli, set_parsing_settings
+from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -21,6 +21,7 @@ from lit_shortcut.acceleration.card import write_card
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
 from lit_shortcut.callbacks.wandb_lineage import WandbLineage
 from lit_shortcut.checkpoints import WholeCheckpointIO
+from lit_shortcut.pipeline import Pipeline, load
 from lit_shortcut.places import located, use_projects_of
 from lit_shortcut.precision import require_precision
 from lit_shortcut.trainer import Trainer
@@ -32,7 +33,7 @@ _FLAGS = {  # of generate
     "compare": "Draw each picture by vanilla, too, beside it at the same seed.",
     "overwrite": "Delete what other settings drew in the output folder.",
 }
-_VERIFY, _CARD = "verify", "card"
+_VERIFY, _CARD, _APP = "verify", "card", "app"
 
 
 class SaveConfig(SaveConfigCallback):
@@ -61,7 +62,8 @@ class ShortcutCLI(LightningCLI):
         super().setup_parser(*args, **kwargs)
         self.parser.epilog = (
             f"lit-shortcut {_VERIFY} SET checks every byte of a recorded set of trajectories; "
-            f"lit-shortcut {_CARD} SHORTCUT REPORT writes a shortcut's model card from the results of test."
+            f"lit-shortcut {_CARD} SHORTCUT REPORT writes a shortcut's model card from the results of test; "
+            f"lit-shortcut {_APP} --checkpoint SHORTCUT opens a page to try a shortcut on."
         )
 
     @staticmethod
@@ -169,19 +171,63 @@ def card(shortcut: Path, report: Path) -> None:
     write_card(shortcut, report)
 
 
+class _Built(ShortcutCLI):
+    """What ``generate`` would draw with, built from its configuration and not run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leave the task as it is built."""
+
+
+def app(
+    config: Path | None = None, checkpoint: str | None = None, host: str | None = None, port: int | None = None
+) -> None:
+    """Open a page to try a shortcut on, beside vanilla, until the process is stopped.
+
+    Args:
+        config: configuration of generate, such as configs/fashion_text/generate.yaml.
+        checkpoint: in its place, folder of a shortcut or of an embedded base, or the shortcut's address on the hub.
+        host: address to listen at, 127.0.0.1 by default; 0.0.0.0 lets other machines in.
+        port: the first free one from 7860 on by default.
+
+    Raises:
+        ValueError: unless just one of ``config`` and ``checkpoint`` is given.
+    """
+    if (config is None) == (checkpoint is None):
+        raise ValueError(f"expected --config or --checkpoint, got {'neither' if config is None else 'both'}")
+    try:
+        from lit_shortcut.app import serve  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ModuleNotFoundError("lit-shortcut app needs Gradio: pip install 'lit-shortcut[app]'") from error
+    if checkpoint is not None:
+        serve(load(checkpoint), host, port)
+        return
+    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # the process has words of its own
+    task = _run(_Built, ["generate", "--config", str(config)]).model
+    pipeline = Pipeline(task.base, task.decoding, task.shortcut, task.plan, task.budget)
+    serve(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"), host, port)
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line ``args``, or the process's own."""
     words = sys.argv[1:] if args is None else args
-    for name, function in ((_VERIFY, verify), (_CARD, card)):
+    for name, function in ((_VERIFY, verify), (_CARD, card), (_APP, app)):
         if isinstance(words, list) and words[:1] == [name]:
-            auto_cli(function, args=words[1:], prog=f"lit-shortcut {name}")
+            parser = ArgumentParser(prog=f"lit-shortcut {name}")
+            parser.add_function_arguments(function, as_group=False, as_positional=True)
+            function(**parser.instantiate(parser.parse_args(words[1:])).as_dict())
             return
+    _run(ShortcutCLI, args)
+
+
+def _run(kind: type[ShortcutCLI], args: ArgsType) -> ShortcutCLI:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.…} works under every verb
     os.environ.setdefault("WANDB_MODE", "offline")  # online is asked for by WANDB_MODE=online
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 against torch 2.14 and later
     warnings.filterwarnings("ignore", message="Found .* in eval mode")  # frozen parts of a task are meant to be
     torch.set_float32_matmul_precision("high")
-    ShortcutCLI(
+    return kind(
         trainer_class=Trainer,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -50,15 +50,15 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
 
     A folder or repository of the Hugging Face hub holds ``model.safetensors``, ``config.json``, a model card and, with
     calibrated plans, ``plan.json``; ``from_pretrained`` and the like come from ``huggingface_hub``.
-
     Guidance branches run in one batch, or one after the other if they have text prefixes. An anchored network starts
-    from the last full step and all tokens committed since, any other from the latest features.
+    from the last full step and all tokens committed since, others from the latest features.
 
     Args:
         network: network trained on trajectories of the base.
         base_fingerprint: fingerprint of that base; None trusts the caller.
         dtype: dtype of the network's weights and arithmetic; None keeps the present one.
         origin: origin of the network; None knows only the base's fingerprint.
+        weights: fingerprint of the network as it was read, to which calibrated plans refer in any precision.
     """
 
     def __init__(
@@ -67,14 +67,13 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         base_fingerprint: str | None = None,
         dtype: Precision | None = None,
         origin: Origin | None = None,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         self.network, self.base_fingerprint = network, base_fingerprint
         self.origin = origin or Origin(BaseReference(base_fingerprint or ""))
+        self._weights = weights
         self.folder: Path | None = None  # that it was read from; its card, plan and pictures are saved along with it
-        is_trained = any(parameter.requires_grad for parameter in network.parameters())
-        # of the weights as they were read: a plan calibrated in float32 holds in bfloat16, too
-        self._weights = None if is_trained else fingerprint(network.state_dict())
         if dtype is not None:
             self.network.to(getattr(torch, dtype))
 
@@ -99,7 +98,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
             return cls.from_pretrained(path, dtype=dtype)
         network, metadata = load_module_with_metadata(NETWORKS, path)
         origin = Origin.of_metadata(metadata)
-        return cls(network, origin.base.fingerprint or None, dtype, origin)
+        return cls(network, origin.base.fingerprint or None, dtype, origin, fingerprint(network.state_dict()))
 
     @classmethod
     def from_pretrained(
@@ -175,7 +174,8 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         found, origin = read_config(folder)
         tensors, _ = load_tensors(folder / WEIGHTS)
         network = build_module(NETWORKS, found, tensors, folder / CONFIG)
-        shortcut = cls(network, origin.base.fingerprint or None, origin=origin, **model_kwargs)
+        identity: Any = {"base_fingerprint": origin.base.fingerprint or None, "weights": fingerprint(tensors)}
+        shortcut = cls(network, origin=origin, **identity, **model_kwargs)
         shortcut.folder = folder
         return shortcut
 

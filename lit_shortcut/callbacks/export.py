@@ -13,6 +13,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable, save_module, update_manifest
 
 
@@ -30,12 +31,16 @@ class ExportWeights(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a place that cannot be written, before anything is trained; raises OSError."""
-        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        if is_trial(trainer, "fit"):
+            report_trial(self.path)
+        else:
             require_writable(self.path.parent)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file on the first rank, unless this was a trial run."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or is_trial(trainer, "fit"):
             return
         assert isinstance(pl_module, OptimizedTask)
         weights = self.write(pl_module)

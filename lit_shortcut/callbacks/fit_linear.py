@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_shortcut.acceleration.linear import inner_products, save
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
 
@@ -28,7 +29,9 @@ class FitLinear(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a place that cannot be written."""
-        if trainer.is_global_zero:
+        if is_trial(trainer, "validate"):
+            report_trial(self.path)
+        elif trainer.is_global_zero:
             require_writable(self.path.parent)
 
     def on_validation_batch_end(
@@ -40,11 +43,11 @@ class FitLinear(L.Callback):
         self._products = added if self._products is None else self._products + added
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the sums over all ranks on the first rank."""
+        """Write the sums over all ranks on the first rank, unless this is a trial run."""
         assert isinstance(pl_module, ShortcutTask)
         num_steps = len(pl_module.counts)
         own = torch.zeros(num_steps, num_steps, num_steps).double() if self._products is None else self._products
         products = sum_over_ranks(own.to(pl_module.device)).cpu()
-        if trainer.is_global_zero and not trainer.sanity_checking:
+        if trainer.is_global_zero and not trainer.sanity_checking and not is_trial(trainer, "validate"):
             save(self.path, products, pl_module.ends.fingerprint)
         self._products = None

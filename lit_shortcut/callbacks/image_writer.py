@@ -20,6 +20,7 @@ from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.pictures import Drawing, to_pil, write_png
 from lit_shortcut.tasks.generating import GenerateTask
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
 _SETTINGS = "settings.json"
@@ -57,13 +58,16 @@ class ImageWriter(BasePredictionWriter):
         self.num_images = data.num_images
         settings = {"methods": self.settings, "precision": str(trainer.precision), **_asked(data)}
         self.text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
-        if not self.overwrite:
+        self.is_trial = is_trial(trainer, "predict")
+        if self.is_trial:
+            report_trial(self.folder)
+        elif not self.overwrite:
             self._require_own()
         trainer.strategy.barrier("folder looked at")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the settings, and delete what is left of others; raises OSError if the folder cannot be written."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self.is_trial:
             return
         require_writable(self.folder)
         mine = {self._path(index, name) for index in range(self.num_images) for name in self.settings}
@@ -83,6 +87,8 @@ class ImageWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Write the batch's pictures."""
+        if self.is_trial:
+            return
         for name, drawing in prediction.items():
             images, full_steps = to_pil(drawing.images), drawing.full_steps.tolist()
             for row, (image, passes) in enumerate(zip(images, full_steps, strict=True)):
@@ -94,7 +100,7 @@ class ImageWriter(BasePredictionWriter):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the grid and print. Not at ``on_predict_end``, which a rank without batches never reaches."""
         trainer.strategy.barrier("pictures written")
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self.is_trial:
             return
         shown = range(min(self.num_images, self.grid_images))
         paths = [self._path(index, name) for index in shown for name in self.settings]

@@ -19,6 +19,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
 _TOLERANCE = 0.25  # full steps, between the mean wanted and the nearest there is
@@ -64,7 +65,9 @@ class PlanSearch(L.Callback):
         num_steps = trainer.datamodule.card.num_steps  # type: ignore[attr-defined]
         if not all(1 <= budget < num_steps for budget in self.budgets):
             raise ValueError(f"budgets must lie in 1..{num_steps - 1}, below the set's steps; got {self.budgets}")
-        if trainer.is_global_zero:
+        if is_trial(trainer, "validate"):
+            report_trial(self.path)
+        elif trainer.is_global_zero:
             require_writable(self.path.parent)
 
     def on_validation_batch_end(
@@ -105,7 +108,7 @@ class PlanSearch(L.Callback):
             )
             if self.adaptive is not None and 1 < budget:
                 self._add_threshold(found, budget, trainer, pl_module)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not is_trial(trainer, "validate"):
             file = PlanFile(self._of(pl_module).identity(), pl_module.ends.fingerprint, [found])
             file.write(self.path)
         self._segments, self._samples = None, 0

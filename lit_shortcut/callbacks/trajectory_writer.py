@@ -31,7 +31,7 @@ from lit_shortcut.trajectory import (
     save_interface,
     write_shard,
 )
-from lit_shortcut.trials import is_trial
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
 _GB = 1e9
@@ -106,7 +106,7 @@ class TrajectoryWriter(BasePredictionWriter):
         self.finished, self._shards = set(), self.folder
         if is_trial(trainer, "predict"):
             self._shards, self.jobs = Path(self._held.enter_context(TemporaryDirectory())), Background()
-            rank_zero_info(f"a trial run: not all images are recorded, and nothing is written to {self.folder}")
+            report_trial(self.folder)
             return
         if trainer.is_global_zero:
             require_writable(self.folder)

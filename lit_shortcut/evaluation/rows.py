@@ -121,7 +121,7 @@ def _build(
         overrides = dict(parts.pop())
     match parts:
         case [int(num_steps)]:
-            own = _override(entry, decoding.at(num_steps), overrides)
+            own = _override(entry, decoding, num_steps, overrides)
             return Row(_name(VANILLA, num_steps, "", overrides), VANILLA, own, Vanilla(), num_steps, "", overrides)
         case [int(num_steps), int() | list() as budget, str(method)]:
             plan = "" if isinstance(budget, list) else EVEN
@@ -135,7 +135,7 @@ def _build(
         raise ValueError(f"row {list(entry)}: no plan is named {plan!r}; known are {_list(plans)}")
     if not isinstance(budget, list) and not 1 <= budget <= num_steps:
         raise ValueError(f"row {list(entry)}: budget must lie in 1..{num_steps}, the number of steps; got {budget}")
-    own = _override(entry, decoding.at(num_steps), overrides)
+    own = _override(entry, decoding, num_steps, overrides)
     made: Plan
     if isinstance(budget, list):
         label, count, made = f"steps{'-'.join(map(str, budget))}", len(budget), _steps(entry, budget)
@@ -156,7 +156,7 @@ def _steps(entry: Sequence[Any], steps: list[Any]) -> Steps:
         raise ValueError(f"row {list(entry)}: {error}") from error
 
 
-def _override(entry: Sequence[Any], decoding: Decoding, overrides: dict[str, Any]) -> Decoding:
+def _override(entry: Sequence[Any], decoding: Decoding, num_steps: int, overrides: dict[str, Any]) -> Decoding:
     known = [field.name for field in fields(Decoding) if field.name != "num_steps"]
     changes: dict[str, Any] = {}
     try:
@@ -168,7 +168,7 @@ def _override(entry: Sequence[Any], decoding: Decoding, overrides: dict[str, Any
             if isinstance(value, bool) or not isinstance(value, types):
                 raise ValueError(f"{name} must be {kind}, got {value!r}")
             changes[name] = replace(current, **value) if isinstance(value, Mapping) else value
-        return replace(decoding, **changes)
+        return replace(decoding, num_steps=num_steps, **changes)
     except (TypeError, ValueError) as error:  # replace() raises TypeError if a course lacks a field
         raise ValueError(f"row {list(entry)}: {error}") from error
 

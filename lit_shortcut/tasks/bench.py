@@ -95,7 +95,7 @@ class BenchTask(L.LightningModule):
         }
         facts, where = self.facts(batch), f"written to {self.path}"
         if is_trial(self.trainer, "test"):
-            where = "a trial run: nothing is written"
+            where = f"a trial run: nothing is written to {self.path}"
         elif self.trainer.is_global_zero:
             rows = {name: [part._asdict() for part in parts] for name, parts in measured.items()}
             with replacing(self.path) as aside:

@@ -23,7 +23,7 @@ from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trials import is_trial
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
 
@@ -111,7 +111,7 @@ class EvaluationTask(L.LightningModule):
         if is_trial(self.trainer, "test"):
             self.trial_folder = TemporaryDirectory()
             self.stored = Results(Path(self.trial_folder.name))
-            rank_zero_info(f"a trial run: not all images are drawn, and nothing is written to {self.results}")
+            report_trial(self.results)
         else:
             require_writable(self.results)
 

@@ -10,6 +10,7 @@ from torch import nn
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.metrics.reference import FeatureStatistics
+from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable, update_manifest
 
 
@@ -49,7 +50,10 @@ class ReferenceTask(L.LightningModule):
         """
         if self.trainer.world_size > 1:
             raise ValueError(f"reference statistics are made on one device, got {self.trainer.world_size}")
-        require_writable(self.path.parent)
+        if is_trial(self.trainer, "predict"):
+            report_trial(self.path)
+        else:
+            require_writable(self.path.parent)
 
     def predict_step(self, batch: LabelledImages, batch_idx: int) -> int:
         """Take in one batch; returns the number of images so far."""
@@ -57,6 +61,8 @@ class ReferenceTask(L.LightningModule):
         return self.statistics.count
 
     def on_predict_end(self) -> None:
-        """Write the file."""
+        """Write the file, unless this was a trial run."""
+        if is_trial(self.trainer, "predict"):
+            return
         self.statistics.save(self.path, self.facts["images"])
         update_manifest(self.path, self.facts)

@@ -67,7 +67,6 @@ def test_what_can_be_run_passes() -> None:
     [
         (row_of(17), r"vanilla_n17: num_steps must lie in 1\.\.16"),
         (row_of(16), "schedule 'arccos' cannot spend 16 tokens in 16 steps"),
-        (row_of(0), r"num_steps must lie in 1\.\.16"),
         (row_of(6, [0, 6], "hold"), r"hold_n6_b2_steps0-6: steps must lie in 0\.\.5"),
         (row_of(6, 2, "own", own=shortcut(0, base_fingerprint="other")), "own_n6_b2: .*base other"),
     ],

@@ -84,6 +84,7 @@ def test_method_is_called_by_its_name_in_yaml() -> None:
         ([6, [1, 2], "hold"], ["steps", "[1, 2]"]),
         ([6, [0, "two"], "hold"], ["steps", "two"]),
         ([8, 3], ["[8, 3]", "[N, b, method]"]),
+        ([0], ["[0]", "num_steps", "0"]),
         ([], ["[]", "[N]"]),
         (["8"], ["'8'", "[N]"]),
         ([8, 3, "hold", "even", "more"], ["more", "[N, b, method, plan]"]),
