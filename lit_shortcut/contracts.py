@@ -253,8 +253,7 @@ class MaskedImageModel(BaseEnds, Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
     The first rows of its features are the image's, row by row: one for each token, or for a square of tokens, as
-    ``interface`` says. All other rows are the base's own. If places in the base's sequence matter, ``interface`` knows
-    those of all rows.
+    ``interface`` says. All other rows are the base's own; ``interface`` knows places in its sequence if they matter.
     """
 
     def identity(self) -> dict[str, Any]:

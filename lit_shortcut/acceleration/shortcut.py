@@ -51,14 +51,14 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
     A folder or repository of the Hugging Face hub holds ``model.safetensors``, ``config.json``, a model card and, with
     calibrated plans, ``plan.json``; ``from_pretrained`` and the like come from ``huggingface_hub``.
     Guidance branches run in one batch, or one after the other if they have text prefixes. An anchored network starts
-    from the last full step and all tokens committed since, any other from the latest features.
+    from the last full step and all tokens committed since, others from the latest features.
 
     Args:
         network: network trained on trajectories of the base.
         base_fingerprint: fingerprint of that base; None trusts the caller.
         dtype: dtype of the network's weights and arithmetic; None keeps the present one.
         origin: origin of the network; None knows only the base's fingerprint.
-        weights: fingerprint of the network as it was read, which calibrated plans name whatever precision it runs in.
+        weights: fingerprint of the network as it was read, to which calibrated plans refer in any precision.
     """
 
     def __init__(

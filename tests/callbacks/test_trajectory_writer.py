@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from datamodules.conditions import ClassLabels
+from lit_shortcut import trials
 from lit_shortcut.background import Background
 from lit_shortcut.callbacks import trajectory_writer
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
