@@ -231,7 +231,8 @@ def build_base(reference: BaseReference, folder: Path) -> MaskedImageModel:
     if source.startswith("hf://"):
         source += f"@{reference.revision}" * bool(reference.revision)
     elif source:
-        source = str((folder / source).resolve())
+        path, here = (folder / source).resolve(), Path.cwd()
+        source = str(located(path.relative_to(here)) if path.is_relative_to(here) else path)
     module, _, function = BASES[reference.name].partition(":")
     arguments: list[Any] = [source] if source else []
     try:

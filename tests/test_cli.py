@@ -223,7 +223,7 @@ def test_fit_on_another_format_version_names_both(folder: Path) -> None:
 
 
 def test_fit_with_another_width_names_both(folder: Path) -> None:
-    with pytest.raises(WeightsError, match=r"features are 16 wide.*built for width 24"):
+    with pytest.raises(WeightsError, match=r"width: expected 16.* 24"):
         lightning(folder, *FIT, NO_LOGGER, "--model.network.width=24")
 
 

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.prompts import read_prompts
+from lit_shortcut import load
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
+from lit_shortcut.fashion.classifier import FashionFeatures
+from lit_shortcut.metrics.distances import FrechetDistance
 from lit_shortcut.places import SHIPPED, located, use_projects_of
 from lit_shortcut.trajectory import Card
 from tests.command_line import CONFIGS, lightning
@@ -50,6 +55,12 @@ def test_what_is_nowhere_and_absolute_paths_stay_what_they_are(tmp_path: Path) -
 
 def test_weights_shipped_with_the_package_load_from_any_folder() -> None:
     assert MaskGITTransformer.load(Path(BASE)).hparams["codebook_size"] == 64
+    folder = Path("checkpoints/fashion")
+    extractor = FashionFeatures.load(folder / "classifier.safetensors")
+    assert FrechetDistance(extractor, folder / "reference.safetensors").reference["mean"].shape == (128,)
+    assert len(read_prompts(Path("checkpoints/fashion_text/held_out_prompts.txt"))) == 2000
+    assert Shortcut.load(folder / "shortcut").folder == SHIPPED / folder / "shortcut"
+    assert load("checkpoints/fashion_text", budget=1)(["a coat"]).full_steps.tolist() == [1]
 
 
 def test_yaml_of_another_folder_takes_inputs_of_its_project_and_leaves_outputs_here(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_shortcut_of_another_kind_of_base_is_refused(
     dimoo_shortcut = Accelerated(Even(2), Shortcut(trained(32)))
     with pytest.raises(WeightsError, match=r"MaskGIT: .*a LLaDAShortcutNet is made for rows with; ShortcutNet is"):
         next(sample(base, conditions(1), DECODING, dimoo_shortcut))
-    with pytest.raises(WeightsError, match=r"features are 16 wide.*built for width 32"):
+    with pytest.raises(WeightsError, match=r"width: expected 16.* 32"):
         next(sample(dimoo, prompted(1), DECODING, dimoo_shortcut))
 
 
