@@ -65,6 +65,7 @@ def test_wheel_has_all_that_the_repository_ships(installed: Path) -> None:
         assert shipped == {
             path.relative_to(inside): path.read_bytes() for path in (inside / name).rglob("*") if path.is_file()
         }
+    assert (installed / "lit_shortcut/report/page.html").is_file()
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {
         "datamodules",
         "lit_shortcut",
