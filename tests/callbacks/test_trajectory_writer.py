@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from datamodules.conditions import ClassLabels
+from lit_shortcut import trials
 from lit_shortcut.background import Background
 from lit_shortcut.callbacks import trajectory_writer
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
@@ -74,7 +75,8 @@ def is_complete(folder: Path, card: Card) -> bool:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
-    monkeypatch.setattr(trajectory_writer, "rank_zero_info", messages.append)
+    for module in (trajectory_writer, trials):
+        monkeypatch.setattr(module, "rank_zero_info", messages.append)
     return messages
 
 

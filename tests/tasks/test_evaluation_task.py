@@ -258,7 +258,7 @@ def test_trial_run_leaves_results_as_they_are_and_says_so(
     tmp_path: Path, limits: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(f"{TASK}.rank_zero_info", said.append)
+    monkeypatch.setattr("lit_shortcut.trials.rank_zero_info", said.append)
     measure(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     measure(tmp_path, base=ToyBase(seed=1), latency_rounds=1, **limits)
