@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import lightning as L
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from datamodules.conditions import InTurn, sample_seed
-from datamodules.loading import EpochLoader
+from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
 from datamodules.windows import Order
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
@@ -179,7 +179,7 @@ class OnlineDataModule(L.LightningDataModule):
             "window": self.window,
             "seed": self.seed,
         }
-        return EpochLoader(batches, len(batches), lambda: self.trainer.current_epoch if self.trainer else 0, layout)
+        return EpochLoader(batches, len(batches), partial(epoch_of, self), layout)
 
     def steps_of_batch(self, epoch: int, number: int) -> list[list[int]]:
         """Step before each window of training batch ``number`` of ``epoch``, rank by rank."""
