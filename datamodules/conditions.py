@@ -1,4 +1,4 @@
-"""What to generate: classes or prompts in turn, each image with a seed of its own."""
+"""Conditions of images to generate: classes or prompts in turn, each image with a seed of its own."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lit_shortcut.contracts import Conditions
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """The int64 seed of sample ``index`` in a run seeded with ``seed``: neighbours share nothing."""
+    """Return the int64 seed of sample ``index`` in a run with ``seed``, by a hash, so that seeds are unrelated."""
     return int.from_bytes(blake2b(f"{seed}:{index}".encode(), digest_size=8).digest(), "big", signed=True)
 
 
 class _Batches(Dataset[Conditions]):
-    """Item k = the k-th batch."""
+    """Batches of ``source`` under run seed ``seed``."""
 
     def __init__(self, source: InTurn, seed: int) -> None:
         self.source, self.seed = source, seed
@@ -40,10 +40,10 @@ class _Batches(Dataset[Conditions]):
 
 
 class _Share(DistributedSampler[Conditions]):
-    """One rank's share of ``batches``, each on one rank exactly; a rank may have none.
+    """One rank's share of ``batches``, each on exactly one rank; a rank may have none.
 
-    Lightning leaves a ``DistributedSampler`` in place; its own repeat batches in test, and in predict refuse a rank
-    without any.
+    Lightning keeps a ``DistributedSampler``; its own samplers repeat batches in test, and fail in predict on a rank
+    without batches.
     """
 
     def __init__(self, dataset: _Batches, batches: Sequence[int], rank: int, world_size: int) -> None:
@@ -63,21 +63,21 @@ def _only(batches: list[Conditions]) -> Conditions:
 
 
 class InTurn(L.LightningDataModule):
-    """``num_images`` images, labels in turn. Image i depends on ``seed`` and i alone, not on batches or ranks.
+    """``num_images`` images, labels in turn. Image i depends only on ``seed`` and i, not on batches or ranks.
 
     Args:
-        num_images: to generate.
-        batch_size: images per batch; in predict a batch is recorded as one shard.
-        seed: of the run.
+        num_images: number of images to generate.
+        batch_size: images per batch; predict records each batch as one shard.
+        seed: run seed.
         num_classes: image i has label i modulo this.
-        run_seeds: ``test`` draws all images under each of these; None is ``seed`` only.
+        run_seeds: ``test`` generates all images under each of these; None takes only ``seed``.
 
     Raises:
         ValueError: if a number is below 1, or a run seed is given twice.
     """
 
     prompts_sha256 = ""
-    """Of the list of prompts that labels are numbers in; empty where they are classes."""
+    """Hash of the list of prompts that labels index; empty if labels are classes."""
 
     def __init__(
         self, num_images: int, batch_size: int, seed: int, num_classes: int, run_seeds: list[int] | None = None
@@ -88,19 +88,19 @@ class InTurn(L.LightningDataModule):
         if not self.run_seeds or len(set(self.run_seeds)) < len(self.run_seeds):
             raise ValueError(f"run_seeds must be one or more different numbers, got {self.run_seeds}")
         self.num_images, self.batch_size, self.seed, self.num_classes = num_images, batch_size, seed, num_classes
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # the last batches may be fewer than the ranks
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer batches than ranks
 
     def identity(self) -> dict[str, Any]:
-        """Return JSON values that all conditions follow from, but for the seed of a run."""
+        """Return JSON values that determine all conditions but their seeds."""
         return {"num_images": self.num_images, "num_classes": self.num_classes, "prompts": self.prompts_sha256}
 
     def asked_for(self, conditions: Conditions) -> Conditions:
-        """``conditions`` with all that their labels stand for."""
+        """Return ``conditions`` with the prompts that their labels stand for, if any."""
         return conditions
 
     def loader(self, seed: int | None = None) -> DataLoader[Conditions]:
-        """All batches of :class:`Conditions`, shared out among the ranks; ``seed`` stands in for the run's."""
-        batches = self._batches(self.seed if seed is None else seed)
+        """Batches of :class:`Conditions`, distributed among the ranks, under ``seed`` or the run seed."""
+        batches = _Batches(self, self.seed if seed is None else seed)
         return self._loader(batches, range(len(batches)))
 
     def test_dataloader(self) -> list[DataLoader[Conditions]]:
@@ -108,31 +108,28 @@ class InTurn(L.LightningDataModule):
         return [self.loader(seed) for seed in self.run_seeds]
 
     def predict_dataloader(self) -> Iterable[Conditions]:
-        """The batches that no :class:`TrajectoryWriter` of the trainer has a finished shard of."""
+        """Batches without a finished shard in any :class:`TrajectoryWriter` of the trainer."""
         callbacks = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]  # Lightning sets it late
         finished = set[int]().union(*(one.finished for one in callbacks if isinstance(one, TrajectoryWriter)))
-        batches = self._batches(self.seed)
+        batches = _Batches(self, self.seed)
         left = [index for index in range(len(batches)) if index not in finished]
         return self._loader(batches, left) if left else iter(())  # Lightning warns of a loader of length 0
 
-    def _batches(self, seed: int) -> _Batches:
-        return _Batches(self, seed)
-
     def _loader(self, batches: _Batches, indices: Sequence[int]) -> DataLoader[Conditions]:
         rank, world_size = rank_and_world_size(self)
-        # batches of one, not batch_size=None: Lightning then knows which item a prediction belongs to
+        # batches of one instead of batch_size=None, so that Lightning knows which item a prediction belongs to
         return DataLoader(batches, batch_size=1, sampler=_Share(batches, indices, rank, world_size), collate_fn=_only)
 
 
 class ClassLabels(InTurn):
-    """``num_images`` images, classes in turn. Image i depends on ``seed`` and i alone, not on batches or ranks.
+    """``num_images`` images, classes in turn. Image i depends only on ``seed`` and i, not on batches or ranks.
 
     Args:
-        num_images: to generate.
-        batch_size: images per batch; in predict a batch is recorded as one shard.
-        seed: of the run.
-        num_classes: image i is of class i modulo this.
-        run_seeds: ``test`` draws all images under each of these; None is ``seed`` only.
+        num_images: number of images to generate.
+        batch_size: images per batch; predict records each batch as one shard.
+        seed: run seed.
+        num_classes: image i has class i modulo this.
+        run_seeds: ``test`` generates all images under each of these; None takes only ``seed``.
     """
 
     def __init__(

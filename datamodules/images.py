@@ -20,19 +20,19 @@ from lit_shortcut.places import located
 
 
 class ImageFolder(L.LightningDataModule):
-    """Images in one folder a class, such as ImageNet's ``val/n01440764/…``, for reference statistics.
+    """Images in one folder per class, such as ImageNet's ``val/n01440764/…``, for reference statistics.
 
-    Each is made RGB, its shorter side resized to ``image_size`` (bilinear, antialiased), and its centre cropped. Values
-    of 16-bit grey images are scaled to 8 bits; 32-bit and floating-point images, whose range no file states, are
-    refused. Alpha is dropped, the colours under it are kept. EXIF orientation is not applied, as in torchvision's own
-    image folders. Classes are numbered in the order of their folders' names, ImageNet's own order. Hidden files and
-    folders (names that begin with a dot, ``__MACOSX``) are left out.
+    Images are converted to RGB, resized so that the shorter side is ``image_size`` (bilinear, antialiased), and cropped
+    to the centre. 16-bit grey images are scaled to 8 bits; 32-bit and floating-point images, whose range is unknown,
+    are refused. Alpha is dropped. EXIF orientation is not applied, as in torchvision's image folders. Classes are
+    numbered in the order of their folders' names, which is ImageNet's order. Hidden files and folders (names that begin
+    with a dot, ``__MACOSX``) are skipped.
 
     Args:
-        folder: holds the classes' folders.
+        folder: folder of the classes' folders.
         image_size: side of the square images in pixels.
         batch_size: images per batch.
-        num_workers: reading processes.
+        num_workers: number of reading processes.
     """
 
     def __init__(self, folder: Path, image_size: int = 512, batch_size: int = 50, num_workers: int = 0) -> None:
@@ -43,10 +43,10 @@ class ImageFolder(L.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def predict_dataloader(self) -> DataLoader[LabelledImages]:
-        """All images in order; one that cannot be read raises ValueError, which names it.
+        """Batches of all images in order; reading one raises ValueError with the file's name if it is damaged.
 
         Raises:
-            FileNotFoundError: if the folder is missing, or it or a class in it holds no images.
+            FileNotFoundError: if the folder is missing, or it or a class holds no images.
         """
         to_square = v2.Compose([v2.Resize(self.image_size), v2.CenterCrop(self.image_size), v2.PILToTensor()])
         images = _Classes(str(self.folder), to_square, loader=_read_rgb, is_valid_file=self._is_image)
@@ -58,7 +58,7 @@ class ImageFolder(L.LightningDataModule):
 
 
 class _Classes(torchvision.datasets.ImageFolder):  # type: ignore[misc]  # untyped
-    """torchvision's, without hidden folders among the classes."""
+    """torchvision's image folder without hidden folders among the classes."""
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         names = [name for name in super().find_classes(directory)[0] if not _is_hidden(name)]
@@ -82,7 +82,7 @@ def _read_rgb(path: str) -> Image.Image:
                     f"its pixels are {kind} (mode {image.mode}) of unknown range; convert it to 8 or 16 bits"
                 )
             return image.convert("RGB")
-    # some of Pillow's formats raise SyntaxError, and modes that have no RGB ValueError
+    # some of Pillow's formats raise SyntaxError, and modes without RGB ValueError
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 

@@ -1,4 +1,4 @@
-"""What to generate, given one by one: prompts or classes in turn, seeds that count up."""
+"""Conditions of images to generate, listed one by one: prompts or classes in turn, with consecutive seeds."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lit_shortcut.pictures import require_seeds
 
 
 class Listed(InTurn):
-    """``num_images`` images, prompts or labels in turn. Image i has seed ``seed`` + i, and so can be asked for again.
+    """``num_images`` images, prompts or labels in turn. Image i has seed ``seed`` + i and can be reproduced by it.
 
     Args:
-        prompts: texts; empty where labels are given.
-        labels: classes; empty where prompts are given.
-        num_images: to generate; None one for each prompt or label.
+        prompts: texts; empty if labels are given.
+        labels: classes; empty if prompts are given.
+        num_images: number of images to generate; None generates one for each prompt or label.
         batch_size: images per batch.
-        seed: of the first image.
+        seed: seed of the first image.
 
     Raises:
         ValueError: if there are neither prompts nor labels, or both; if a prompt is empty, or a seed outside 64 bits.
@@ -43,7 +43,7 @@ class Listed(InTurn):
         require_seeds([seed, seed + self.num_images - 1])
 
     def asked_for(self, conditions: Conditions) -> Conditions:
-        """Return ``conditions`` with seeds that count up, and the prompts or labels whose turn it is."""
+        """Return ``conditions`` with consecutive seeds, and prompts or labels in turn."""
         conditions = conditions._replace(seeds=torch.tensor([self.seed + index for index in conditions.ids.tolist()]))
         turns = conditions.labels.tolist()
         if self.prompts:

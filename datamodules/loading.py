@@ -1,4 +1,4 @@
-"""Batches of an epoch in a fixed order, made ahead by threads, taken up again where a checkpoint was saved."""
+"""Batches of an epoch in a fixed order, made ahead by threads and resumed where a checkpoint was saved."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ Batch = TypeVar("Batch")
 
 
 def epoch_of(module: L.LightningDataModule) -> int:
-    """The epoch of ``module``'s trainer; always the first under ``overfit_batches``, whose batches stay the same."""
+    """Return the epoch of ``module``'s trainer; 0 under ``overfit_batches``, where batches stay the same."""
     if not module.trainer or module.trainer.overfit_batches:  # type: ignore[attr-defined]  # Lightning sets it late
         return 0
     return module.trainer.current_epoch
 
 
 class EpochLoader(Generic[Batch]):
-    """``length`` batches an epoch; taken up again where a checkpoint was saved, without reading what was seen.
+    """``length`` batches per epoch; resumes where a checkpoint was saved, without reading earlier batches.
 
-    Lightning saves and restores its state. It has a length also because without one Lightning fetches a batch ahead,
-    and the saved state would be off by one.
+    Lightning saves and restores its state. It needs a length: without one Lightning fetches a batch ahead, and the
+    saved state would be off by one.
 
-    Batches are made ahead by threads. Reading, checksums and tensors' arithmetic hold no lock of Python, and what a
-    thread makes is where it is used: a process would copy each batch into shared memory first, which took 2 to 3 times
-    as long as reading it.
+    Batches are made ahead by threads. Reading, checksums and tensor arithmetic release Python's lock, and threads need
+    no copies: a process would copy each batch into shared memory first, which took 2 to 3 times as long as reading it.
 
     Args:
-        batches: item (epoch, number) is a batch, or None where it is left out; threads ask for several at a time.
+        batches: item (epoch, number) is a batch, or None to skip it; several threads may request items at a time.
         length: batches in an epoch.
-        epoch: tells the epoch's number; asked when it begins.
-        layout: all that the order depends on, compared when a checkpoint is taken up.
-        num_workers: threads, each of which is two batches ahead at most, in pinned memory where there is a GPU; 0 makes
-            a batch when it is asked for.
+        epoch: returns the epoch's number; called when the epoch begins.
+        layout: everything the order depends on, compared when a checkpoint is resumed.
+        num_workers: threads, each at most two batches ahead, in pinned memory if there is a GPU; 0 makes each batch on
+            demand.
     """
 
     def __init__(
@@ -70,15 +69,15 @@ class EpochLoader(Generic[Batch]):
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, how many of its batches are done, and the layout that makes this number mean something."""
+        """Return the epoch, the number of its finished batches, and the layout."""
         epoch, done = self._position
         return {"epoch": epoch, "done": done, "layout": self._layout}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up ``state`` at the next iteration.
+        """Resume from ``state`` at the next iteration.
 
         Raises:
-            TrajectoryError: if batches would come in another order than when the checkpoint was saved.
+            TrajectoryError: if the order of batches differs from when the checkpoint was saved.
         """
         changes = [
             f"{name} was {state['layout'].get(name)}, is {value}"
@@ -90,7 +89,7 @@ class EpochLoader(Generic[Batch]):
         self._position = self._resume = (state["epoch"], state["done"])
 
     def _made(self, place: tuple[int, int]) -> Batch | None:
-        """The batch at ``place``, where a GPU can copy it while it computes."""
+        """Return the batch at ``place``, in pinned memory if there is a GPU."""
         batch = self._batches[place]
         if not torch.cuda.is_available():
             return batch

@@ -1,4 +1,4 @@
-"""Trajectories drawn while the shortcut trains: the frozen base in place of a recorded set, nothing on disk."""
+"""Trajectories generated during training by the frozen base, without a recorded set."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lit_shortcut.trajectory import Card, TrajectoryError, concatenated, require
 
 @dataclass(eq=False)
 class _Training(Dataset[Transition]):
-    """Item (epoch, number): the batch of that number of one rank, whose pools are every ``world_size``-th."""
+    """One rank's batches by (epoch, number); its pools are every ``world_size``-th."""
 
     pool: Callable[[int, int], Trajectories]
     order: Order
@@ -43,7 +43,7 @@ class _Training(Dataset[Transition]):
         return select(self.pool(epoch, windows[0].shard), [window[1:] for window in windows], self.window)
 
     def positions(self, number: int, rank: int) -> range:
-        """Places in the order of the windows in batch ``number`` of ``rank``."""
+        """Positions in the order of the windows in batch ``number`` of ``rank``."""
         own, number = divmod(number, self.per_pool)
         first = (own * self.world_size + rank) * len(self.order) // self.order.num_shards
         first += number * self.batch_size
@@ -51,7 +51,7 @@ class _Training(Dataset[Transition]):
 
     @property
     def per_pool(self) -> int:
-        """Batches that a pool fills."""
+        """Number of batches that a pool fills."""
         return len(self.order) // self.order.num_shards // self.batch_size
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class _Training(Dataset[Transition]):
 
 @dataclass(eq=False)
 class _Validation(Dataset[Trajectories | None]):
-    """Item (epoch, number): the batch of that number of one rank; None where it has no more."""
+    """One rank's batches by (epoch, number); None after its last."""
 
     draw: Callable[[Conditions], Trajectories]
     conditions: Dataset[Conditions]
@@ -74,37 +74,36 @@ class _Validation(Dataset[Trajectories | None]):
 
 
 class OnlineDataModule(L.LightningDataModule):
-    """Trains and validates on trajectories that the base draws when they are needed.
+    """Training and validation on trajectories that the base generates on demand.
 
-    Takes the place of :class:`~datamodules.trajectories.TrajectoryDataModule`: no disk, and no pair is seen twice, for
-    one run of the decoding loop per G · (N − R) transitions.
+    Replaces :class:`~datamodules.trajectories.TrajectoryDataModule`: it needs no disk and never repeats a pair, at the
+    cost of one run of the decoding loop per G · (N − R) transitions.
 
-    Images are drawn ``pool_images`` at a time, the windows of this pool are mixed and handed out once each, and the
-    next pool takes its place. Ranks draw pools in turn. Batch n of an epoch follows from seed, epoch and n alone, so
-    that a resumed run draws anew the pool it stopped in and none before. Images of epoch 0 are those that ``predict``
-    records of ``conditions``; every later epoch has new ones. What does not fill a pool, or a batch in it, is left out.
+    Images are generated in pools of ``pool_images``; the windows of a pool are shuffled and used once each before the
+    next pool replaces it. Ranks take pools in turn. Batch n of an epoch depends only on seed, epoch and n, so a resumed
+    run generates only the pool it stopped in again. Epoch 0 has the images that ``predict`` records of ``conditions``;
+    every later epoch has new ones. Images that do not fill a pool, and windows that do not fill a batch, are dropped.
 
-    The base runs in the trainer's own process, on its device and in its precision, as under ``predict``; there are no
-    workers. Training waits meanwhile: both want the same device, and nothing would be won by letting them overlap. The
-    pool takes pool_images × G × N × S × C × bytes per value, 0.8 GB for 16 images of MaskGIT at 512×512 in bfloat16;
-    twice that while the next one is put together. Where that is little its features stay on the device and batches are
-    put together there; otherwise they lie in the host's memory.
+    The base runs in the trainer's process, on its device and in its precision, as under ``predict``. Training waits
+    meanwhile: both need the same device, so overlapping them would gain nothing. The pool takes pool_images × G × N × S
+    × C × bytes per value, 0.8 GB for 16 images of MaskGIT at 512×512 in bfloat16, and twice that while the next one is
+    generated. If it fits within ``device_memory_gb``, features stay on the device and batches are made there; otherwise
+    they are kept in the host's memory.
 
     Args:
         base: the frozen model.
-        decoding: how its tokens are drawn.
-        conditions: what to draw in an epoch, on all ranks together; its ``batch_size`` are drawn at once.
-        validation: what to draw, batch by batch, for each validation, anew but always the same; its seed must be
-            another one.
+        decoding: settings that tokens are drawn with.
+        conditions: conditions of an epoch, for all ranks together; ``batch_size`` images are generated at once.
+        validation: conditions of each validation, the same every time; needs another seed.
         batch_size: transitions per batch and rank.
-        pool_images: images whose transitions are mixed, a multiple of the images drawn at once.
+        pool_images: images whose transitions are mixed, a multiple of the images generated at once.
         window: R, steps in a transition.
-        dtype: of the features in the pool.
-        device_memory_gb: what pools may take on the device, in GB (10⁹ bytes); a pool stays there if two fit.
-        seed: of the order.
+        dtype: dtype of the features in the pool.
+        device_memory_gb: GB (10⁹ bytes) that pools may take on the device; a pool stays there if two fit.
+        seed: seed of the order.
 
     Raises:
-        ValueError: if sizes do not fit one another, or validation would see images of the training.
+        ValueError: if sizes do not fit one another, or validation has the seed of training.
     """
 
     source = "trajectories drawn online"
@@ -125,12 +124,12 @@ class OnlineDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if validation.seed == conditions.seed:
-            raise ValueError(f"validation would see images of the training: both have the seed {conditions.seed}")
+            raise ValueError(f"validation.seed must differ from conditions.seed, both are {conditions.seed}")
         if not 1 <= window < decoding.num_steps:
             raise ValueError(f"window must lie in 1..{decoding.num_steps - 1}, below the number of steps; got {window}")
         if pool_images < 1 or pool_images % conditions.batch_size:
             raise ValueError(
-                f"pool_images must be a multiple of {conditions.batch_size}, which are drawn at once; got {pool_images}"
+                f"pool_images must be a multiple of conditions.batch_size, {conditions.batch_size}; got {pool_images}"
             )
         windows = pool_images * decoding.branches * (decoding.num_steps - window)
         if not 1 <= batch_size <= windows:
@@ -144,7 +143,7 @@ class OnlineDataModule(L.LightningDataModule):
 
     @cached_property
     def card(self) -> Card:
-        """What a recorded set of the images of epoch 0 would say of itself."""
+        """Card that a recorded set of the images of epoch 0 would have."""
         return card_of(
             self.base,
             self.decoding,
@@ -165,7 +164,7 @@ class OnlineDataModule(L.LightningDataModule):
         return velocity_scale([(drawn.features, drawn.committed_at[:, None])])
 
     def train_dataloader(self) -> EpochLoader[Transition]:
-        """Batches of :class:`Transition`, images and steps mixed, of new images each epoch.
+        """Batches of :class:`Transition`, with images and steps shuffled, of new images each epoch.
 
         Raises:
             ValueError: if the images of an epoch do not fill a pool on each rank.
@@ -205,7 +204,7 @@ class OnlineDataModule(L.LightningDataModule):
         return _Training(self._pool, order, self.batch_size, self.window, rank, world_size)
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
-        """Batches of whole :class:`Trajectories`, each on one rank exactly; the last may be smaller."""
+        """Batches of whole :class:`Trajectories`, each on exactly one rank; the last may be smaller."""
         rank, world_size = rank_and_world_size(self)
         loader = self.validation.loader()
         batches = _Validation(self.draw, loader.dataset, len(loader), rank, world_size)
@@ -218,10 +217,10 @@ class OnlineDataModule(L.LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def draw(self, conditions: Conditions, *, stays: bool = False) -> Trajectories:
-        """Trajectories of ``conditions``, as ``predict`` draws them, in the host's memory.
+        """Generate trajectories of ``conditions`` in one batch, as ``predict`` does, and move them to the host.
 
         Args:
-            conditions: what to draw, in one batch.
+            conditions: conditions of one batch.
             stays: keep the features on the device.
 
         Raises:
@@ -244,8 +243,8 @@ class OnlineDataModule(L.LightningDataModule):
         return move_data_to_device(others, torch.device("cpu"))._replace(features=features if stays else features.cpu())
 
     def _draw_pool(self, epoch: int, number: int) -> Trajectories:
-        """Pool ``number`` of ``epoch``, the images of the same numbers put together."""
-        self._pool.cache_clear()  # the pool before this one
+        """Generate pool ``number`` of ``epoch``."""
+        self._pool.cache_clear()  # free the previous pool
         run_seed = self.conditions.seed if epoch == 0 else sample_seed(self.conditions.seed, -epoch)
         batches, at_once = self.conditions.loader(run_seed).dataset, self.pool_images // self.conditions.batch_size
         conditions = (batches[number * at_once + index] for index in range(at_once))
@@ -253,7 +252,7 @@ class OnlineDataModule(L.LightningDataModule):
 
     @property
     def _pool_stays(self) -> bool:
-        """Whether the device has room for a pool while the next is put together."""
+        """True if two pools fit on the device."""
         spec, itemsize = self.base.spec, getattr(torch, self.dtype).itemsize
         step = self.pool_images * self.decoding.branches * spec.sequence_length * spec.width * itemsize
         return 2 * step * self.decoding.num_steps <= self.device_memory_gb * 1e9

@@ -1,4 +1,4 @@
-"""What to generate, said in words: prompts from a file."""
+"""Conditions of images to generate: prompts from a file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lit_shortcut.places import located
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts in the file ``path``, at least one, none empty.
+    """Read the prompts in the file ``path``, at least one.
 
-    ``.txt`` has a prompt a line; ``.jsonl`` a JSON value a line, ``.json`` a list of them: strings, or objects with the
-    key ``prompt``. Text is UTF-8, with or without a byte order mark; blank lines at the end are left out.
+    ``.txt`` holds a prompt per line; ``.jsonl`` a JSON value per line, ``.json`` a list of them: strings, or objects
+    with the key ``prompt``. Text is UTF-8, with or without a byte order mark; blank lines at the end are ignored.
 
     Raises:
-        ValueError: if the file is missing, unreadable or of another kind, or a prompt is empty; the message names it.
+        ValueError: naming the file, if it is missing, unreadable or of another kind, or a prompt is empty.
     """
     if path.suffix not in _READERS:
         raise ValueError(f"{path}: expected a file of prompts ending in {', '.join(_READERS)}")
@@ -37,14 +37,15 @@ def read_prompts(path: Path) -> list[str]:
 
 
 class Prompts(InTurn):
-    """``num_images`` images, prompts in turn. Image i depends on ``seed``, its prompt and i alone.
+    """``num_images`` images, prompts in turn. Image i depends only on ``seed``, its prompt and i.
 
     Args:
-        path: ``.txt``, ``.json`` or ``.jsonl`` file, as :func:`read_prompts` takes.
-        num_images: to generate; None one for each prompt. Prompts are gone through again where images are more.
-        batch_size: images per batch; in predict a batch is recorded as one shard.
-        seed: of the run.
-        run_seeds: ``test`` draws all images under each of these; None is ``seed`` only.
+        path: ``.txt``, ``.json`` or ``.jsonl`` file, see :func:`read_prompts`.
+        num_images: number of images to generate; None generates one for each prompt. Prompts repeat if there are more
+            images.
+        batch_size: images per batch; predict records each batch as one shard.
+        seed: run seed.
+        run_seeds: ``test`` generates all images under each of these; None takes only ``seed``.
 
     Raises:
         ValueError: if the file does not hold prompts.
@@ -64,12 +65,12 @@ class Prompts(InTurn):
         super().__init__(count, batch_size, seed, len(self.prompts), run_seeds)
 
     def asked_for(self, conditions: Conditions) -> Conditions:
-        """``conditions`` with the prompts that their labels are the numbers of."""
+        """Return ``conditions`` with the prompts that their labels stand for."""
         return conditions._replace(prompts=tuple(self.prompts[label] for label in conditions.labels.tolist()))
 
 
 def _lines(text: str) -> list[str]:
-    """Not ``splitlines``, which also cuts at separators that a text may hold."""
+    """Split ``text`` at newlines; ``splitlines`` would also split at separators within prompts."""
     return text.rstrip().split("\n") if text.strip() else []
 
 

@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Training(Dataset[EncodedTransition]):
-    """Item (epoch, number): the batch of that number of one rank."""
+    """One rank's batches by (epoch, number)."""
 
     reader: WindowReader
     batch_size: int
@@ -53,7 +53,7 @@ class _Training(Dataset[EncodedTransition]):
 
 @dataclass(eq=False)
 class _Validation(Dataset[Trajectories | None]):
-    """Item (epoch, number): the batch of that number; None where it has no samples, or skips all as damaged."""
+    """Batches by (epoch, number); None if one has no samples, or all are skipped as damaged."""
 
     source: Source
     ids: Sequence[int]
@@ -78,30 +78,30 @@ class _Validation(Dataset[Trajectories | None]):
 
 
 class TrajectoryDataModule(L.LightningDataModule):
-    """Trains on shuffled transitions, validates on whole trajectories, both read from shards at any place.
+    """Training on shuffled transitions and validation on whole trajectories, by random access to recorded shards.
 
-    An epoch sees each training transition once, but for those that do not fill a batch of all ranks. The order depends
-    on ``seed``, the epoch and ``shuffle_shards`` alone: D ranks of batch B see together what one of batch D · B sees,
-    and the number of workers changes nothing.
+    An epoch sees each training transition once, but for a rest that does not fill a batch on all ranks. The order
+    depends only on ``seed``, the epoch and ``shuffle_shards``: D ranks with batch size B together see what one with
+    batch size D · B sees, for any number of workers.
 
     A reading thread holds up to two batches as stored, batch_size × (R + 1) × S × C × bytes per value each (0.1 GB for
-    64 pairs of MaskGIT at 512×512 in int8), and some MB. Batches are decoded on the device they are trained on. In
-    validation one thread holds up to two batches of decoded trajectories, validation_batch_size × G × N × S × C × 4
-    bytes each (0.8 GB for 8 of MaskGIT at 512×512).
+    64 pairs of MaskGIT at 512×512 in int8), and some MB. Batches are decoded on the training device. In validation one
+    thread holds up to two batches of decoded trajectories, validation_batch_size × G × N × S × C × 4 bytes each (0.8 GB
+    for 8 of MaskGIT at 512×512).
 
     Args:
         source: folder, or URL prefix that fsspec opens (``https://…``, ``s3://…``, ``gs://…``, ``hf://…``).
         batch_size: transitions per batch and rank.
-        num_workers: reading threads per rank; 0 reads when a batch is asked for.
-        shuffle_shards: shards whose transitions are mixed at a time. Of a set behind a URL twice as many and those of
-            the validation lie in ``cache``; the next are fetched while the present ones are read.
-        validation_shards: the last shards of the set, kept aside for validation.
+        num_workers: reading threads per rank; 0 reads each batch on demand.
+        shuffle_shards: number of shards whose transitions are mixed. For a set behind a URL, ``cache`` holds twice as
+            many and those of the validation; the next ones are fetched while the present ones are read.
+        validation_shards: number of the last shards of the set, held out for validation.
         window: R, steps in a transition.
-        seed: of the order.
-        base_fingerprint: refuse a set that another base recorded; None takes any.
+        seed: seed of the order.
+        base_fingerprint: refuse a set recorded by another base; None takes any.
         validation_batch_size: whole trajectories per validation batch.
-        on_corrupt: what a damaged sample does: ``raise`` stops; with ``skip`` validation goes on without it, in
-            training the next transition of the order stands in for each of its own, and the log names and counts them.
+        on_corrupt: treatment of damaged samples: ``raise`` stops; ``skip`` leaves them out of validation, replaces
+            their training transitions by the next ones of the order, and logs their names and number.
         cache: folder for fetched shards, ``~/.cache/lit-shortcut`` by default.
     """
 
@@ -144,9 +144,9 @@ class TrajectoryDataModule(L.LightningDataModule):
             )
         if self.validation_shards >= card.num_shards:
             raise TrajectoryError(
-                f"{self.source}: validation_shards keeps {self.validation_shards} shards aside and the set has "
-                f"{card.num_shards}, which leaves none to train on. A shard is a batch of predict: record in batches "
-                f"smaller than {card.samples_per_shard}, or more images than {card.num_samples}"
+                f"{self.source}: validation_shards holds out {self.validation_shards} of {card.num_shards} shards, "
+                "which leaves none to train on. A shard is a batch of predict: record in batches smaller than "
+                f"{card.samples_per_shard}, or more images than {card.num_samples}"
             )
         if self.window >= card.num_steps:
             raise TrajectoryError(f"{self.source}: window must be below {card.num_steps} steps, got {self.window}")
@@ -166,10 +166,10 @@ class TrajectoryDataModule(L.LightningDataModule):
         return velocity_scale((one.features, one.committed_at[:, None]) for one in self._shards.trajectories(0))
 
     def setup(self, stage: str) -> None:
-        """Look at all shards of a folder; those behind a URL are checked as they are fetched.
+        """Check the sizes of all shards in a folder; shards behind a URL are checked as they are fetched.
 
         Raises:
-            TrajectoryError: if one is missing or cut short; with ``on_corrupt: skip`` the log says so.
+            TrajectoryError: if one is missing or truncated; with ``on_corrupt: skip`` it is logged instead.
         """
         card = self.card
         if is_remote(self.source):
@@ -182,7 +182,7 @@ class TrajectoryDataModule(L.LightningDataModule):
             _log.warning("skipped: %s", error)
 
     def train_dataloader(self) -> EpochLoader[EncodedTransition]:
-        """Batches of transitions, samples and steps mixed, in a new order each epoch."""
+        """Batches of transitions, with samples and steps shuffled, in a new order each epoch."""
         card, (rank, world_size) = self.card, rank_and_world_size(self)
         order = self._order()
         length = len(order) // (self.batch_size * world_size)
@@ -209,7 +209,7 @@ class TrajectoryDataModule(L.LightningDataModule):
     def steps_of_batch(self, epoch: int, number: int) -> list[list[int]] | None:
         """Step before each window of training batch ``number`` of ``epoch``, rank by rank.
 
-        None where it is not known beforehand, since others may stand in for damaged ones.
+        None with ``on_corrupt: skip``, where others may replace damaged ones.
         """
         if self.on_corrupt == "skip":
             return None
@@ -223,16 +223,16 @@ class TrajectoryDataModule(L.LightningDataModule):
         return Order(shards, card.samples_per_shard, card.branches, starts, self.shuffle_shards, self.seed)
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
-        """Batches of whole :class:`Trajectories`, each on one rank exactly; the last may be smaller."""
+        """Batches of whole :class:`Trajectories`, each on exactly one rank; the last may be smaller."""
         card, (rank, world_size) = self.card, rank_and_world_size(self)
         first = (card.num_shards - self.validation_shards) * card.samples_per_shard
         ids = range(first + rank, card.num_samples, world_size)
         batches = _Validation(self._shards, ids, self.validation_batch_size, self.on_corrupt)
-        most = len(range(first, card.num_samples, world_size))  # Lightning leaves a rank out whose length is 0
+        most = len(range(first, card.num_samples, world_size))  # Lightning skips a rank whose length is 0
         return EpochLoader(batches, -(-most // self.validation_batch_size), num_workers=min(1, self.num_workers))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the transitions that stand in for damaged ones."""
+        """Count the transitions that replace damaged ones."""
         if isinstance(batch, EncodedTransition):
             self.num_replaced += int(batch.replaced.sum())
         return batch
@@ -244,11 +244,11 @@ class TrajectoryDataModule(L.LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Decode features on the device, after a quarter of their size has travelled there."""
+        """Decode features on the device, so that int8 transfers a quarter of the bytes."""
         return batch.decode() if isinstance(batch, EncodedTransition) else batch
 
     def teardown(self, stage: str) -> None:
-        """Fetch no more shards ahead; say how many transitions stood in for damaged ones."""
+        """Stop fetching shards ahead; log how many transitions replaced damaged ones."""
         if (shards := self.__dict__.pop("_shards", None)) is not None:
             shards.close()
         if self.num_replaced:

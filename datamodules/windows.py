@@ -1,4 +1,4 @@
-"""Training windows of a recorded set: in which order an epoch goes through them, and batches of them."""
+"""Training windows of a recorded set: their order in an epoch, and batches of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class Window(NamedTuple):
-    """Place of a training window: ``row`` in ``shard``, guidance ``branch``, ``start``, the step before it."""
+    """Place of a training window: ``row`` in ``shard``, guidance ``branch``, and ``start``, the step before it."""
 
     shard: int
     row: int
@@ -30,19 +30,19 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Order:
-    """The windows of full shards 0 … ``num_shards`` − 1, in an order that depends only on ``seed`` and epoch.
+    """Windows of full shards 0 … ``num_shards`` − 1, in an order that depends only on ``seed`` and epoch.
 
     Shards are shuffled and taken ``group`` at a time; the windows of a group are shuffled among themselves. So
-    consecutive batches mix the trajectories of a group, and no more shards are needed at a time. The order is
-    arithmetic: any part of it is known without reading or going through what comes before.
+    consecutive batches mix the trajectories of a group, and only its shards are needed at a time. The order is computed
+    for any position without reading data or going through earlier positions.
 
     Args:
-        num_shards: shards to draw from, all full.
+        num_shards: number of shards, all full.
         rows: trajectories in a shard.
         branches: G.
         starts: windows in a trajectory's branch, N − R.
         group: shards that are shuffled together.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     num_shards: int
@@ -56,15 +56,15 @@ class Order:
         return self.num_shards * self._per_shard
 
     def shards(self, epoch: int, group: int) -> list[int]:
-        """Shards of the ``group``-th group of ``epoch``; none behind the last."""
+        """Shards of group number ``group`` of ``epoch``; none after the last group."""
         return _permutation(self.num_shards, self.seed, epoch)[group * self.group : (group + 1) * self.group].tolist()
 
     def group_at(self, position: int) -> int:
-        """The group that the window at ``position`` of an epoch is in."""
+        """Group of the window at ``position`` of an epoch."""
         return position // (self.group * self._per_shard)
 
     def at(self, epoch: int, position: int) -> Window:
-        """The window at ``position`` in ``epoch``."""
+        """Window at ``position`` in ``epoch``."""
         group = self.group_at(position)
         shards = self.shards(epoch, group)
         shuffled = _permutation(len(shards) * self._per_shard, self.seed, epoch, group)
@@ -89,23 +89,21 @@ class Order:
         return self.rows * self.branches * self.starts
 
 
-@lru_cache(maxsize=4)  # of the shards, and of the groups that a batch and its neighbours lie in
+@lru_cache(maxsize=4)  # one of the shards, and those of the groups around a batch
 def _permutation(count: int, *key: int) -> Tensor:
     seed = int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "big", signed=True)
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 class WindowReader:
-    """Reads windows of ``window`` (R) steps in ``order``.
-
-    Of memory it holds the batch it makes, (B, R + 1, S, C) as stored, and what is small.
+    """Reader of windows of ``window`` (R) steps in ``order``; holds little memory beside the batch it makes.
 
     Args:
-        source: of the shards.
-        order: of the windows.
+        source: the shards.
+        order: order of the windows.
         window: R.
-        on_corrupt: what a damaged window does: ``raise`` an error, or give its place in the batch to the next readable
-            one of the order (``skip``), which the batch then marks; each damaged sample is logged once.
+        on_corrupt: treatment of damaged windows: ``raise`` an error, or replace them by the next readable ones of the
+            order (``skip``), which the batch marks; each damaged sample is logged once.
     """
 
     def __init__(self, source: Source, order: Order, window: int, on_corrupt: OnCorrupt = "raise") -> None:
@@ -115,10 +113,10 @@ class WindowReader:
         self._lock = Lock()
 
     def read(self, epoch: int, positions: range) -> EncodedTransition:
-        """The windows at ``positions`` of ``epoch``, as one batch.
+        """Read the windows at ``positions`` of ``epoch`` as one batch.
 
         Raises:
-            TrajectoryError: if one is damaged, or with ``skip`` all are.
+            TrajectoryError: if one is damaged; with ``skip``, if all are.
             AccessError: if one cannot be fetched.
         """
         if self.source.is_remote:
@@ -164,7 +162,7 @@ class WindowReader:
         raise TrajectoryError(f"{self.source.source}: no window is readable")
 
     def _fetch_ahead(self, epoch: int, position: int) -> None:
-        """Fetch the shards of the group behind that of ``position`` beside what is read."""
+        """Fetch the shards of the group after that of ``position`` in the background."""
         group = self.order.group_at(position)
         shards = self.order.shards(epoch, group + 1) or self.order.shards(epoch + 1, 0)
         with self._lock:
@@ -174,7 +172,7 @@ class WindowReader:
 
 
 def _prefix_of(heads: list[Head], windows: list[Window]) -> Prefix:
-    """The texts of the windows' branches; only the first has control."""
+    """Return the text prefixes of the windows' branches; only the first branch has control."""
     branches = [window.branch for window in windows]
     lengths = torch.stack([head.lengths[branch] for head, branch in zip(heads, branches, strict=True)])
     controls = [head.control[: None if branch == 0 else 0] for head, branch in zip(heads, branches, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -14,10 +15,12 @@ import torch
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_shortcut.acceleration.card import write_card
+from lit_shortcut.callbacks.progress import progress_bar
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
 from lit_shortcut.callbacks.wandb_lineage import WandbLineage
 from lit_shortcut.checkpoints import WholeCheckpointIO
@@ -107,7 +110,9 @@ class ShortcutCLI(LightningCLI):
             raise own from own.__cause__
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """As Lightning does, with checkpoints that a kill cannot halve, unless the YAML has a ``CheckpointIO``.
+        """As Lightning does, with checkpoints that a kill cannot halve, and progress that a log file shows, too.
+
+        A ``CheckpointIO`` or a progress bar that the YAML names is left as it is.
 
         Raises:
             ValueError: if the device lacks the precision.
@@ -116,6 +121,10 @@ class ShortcutCLI(LightningCLI):
         require_precision(str(trainer.precision), trainer.strategy.root_device)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        trainer.callbacks = [  # type: ignore[attr-defined]
+            progress_bar() if type(one) in (RichProgressBar, TQDMProgressBar) else one
+            for one in trainer.callbacks  # type: ignore[attr-defined]
+        ]
         return trainer
 
     def _parse_ckpt_path(self) -> None:
@@ -221,7 +230,12 @@ def main(args: ArgsType = None) -> None:
     _run(ShortcutCLI, args)
 
 
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "💡 Tip" not in record.getMessage()
+
+
 def _run(kind: type[ShortcutCLI], args: ArgsType) -> ShortcutCLI:
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)  # adverts for other packages
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.…} works under every verb
     os.environ.setdefault("WANDB_MODE", "offline")  # online is asked for by WANDB_MODE=online
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 against torch 2.14 and later

@@ -126,7 +126,7 @@ class Context:
 
 
 class Clock(NamedTuple):
-    """Where the decoding loop is: ``step`` counts from 0 and lies below ``num_steps`` (N)."""
+    """Position in the decoding loop: ``step``, 0 … N − 1, of ``num_steps`` (N)."""
 
     step: int
     num_steps: int
@@ -253,8 +253,7 @@ class MaskedImageModel(BaseEnds, Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
     The first rows of its features are the image's, row by row: one for each token, or for a square of tokens, as
-    ``interface`` says. All other rows are the base's own. If places in the base's sequence matter, ``interface`` knows
-    those of all rows.
+    ``interface`` says. All other rows are the base's own; ``interface`` knows places in its sequence if they matter.
     """
 
     def identity(self) -> dict[str, Any]:

@@ -17,15 +17,15 @@ Places = Literal["masked", "all", "tokens"]
 
 
 class Loss(ABC):
-    """A mean over rows of the features, and its weight in the sum that is minimised.
+    """A mean over rows of the features, and its weight in the total loss.
 
     Args:
-        weight: in the sum of all losses.
+        weight: weight in the sum of all losses.
         places: what counts: image rows of tokens still ``masked``, ``all`` rows that are not padding, or the masked
             ``tokens`` themselves, which are as many as their rows in most bases.
 
     Raises:
-        ValueError: if the weight is not positive or ``places`` is none of these.
+        ValueError: if the weight is not positive or ``places`` is unknown.
     """
 
     def __init__(self, weight: float = 1.0, places: Places = "masked") -> None:
@@ -35,10 +35,10 @@ class Loss(ABC):
         self.weight, self.places = weight, places
 
     def prepare(self, data: Any) -> None:  # noqa: B027 - most losses need nothing
-        """Take what it needs beside the batches from the datamodule ``data``.
+        """Read everything needed beside the batches from the datamodule ``data``.
 
         Raises:
-            ValueError: if that is missing.
+            ValueError: if it is missing.
         """
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Loss(ABC):
             prediction: features (B, S, C).
             target: recorded features (B, S, C).
             where: places that count: a mask of the first rows, or (B, L) of the tokens.
-            interface: of the base.
+            interface: interface of the base.
         """
 
 
@@ -76,7 +76,7 @@ class MaskedMSE(Loss):
             self._scale = data.velocity_scale()
 
     def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:
-        """Mean over channels and rows."""
+        """Return the mean over channels and rows."""
         if self._scale is not None:
             self._scale = self._scale.to(prediction.device)
             prediction, target = prediction / self._scale, target / self._scale
@@ -86,7 +86,7 @@ class MaskedMSE(Loss):
 class HeadKL(Loss):
     """T²·KL(head(target)/T ‖ head(prediction)/T) in nats, at image tokens still masked.
 
-    An addition of this project: the squared error leaves the head surer than the base is, and images vary less.
+    This project's addition: under the squared error the head is more certain than the base's, and images vary less.
 
     Args:
         weight: in the sum of all losses.
@@ -102,7 +102,7 @@ class HeadKL(Loss):
         self.temperature = temperature
 
     def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:
-        """Mean over places; the head runs only there."""
+        """Return the mean over places; the head runs only there."""
         samples, places = where.nonzero(as_tuple=True)
         rows = interface.rows_of(places)
         wanted, found = (

@@ -1,4 +1,4 @@
-"""The one decoding loop: vanilla, accelerated, recorded, previewed and timed generation all consume it."""
+"""The only decoding loop, for vanilla, accelerated, recorded, previewed and timed generation."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ class Decoding:
 
     @property
     def is_guided(self) -> bool:
-        """Whether there is guidance at all."""
+        """True if there is guidance at any step."""
         return self.guidance != 0
 
     @property
     def branches(self) -> int:
-        """G, branches of a pass: conditional and unconditional, or the conditional alone."""
+        """Return G, the branches of a pass: 2 with guidance, else 1."""
         return 2 if self.is_guided else 1
 
     def at(self, num_steps: int) -> Decoding:
@@ -106,19 +106,19 @@ class Decoding:
         return replace(self, num_steps=num_steps)
 
     def progress(self, step: int) -> float:
-        """0 at the first step, 1 at the last; 0 for a single step."""
+        """Return the progress at ``step``: 0 at the first step, 1 at the last; 0 for a single step."""
         return step / max(1, self.num_steps - 1)
 
     def guidance_at(self, step: int) -> float:
-        """Scale of the guidance at ``step``."""
+        """Return the scale of the guidance at ``step``."""
         return self.guidance * (self.progress(step) if self.guidance_course == "linear" else 1)
 
     def sharpness_at(self, step: int) -> float:
-        """What the logits are multiplied by at ``step`` before codes are drawn; infinite at temperature 0."""
+        """Return the factor of the logits at ``step`` before codes are drawn; infinite at temperature 0."""
         return self.temperature_course.at(step, self.num_steps) / self.temperature if self.temperature else inf
 
     def noise_at(self, step: int) -> float:
-        """Scale of the noise on confidences at ``step``."""
+        """Return the scale of the noise on confidences at ``step``."""
         match self.noise_course:
             case "linear":
                 return self.confidence_noise * (1 - self.progress(step))
@@ -146,8 +146,8 @@ def sample(
         base: the frozen model.
         conditions: what to generate, in one batch.
         decoding: how tokens are drawn.
-        acceleration: what computes the features of each step.
-        context: of ``conditions``, if the caller has it already.
+        acceleration: computes the features of each step.
+        context: context of ``conditions``, if the caller has it already.
 
     Raises:
         ValueError: if the schedule cannot spend the tokens in so many steps, a condition does not fit the base, or a
@@ -207,17 +207,17 @@ class LogProbs:
         self._parts: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, step: Step) -> None:
-        """Take in what ``step`` committed."""
+        """Add the tokens committed by ``step``."""
         self._parts.append((step.committed.positions, step.log_probs))
 
     def gathered(self) -> Tensor:
-        """Return them place by place, float32 (B, L); see :class:`Step` for what they are."""
+        """Return them by place, float32 (B, L); see :class:`Step` for their definition."""
         positions, values = (torch.cat(parts, dim=1) for parts in zip(*self._parts, strict=True))
         return torch.empty_like(values).scatter_(1, positions, values)
 
 
 class _Noise(NamedTuple):
-    """Noise of all steps, (N, B, L) each, None where there is none: uniform for codes, Gumbel on confidences."""
+    """Noise of all steps, each (N, B, L) or None: uniform for codes, Gumbel on confidences."""
 
     codes: Tensor | None
     confidences: Tensor | None
@@ -234,14 +234,14 @@ def _noise_of_all_steps(seeds: Tensor, decoding: Decoding, num_tokens: int) -> _
 
 
 def _masked_shares(counts: list[int], seeds: Tensor) -> Tensor:
-    """Share of the tokens that are masked before each step, the same for all samples: (N, B)."""
+    """Return the share of tokens masked before each step, the same for all samples: (N, B)."""
     total = sum(counts)
     shares = [(total - known) / total for known in accumulate([0, *counts[:-1]])]
     return torch.tensor(shares, dtype=torch.float32, device=seeds.device)[:, None].expand(-1, len(seeds))
 
 
 def _first_places(spec: TokenSpec, order: Order, seeds: Tensor) -> Tensor:
-    """All places (B, L): in the order they will be committed, or row by row where confidence decides."""
+    """Return all places (B, L) in the order of their commitment, or row by row if confidence decides."""
     if order == "confidence":
         return torch.arange(spec.num_tokens, device=seeds.device).expand(len(seeds), -1)
     places = halton_order(*spec.grid).to(seeds.device)
@@ -277,7 +277,7 @@ def _choose(
 def _draw(
     base: MaskedImageModel, features: Tensor, places: Tensor, decoding: Decoding, noise: _Noise, index: int
 ) -> Choice:
-    """Codes at ``places`` (B, M) from the guided logits of ``features``.
+    """Draw codes at ``places`` (B, M) from the guided logits of ``features``.
 
     A linear head runs once, on guided features: their logits are the guided logits, and rounding is not magnified.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from datamodules.listed import Listed
 from datamodules.prompts import read_prompts
@@ -71,7 +71,7 @@ class Trainer(L.Trainer):
         classes = _numbers(labels)
         require_wanted(model.base, takes_prompts=bool(texts), takes_labels=bool(classes))
         data = Listed(texts, classes, num_images, batch_size, seed)
-        callbacks = [StepProgress() if one is self.progress_bar_callback else one for one in self.callbacks]
+        callbacks = [StepProgress() if isinstance(one, RichProgressBar) else one for one in self.callbacks]
         self.callbacks = [*callbacks, ImageWriter(output, overwrite)]
         self.predict(model, datamodule=data, return_predictions=False)
 

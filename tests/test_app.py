@@ -103,6 +103,13 @@ def test_checkpoint_is_served_where_it_is_asked_for(monkeypatch: pytest.MonkeyPa
     assert where == ["0.0.0.0", 7900]
 
 
+def test_missing_gradio_is_said_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lit_shortcut.app")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ModuleNotFoundError, match=r"lit-shortcut\[app\]"):
+        main(["app", "--checkpoint", "x"])
+
+
 # ---- in a browser
 
 

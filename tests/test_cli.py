@@ -223,7 +223,7 @@ def test_fit_on_another_format_version_names_both(folder: Path) -> None:
 
 
 def test_fit_with_another_width_names_both(folder: Path) -> None:
-    with pytest.raises(WeightsError, match=r"features are 16 wide.*built for width 24"):
+    with pytest.raises(WeightsError, match=r"width: expected 16.* 24"):
         lightning(folder, *FIT, NO_LOGGER, "--model.network.width=24")
 
 
@@ -363,3 +363,10 @@ def test_trial_run_leaves_exported_weights_alone(folder: Path) -> None:
     (folder / SHORTCUT).write_bytes(b"precious")
     lightning(folder, *FIT, "--trainer.fast_dev_run=true")
     assert (folder / SHORTCUT).read_bytes() == b"precious"
+
+
+def test_command_advertises_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    lightning(tmp_path, "predict", "--config", TOY / "extract.yaml")
+    assert "12 of 12 trajectories" in caplog.text
+    assert "Tip" not in caplog.text

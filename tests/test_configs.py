@@ -196,7 +196,13 @@ def test_artifacts_say_what_came_from_what(toy: Toy) -> None:
     assert made[f"shortcut-{weights}"] == {"shortcut.safetensors"}
     assert toy.runs["fit"].config["uses"] == [recorded]
     assert toy.runs["test"].config["uses"] == [f"shortcut-{weights}"]
-    assert toy.runs["test"].artifacts["report"] == {"report.md", "report.json", "grids.png", "pareto.png"}
+    assert toy.runs["test"].artifacts["report"] == {
+        "report.md",
+        "report.json",
+        "grids.png",
+        "pareto.png",
+        "report.html",
+    }
 
 
 def test_test_stores_every_row_and_writes_the_report(toy: Toy) -> None:
@@ -214,7 +220,7 @@ def test_test_stores_every_row_and_writes_the_report(toy: Toy) -> None:
         assert re.search(rf"\| {method} +\| 6 +\| {budget} ", text)
     assert "10 images a row and seed, 2 seed(s)" in text
     assert "Fewer than 5,000 images" in text
-    for name in ("pareto.png", "grids.png"):
+    for name in ("pareto.png", "grids.png", "report.html"):
         assert torchvision.io.read_image(str(report / name)).float().std() > 1
 
 

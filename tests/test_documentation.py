@@ -21,7 +21,7 @@ from tests.pages import PAGES, ROOT, blocks, commands, links, marked, name, tabl
 
 VERBS = {"fit", "validate", "test", "predict", "generate"}
 OTHER_VERBS = {"verify", "card", "app"}  # they have no configuration to print
-FOREIGN = {"hf", "wandb", "source"}
+FOREIGN = {"cp", "hf", "mkdir", "source", "wandb"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=name)
 
 
@@ -73,7 +73,7 @@ def test_commands_are_understood(page: Path, folder: Path, capsys: pytest.Captur
                 assert find_spec(module), command
             case ["python", script, *_]:
                 assert (ROOT / script).is_file(), command
-            case ["pip", "install", *rest]:
+            case ["pip", "wheel" | "install", *rest]:
                 named = [
                     extra
                     for word in rest

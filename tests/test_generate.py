@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,14 @@ def test_vanilla_is_drawn_beside_at_equal_seeds(folder: Path, caplog: pytest.Log
     assert "shortcut_n8_b2: 2 of 8 base passes" in caplog.text
 
 
-def test_progress_runs_over_steps(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_in_a_terminal_runs_over_steps(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     words = ("--labels", "3", "--num_images", 2, "--batch_size", 1, "--compare", "--budget", 4)
     generate(folder, *words, quiet=("--trainer.accelerator=cpu",))
-    assert "32/32 steps" in capsys.readouterr().out  # two batches of 8 steps, twice each
+    written = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().out)  # colours and moves of the cursor
+    assert "32/32 steps" in written  # two batches of 8 steps, twice each
 
 
 def test_prompts_of_a_file_are_drawn_in_turn(folder: Path) -> None:

@@ -192,7 +192,7 @@ def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path)
     trainer.fit(made, datamodule=data)
     trainer.validate(made, datamodule=data, verbose=False)
     assert torch.isfinite(torch.tensor([float(value) for value in trainer.callback_metrics.values()])).all()
-    with pytest.raises(WeightsError, match=r"a ShortcutNet is made for rows without; LLaDAShortcutNet is for this"):
+    with pytest.raises(WeightsError, match=r"expected a LLaDAShortcutNet, found a ShortcutNet"):
         trainer.fit(ShortcutTask(ShortcutNet(16, num_heads=2)), datamodule=data)
 
 

@@ -72,7 +72,7 @@ def test_shortcut_of_maskgit_is_refused_before_anything_is_run(folder: Path, tmp
     (tmp_path / "configs").symlink_to(CONFIGS)
     torch.manual_seed(0)
     save_module(tmp_path / EXPORTED, ShortcutNet(16, num_heads=2))
-    with pytest.raises(WeightsError, match=r"DiMOO: .* a ShortcutNet is made for rows without"):
+    with pytest.raises(WeightsError, match=r"DiMOO: .* expected a LLaDAShortcutNet, found a ShortcutNet"):
         lightning(tmp_path, "test", "--config", TOY_DIMOO / "evaluate.yaml", "--trainer.logger=false")
     assert not (tmp_path / "runs/toy_dimoo/report").exists()
 

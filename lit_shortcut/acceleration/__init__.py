@@ -1,1 +1,1 @@
-"""What stands in for the base between full steps, and when."""
+"""Plans of full steps, and predictors for the steps between them."""

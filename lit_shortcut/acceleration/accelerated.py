@@ -12,7 +12,7 @@ from lit_shortcut.contracts import BaseEnds, Context, FeatureFn, MaskedImageMode
 
 
 class Past(NamedTuple):
-    """What plans and predictors may look back at.
+    """Earlier features, for plans and predictors.
 
     ``latest`` (G, B, S, C) are the previous step's features, predicted or not; ``full`` holds index and features of the
     last full steps, oldest first, as many as the predictor's ``memory``.
@@ -23,34 +23,34 @@ class Past(NamedTuple):
 
 
 PredictFn = Callable[[Past, State], Tensor]
-"""From the past and the present state to features (G, B, S, C)."""
+"""Maps the past and the present state to features (G, B, S, C)."""
 
 DecideFn = Callable[[Past, State], bool | Tensor]
-"""Whether the base runs at the present step: for the whole batch, or sample by sample (B,)."""
+"""Decides whether the base runs at the present step, for the whole batch or sample by sample (B,)."""
 
 
 class Predictor(Protocol):
-    """Stands in for the base between full steps."""
+    """Computes features in place of the base between full steps."""
 
     @property
     def memory(self) -> int:
-        """Full steps it looks back at."""
+        """Number of past full steps it needs."""
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that determine what it computes: ``method``, and its weights if it has any."""
+        """JSON values that determine its features: ``method``, and its weights if it has any."""
 
     def start(self, base: BaseEnds, context: Context) -> PredictFn:
         """Return a predicting function for one batch of ``base``'s features under ``context``."""
 
 
 class Plan(ABC):
-    """Says at which steps the base runs. Step 0 is always full and never asked about.
+    """Decides at which steps the base runs; step 0 is always full, without a call.
 
-    A class and no protocol, so that YAML can name one and leave its budget to each row.
+    A class rather than a protocol, so that YAML can name one and leave its budget to each row.
     """
 
     reads_features: ClassVar[bool] = False
-    """Whether its decisions wait for the features, so that they are not known before a run."""
+    """True if decisions depend on features, so that they are unknown before a run."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Plan(ABC):
         """Return a deciding function for one batch whose N steps commit ``counts`` tokens, ``predictor`` in between.
 
         Raises:
-            ValueError: if the plan does not fit so many steps, or another predictor.
+            ValueError: if the plan does not fit the steps or the predictor.
         """
 
 
@@ -69,7 +69,7 @@ class Vanilla:
     """The base at every step."""
 
     def identity(self) -> dict[str, Any]:
-        """Its name."""
+        """Name of the method."""
         return {"method": "vanilla"}
 
     def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
@@ -80,13 +80,12 @@ class Vanilla:
 class Accelerated(nn.Module):
     """The base at the steps that ``plan`` chooses, ``predictor`` at the others (arXiv 2602.23996).
 
-    It is a module, so that a predictor's network follows the task that holds it in device and precision. Where a plan
-    decides sample by sample, the base runs on the samples that need it; this is for predictors without memory of
-    earlier full steps.
+    It is a module, so that a predictor's network follows the task in device and precision. If a plan decides sample by
+    sample, the base runs on the samples that need it; this requires a predictor without memory of full steps.
 
     Args:
-        plan: when the base runs.
-        predictor: what computes the features of the other steps.
+        plan: decides when the base runs.
+        predictor: computes the features of the other steps.
     """
 
     def __init__(self, plan: Plan, predictor: Predictor) -> None:
@@ -94,7 +93,7 @@ class Accelerated(nn.Module):
         self.plan, self.predictor = plan, predictor
 
     def identity(self) -> dict[str, Any]:
-        """The predictor's and the plan's."""
+        """Identities of predictor and plan together."""
         return self.predictor.identity() | self.plan.identity()
 
     def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
@@ -125,7 +124,7 @@ class Accelerated(nn.Module):
 
 
 def _refreshed(predicted: Tensor, is_full: Tensor, base: MaskedImageModel, context: Context, state: State) -> Tensor:
-    """``predicted`` (G, B, S, C) with the base's features for the samples that ``is_full`` (B,) marks."""
+    """Return ``predicted`` (G, B, S, C) with the base's features for the samples marked by ``is_full`` (B,)."""
     index = is_full.nonzero()[:, 0]
     if not len(index):
         return predicted

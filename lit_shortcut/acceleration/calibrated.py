@@ -1,4 +1,4 @@
-"""Calibrated plans: read from a file that a search on recorded trajectories wrote (``callbacks/plan_search.py``)."""
+"""Calibrated plans, read from the file of a search on recorded trajectories (``callbacks/plan_search.py``)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lit_shortcut.places import located
 
 @dataclass(frozen=True)
 class Schedule:
-    """What was found for one number of steps.
+    """Results of the search for one number of steps.
 
     Args:
         counts: tokens committed at each of the N steps.
-        trajectories: how many the search ran on.
+        trajectories: number of trajectories searched.
         steps: full steps by budget.
-        kl: nats an image that they cost, by budget.
+        kl: their cost in nats per image, by budget.
         adaptive: arguments of :class:`~lit_shortcut.acceleration.plans.Adaptive` by budget.
-        mean_full_steps: what these made on the trajectories, by budget.
+        mean_full_steps: mean number of full steps of these on the trajectories, by budget.
     """
 
     counts: list[int]
@@ -42,9 +42,9 @@ class PlanFile:
     """Calibrated plans of one predictor on one base.
 
     Args:
-        predictor: its identity.
-        base_fingerprint: of the base that recorded the trajectories.
-        schedules: one for each N that was searched.
+        predictor: identity of the predictor.
+        base_fingerprint: fingerprint of the base that recorded the trajectories.
+        schedules: results for each N searched.
     """
 
     predictor: dict[str, Any]
@@ -53,10 +53,10 @@ class PlanFile:
 
     @classmethod
     def read(cls, path: Path) -> PlanFile:
-        """Return the file at ``path``.
+        """Read the file at ``path``.
 
         Raises:
-            ValueError: if it is missing or no such file.
+            ValueError: if it is missing, or not a file of calibrated plans.
         """
         try:
             content = json.loads(path.read_text())
@@ -67,7 +67,7 @@ class PlanFile:
             raise ValueError(f"{path}: expected a file of calibrated plans ({error})") from error
 
     def write(self, path: Path) -> None:
-        """Write to ``path``, whole or not at all; schedules of other N found there for the same two are kept."""
+        """Write to ``path`` atomically, keeping schedules of other N in it for the same predictor and base."""
         schedules = self.schedules
         if path.exists():
             earlier = PlanFile.read(path)
@@ -80,7 +80,7 @@ class PlanFile:
 
 
 class _FromFile(Plan):
-    """A plan of ``budget`` that is looked up when the steps are known."""
+    """A plan of ``budget`` that is looked up once the steps are known."""
 
     _name: str
     _table: str
@@ -93,7 +93,7 @@ class _FromFile(Plan):
         self._found: tuple[Predictor, list[int], Any] | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Its name and budget, and a digest of the file."""
+        """Name and budget, and a digest of the file."""
         return {"plan": self._name, "budget": self.budget, "file": self._digest}
 
     def _entry(self, counts: Sequence[int], predictor: Predictor) -> Any:
@@ -104,7 +104,7 @@ class _FromFile(Plan):
 
     def _look_up(self, counts: Sequence[int], predictor: Predictor) -> Any:
         if (own := predictor.identity()) != self._file.predictor:
-            raise ValueError(f"{self.path}: its plans are for predictor {self._file.predictor}, not for {own}")
+            raise ValueError(f"{self.path}: predictor: expected {own}, found {self._file.predictor}")
         found = [one for one in self._file.schedules if one.counts == list(counts)]
         if not found:
             known = [(len(one.counts), one.counts) for one in self._file.schedules]
@@ -129,10 +129,10 @@ class Calibrated(_FromFile):
 
     Args:
         budget: b, number of full steps.
-        path: file that the search wrote.
+        path: file of the search.
 
     Raises:
-        ValueError: if the file is missing or none of these.
+        ValueError: if the file is missing, or not a file of calibrated plans.
     """
 
     _name, _table = "calibrated", "steps"
@@ -154,12 +154,12 @@ class CalibratedAdaptive(_FromFile):
         path: file that the search wrote.
 
     Raises:
-        ValueError: if the file is missing or none of these.
+        ValueError: if the file is missing, or not a file of calibrated plans.
     """
 
     reads_features = True
     _name, _table = "calibrated adaptive", "adaptive"
 
     def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
-        """Decide by the threshold in the file; refuses as :class:`Calibrated` does."""
+        """Decide by the threshold in the file; raises the errors of :class:`Calibrated`."""
         return Adaptive(**self._entry(counts, predictor)).start(counts, predictor)

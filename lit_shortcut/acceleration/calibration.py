@@ -1,8 +1,8 @@
-"""Plans searched offline on recorded trajectories: the best full steps of a budget, and thresholds of a mean budget.
+"""Search for plans on recorded trajectories: the best full steps of a budget, and thresholds of a mean budget.
 
 The cost of a plan is the KL of the guided heads at the places each step commits, with the predictor rolled along the
-recorded control tokens. What a segment between two full steps costs does not depend on the rest of the plan, so dynamic
-programming finds the best one, as for the segments of LeMiCa (Gao et al., arXiv 2511.00090), which minimises the worst.
+recorded control tokens. The cost of a segment between two full steps does not depend on the rest of the plan, so
+dynamic programming finds the best plan, as in LeMiCa (Gao et al., arXiv 2511.00090), which minimises the worst segment.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lit_shortcut.acceleration.plans import at_steps
 from lit_shortcut.acceleration.replay import Replay, committed_kl
 
 Nodes = tuple[int, ...]
-"""The last full steps, oldest first: as many as a predictor looks back at, at least one, fewer only from step 0 on."""
+"""The last full steps, oldest first: as many as a predictor's memory, at least one; fewer only at the beginning."""
 
-_THRESHOLDS = (1e-6, 1e6)  # relative changes of features lie well within
+_THRESHOLDS = (1e-6, 1e6)  # a range far wider than relative changes of features
 _MOST_HISTORIES = 5000
 
 
 class Segments(NamedTuple):
-    """Nats an image that each step costs after the full steps ``nodes``: ``costs[nodes]`` (N,), 0 up to the last."""
+    """Cost of each step after the full steps ``nodes``, in nats per image: ``costs[nodes]`` (N,), 0 up to the last."""
 
     num_steps: int
     memory: int
@@ -36,23 +36,23 @@ class Segments(NamedTuple):
 
     @classmethod
     def none(cls, num_steps: int, memory: int, device: torch.device) -> Segments:
-        """Return costs of 0, to which :meth:`measured` adds.
+        """Return zero costs, to which :meth:`measured` adds.
 
         Raises:
-            ValueError: if there are too many histories to roll them all.
+            ValueError: if there are too many histories to search.
         """
         memory = max(1, memory)
         histories = list(combinations(range(num_steps), memory))
         histories += [(0, *rest) for short in range(memory - 1) for rest in combinations(range(1, num_steps), short)]
         if len(histories) > _MOST_HISTORIES:
             raise ValueError(
-                f"a predictor that looks back at {memory} full steps has {len(histories)} histories in {num_steps} "
-                f"steps, more than the {_MOST_HISTORIES} that can be searched"
+                f"a predictor with a memory of {memory} full steps has {len(histories)} histories in {num_steps} "
+                f"steps; at most {_MOST_HISTORIES} can be searched"
             )
         return cls(num_steps, memory, {nodes: torch.zeros(num_steps, device=device) for nodes in histories})
 
     def measured(self, replay: Replay, predictor: Predictor, guidance: Sequence[float]) -> Segments:
-        """Return the costs with those of one recorded batch added, summed over its samples."""
+        """Add the costs of one recorded batch, summed over its samples."""
         costs = {}
         for nodes, earlier in self.costs.items():
             run = Accelerated(_At(nodes), predictor).start(replay, replay.recorded, replay.counts)
@@ -68,7 +68,7 @@ class Segments(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Full ``steps`` and what they cost, ``kl`` in nats an image."""
+    """Full ``steps`` and their cost, ``kl`` in nats per image."""
 
     steps: list[int]
     kl: float
@@ -101,7 +101,7 @@ def best_plan(segments: Segments, budget: int) -> Found:
 
 
 def cost_of(segments: Segments, steps: Sequence[int]) -> float:
-    """Nats an image that the full ``steps`` cost."""
+    """Return the cost of the full ``steps`` in nats per image."""
     until, total = _cost_until(segments), 0.0
     for number, end in enumerate([*steps[1:], segments.num_steps], start=1):
         total += until[tuple(steps[:number])[-segments.memory :]][end]
@@ -112,9 +112,9 @@ def threshold_for(mean_full_steps: Callable[[float], float], budget: float, roun
     """Return the threshold whose mean number of full steps is nearest to ``budget``, and that number.
 
     Args:
-        mean_full_steps: the mean at a threshold; falls as the threshold rises.
-        budget: the mean that is wanted.
-        rounds: of bisection, on a logarithmic scale.
+        mean_full_steps: returns the mean at a threshold; decreasing.
+        budget: the desired mean.
+        rounds: rounds of bisection on a logarithmic scale.
     """
     low, high = (log(end) for end in _THRESHOLDS)
     tried = []
@@ -130,12 +130,12 @@ def threshold_for(mean_full_steps: Callable[[float], float], budget: float, roun
 
 
 def _cost_until(segments: Segments) -> Mapping[Nodes, list[float]]:
-    """Cost of the steps behind the last of ``nodes`` and before each step, N included."""
+    """Return the cost of the steps after the last of ``nodes`` and before each step, N included."""
     return {nodes: [0.0, *accumulate(cost.tolist())] for nodes, cost in segments.costs.items()}
 
 
 class _At(Plan):
-    """Full at ``nodes``, wherever the run begins."""
+    """Full at ``nodes``, at whichever step the run begins."""
 
     def __init__(self, nodes: Nodes) -> None:
         self.nodes = nodes

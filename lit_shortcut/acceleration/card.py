@@ -1,4 +1,4 @@
-"""The model card of a shortcut: how to use it, and what ``lightning test`` measured of it."""
+"""Model card of a shortcut: its use, and the results of ``lightning test``."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def model_card(
     """Return the card's Markdown.
 
     Args:
-        origin: of the shortcut.
-        network: its class and ``hparams``.
+        origin: origin of the shortcut.
+        network: class and ``hparams`` of its network.
         measured: Markdown of a report, with its table.
-        pictures: files beside the card that show what was measured.
-        address: under which the shortcut is to be loaded.
+        pictures: names of the report's pictures, beside the card.
+        address: address to load the shortcut from.
     """
     base = origin.base
     on_hub = base.source.startswith("hf://")
@@ -88,15 +88,15 @@ _OF_CLASSES = ("fashion", "maskgit", "halton")
 
 
 def write_card(folder: Path, report: Path) -> None:
-    """Write the model card of the shortcut in ``folder``, with what ``lightning test`` measured.
+    """Write the model card of the shortcut in ``folder``, with the results of ``lightning test``.
 
     Args:
-        folder: of the shortcut.
-        report: the test's results; their table and pictures go into the card.
+        folder: folder of the shortcut.
+        report: folder of the results, whose table and pictures go into the card.
 
     Raises:
-        WeightsError: if ``folder`` is none of a shortcut.
-        ValueError: if ``report`` holds no report.
+        WeightsError: if ``folder`` does not hold a shortcut.
+        ValueError: if ``report`` does not hold a report.
     """
     network, origin = read_config(folder)
     if not (report / REPORT).is_file():

@@ -1,4 +1,4 @@
-"""``torch.compile`` where the time goes: the base's pass and the predictors' networks."""
+"""``torch.compile`` of the base's pass and the predictors' networks."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Mode = Literal["default", "reduce-overhead"]
 
 
 def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module], mode: Mode = "default") -> None:
-    """Compile ``base.features`` and every shortcut network among ``methods``, in place and each whole.
+    """Compile ``base.features`` and every shortcut network among ``methods``, in place, each as one graph.
 
-    Weights, their names and fingerprints stay as they are. The first images take as long as the compiler does; the
-    number of control tokens changes from step to step and is compiled as a variable.
+    Weights, their names and fingerprints do not change. The first images wait for the compiler; the number of control
+    tokens changes from step to step and is compiled as a variable.
 
     Args:
         base: the frozen model.
         methods: ways to decode.
         mode: ``reduce-overhead`` replays CUDA graphs, one for each shape. The shapes of a step are the same in every
-            batch, so graphs of the first serve a whole run; only plans that are fixed before it can be run so.
+            batch, so the graphs of the first batch serve a whole run; this needs plans that are fixed beforehand.
 
     Raises:
         ValueError: if there is no compiler for the device, or a plan decides from features in graph mode.
@@ -50,10 +50,10 @@ def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module], mode:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Refuse to compile for ``device`` without the compiler that torch needs there.
+    """Check that the compiler torch needs for ``device`` is installed.
 
     Raises:
-        ValueError: naming what was looked for.
+        ValueError: naming the missing compiler.
     """
     if device.type == "cuda" and not has_triton():
         raise ValueError("compiled: true needs the package triton on a GPU, and it was not found; set compiled: false")
@@ -61,22 +61,22 @@ def require_compiler(device: torch.device) -> None:
     if device.type == "cpu" and not shutil.which(compiler.split()[0]):
         raise ValueError(
             f"compiled: true needs a C++ compiler on a CPU, and {compiler} was not found; set compiled: false, or CXX "
-            "to a compiler's name"
+            "to the name of a compiler"
         )
 
 
 def require_fixed_plans(methods: Iterable[nn.Module]) -> None:
-    """Refuse graph mode for plans whose full steps depend on the features.
+    """Check that no plan depends on features, for graph mode.
 
     Raises:
-        ValueError: naming the plan.
+        ValueError: naming the plan that does.
     """
     for method in methods:
         if isinstance(method, Accelerated) and method.plan.reads_features:
             raise ValueError(
                 "compile_mode: reduce-overhead replays the same steps in every batch, but "
                 f"{type(method.plan).__name__} decides from the features which steps are full; "
-                "set compile_mode: default, or take a fixed plan"
+                "set compile_mode: default, or use a fixed plan"
             )
 
 
@@ -85,7 +85,7 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose results outlive its next call: a replayed graph writes to the same memory again."""
+    """Wrap ``function`` to copy its results, since a replayed graph writes to the same memory again."""
 
     @wraps(function)
     def copied(*args: Any, **kwargs: Any) -> Any:

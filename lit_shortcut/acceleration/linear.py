@@ -1,7 +1,7 @@
-"""Forecast by a linear combination of the last full steps' features, fitted in closed form on recorded ones.
+"""Prediction by a linear combination of the last full steps' features, fitted in closed form on recorded ones.
 
-As L2P (arXiv 2604.26365), with one weight per past full step; for every choice of full steps and every step to predict
-the least-squares weights follow from inner products that are summed once.
+As in L2P (arXiv 2604.26365), with one weight per past full step; the least-squares weights for any full steps and any
+step to predict follow from inner products that are summed once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lit_shortcut.interface import TokenInterface
 from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
 
 _CHUNK = 2**24  # values of features on the device at a time
-_RIDGE = 1e-6  # of the mean square, so that features that never change have weights, too
+_RIDGE = 1e-6  # times the mean square, so that features that never change have weights, too
 
 
 def inner_products(trajectories: Trajectories, interface: TokenInterface, device: torch.device) -> Tensor:
     """Sum inner products of recorded features over rows still masked.
 
     Entry [t, s, u] of the result (N, N, N), float64 on the CPU, sums f_s · f_u over the image rows that are masked
-    before step t. Trajectories stay where they are; a few rows at a time are moved to ``device``.
+    before step t. Only a few rows at a time are moved to ``device``.
     """
     features = trajectories.features[:, :, :, : interface.num_rows]  # (B, G, N, rows, C)
     batch, branches, num_steps, num_rows, width = features.shape
@@ -34,7 +34,7 @@ def inner_products(trajectories: Trajectories, interface: TokenInterface, device
     revealed_at = torch.zeros(batch, num_rows, dtype=torch.long).scatter_reduce(
         1, owner.expand(batch, -1), trajectories.committed_at.cpu().long(), "amax"
     )
-    by_step = torch.zeros(num_steps, num_steps, num_steps, dtype=torch.float64)  # of rows revealed at each step
+    by_step = torch.zeros(num_steps, num_steps, num_steps, dtype=torch.float64)  # of rows committed at each step
     chunk = max(1, _CHUNK // (branches * num_steps * width))
     for sample, steps in zip(features, revealed_at, strict=True):
         for first in range(0, num_rows, chunk):
@@ -47,7 +47,7 @@ def inner_products(trajectories: Trajectories, interface: TokenInterface, device
 
 
 def weights_for(products: Tensor, nodes: list[int], step: int) -> list[float]:
-    """Least-squares weights of the features at ``nodes`` in those at ``step``, over rows masked before it."""
+    """Return least-squares weights of the features at ``nodes`` for those at ``step``, over rows masked before it."""
     own = products[step]
     among, with_target = own[nodes][:, nodes], own[nodes, step]
     ridge = _RIDGE * among.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
@@ -59,12 +59,12 @@ class Linear:
     """Weighted sum of the last full steps' features.
 
     Args:
-        path: file of inner products that ``callbacks/fit_linear.py`` wrote.
-        memory: full steps it looks back at, at least 1.
+        path: file of inner products, from ``callbacks/fit_linear.py``.
+        memory: number of past full steps used, at least 1.
 
     Raises:
         ValueError: if the memory is below 1.
-        WeightsError: if the file is missing, damaged, or holds something else.
+        WeightsError: if the file is missing, damaged, or not a file of inner products.
     """
 
     def __init__(self, path: Path, memory: int = 2) -> None:
@@ -76,7 +76,7 @@ class Linear:
         self._products, self._base_fingerprint = tensors["products"], metadata["base_fingerprint"]
 
     def identity(self) -> dict[str, Any]:
-        """Its name, with its memory, and the fingerprint of what it was fitted on."""
+        """Name with the memory, and the fingerprint of the inner products."""
         return {"method": f"linear {self.memory}", "weights": fingerprint({"products": self._products})}
 
     def start(self, base: BaseEnds, context: Context) -> PredictFn:
@@ -87,14 +87,14 @@ class Linear:
         """
         if base.fingerprint != self._base_fingerprint:
             raise WeightsError(
-                f"{self.path}: fitted on base {self._base_fingerprint}, it cannot accelerate base {base.fingerprint}"
+                f"{self.path}: fitted on base {self._base_fingerprint}, cannot accelerate base {base.fingerprint}"
             )
         return self._predict
 
     def _predict(self, past: Past, state: State) -> Tensor:
         if state.clock.num_steps != len(self._products):
             raise WeightsError(
-                f"{self.path}: fitted on {len(self._products)} steps, asked for {state.clock.num_steps} steps"
+                f"{self.path}: expected {len(self._products)} steps, as it was fitted on, got {state.clock.num_steps}"
             )
         weights = weights_for(self._products, [index for index, _ in past.full], state.clock.step)
         terms = [weight * features for weight, (_, features) in zip(weights, past.full, strict=True)]

@@ -1,4 +1,4 @@
-"""Where a shortcut comes from: its base, how that base drew, and the ``config.json`` that says so."""
+"""Origin of a shortcut: its base and the decoding it was trained for, stored in ``config.json``."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class BaseReference:
     """The base that a shortcut belongs to.
 
     Args:
-        fingerprint: of its weights; empty where the shortcut's file does not say.
-        name: under which :func:`lit_shortcut.load` knows it: ``dimoo``, ``maskgit``, …; empty for a base of one's own.
-        source: ``hf://`` address of its weights, or a folder, which counts from that of the shortcut.
-        revision: of the hub's repository; empty for the newest.
+        fingerprint: fingerprint of its weights; empty if the shortcut's file lacks it.
+        name: name for :func:`lit_shortcut.load`: ``dimoo``, ``maskgit``, …; empty for a base of one's own.
+        source: ``hf://`` address of its weights, or a folder relative to the shortcut's.
+        revision: revision of the hub's repository; empty for the newest.
         arguments: further arguments of the function that builds it.
     """
 
@@ -40,13 +40,13 @@ class BaseReference:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a shortcut was trained on, and how it is meant to be used.
+    """Training data and intended use of a shortcut.
 
     Args:
         base: the base that recorded the trajectories.
-        num_steps: N of the trajectories; 0 where the file does not say.
-        decoding: how their tokens were drawn, the arguments of :class:`~lit_shortcut.sampling.Decoding`.
-        plan: name of the plan it is meant to be run under, ``even`` or ``even_tokens``.
+        num_steps: N of the trajectories; 0 if the file lacks it.
+        decoding: settings of the trajectories, arguments of :class:`~lit_shortcut.sampling.Decoding`.
+        plan: name of the intended plan, ``even`` or ``even_tokens``.
         budget: b of that plan; 0 leaves it to the user.
         licence: SPDX identifier of the weights.
         trained_on: the data.
@@ -62,15 +62,15 @@ class Origin:
 
     @classmethod
     def of_metadata(cls, metadata: Mapping[str, Any]) -> Origin:
-        """Return what the metadata of a checkpoint or safetensors file says, the card of its trajectories."""
+        """Return the origin in the metadata of a checkpoint or safetensors file, the card of its trajectories."""
         base = BaseReference(metadata.get("base_fingerprint") or "")
         return cls(base, metadata.get("num_steps", 0), metadata.get("decoding", {}))
 
     def require_steps(self, num_steps: int) -> None:
-        """Refuse to run in another number of steps than the shortcut was trained for.
+        """Check that the shortcut was trained for runs of ``num_steps``.
 
         Raises:
-            WeightsError: if ``num_steps`` differs.
+            WeightsError: if it was trained for another number of steps.
         """
         if self.num_steps not in (0, num_steps):
             raise WeightsError(
@@ -90,11 +90,11 @@ def write_config(folder: Path, network: dict[str, Any], origin: Origin) -> None:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], Origin]:
-    """Return class and ``hparams`` of the network, and the origin, that ``config.json`` in ``folder`` names.
+    """Read class and ``hparams`` of the network, and the origin, from ``config.json`` in ``folder``.
 
     Raises:
-        WeightsError: if the file is missing or damaged, or a key is missing, unknown or of another kind; the message
-            names the file and the key.
+        WeightsError: naming file and key, if the file is missing or damaged, or a key is missing, unknown or of another
+            type.
     """
     path = folder / CONFIG
     try:
@@ -113,7 +113,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Origin]:
 
 
 def _filled(record: type[Record], content: Any, path: Path, prefix: str) -> Record:
-    """Return the ``record`` whose fields are the keys of ``content``, each of the kind of the field's default."""
+    """Return the ``record`` with the fields in ``content``, each of the type of the field's default."""
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: {prefix.rstrip('.')} must be an object, found {content!r}")
     expected = {one.name: type(getattr(record(), one.name)) for one in fields(record)}

@@ -1,4 +1,4 @@
-"""When the base runs: plans fixed by step or token counts, listed, or decided from the features on the way."""
+"""Plans: fixed by step or token counts, listed, or decided from the features during a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Steps(Plan):
             raise ValueError(f"steps must increase from 0, the first step; got {self.steps}")
 
     def identity(self) -> dict[str, Any]:
-        """The steps."""
+        """Name, budget and steps."""
         return {"plan": "steps", "budget": len(self.steps), "steps": self.steps}
 
     def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
@@ -40,7 +40,21 @@ class Steps(Plan):
         return at_steps(self.steps)
 
 
-class Even(Plan):
+class _Spread(Plan):
+    """A plan that spreads ``budget`` full steps."""
+
+    _name: str
+
+    def __init__(self, budget: int) -> None:
+        require_at_least(1, budget=budget)
+        self.budget = budget
+
+    def identity(self) -> dict[str, Any]:
+        """Name and budget."""
+        return {"plan": self._name, "budget": self.budget}
+
+
+class Even(_Spread):
     """The base at ``budget`` steps spread evenly over the steps, as published (arXiv 2602.23996, section 4).
 
     Args:
@@ -50,20 +64,14 @@ class Even(Plan):
         ValueError: if the budget is below 1.
     """
 
-    def __init__(self, budget: int) -> None:
-        require_at_least(1, budget=budget)
-        self.budget = budget
-
-    def identity(self) -> dict[str, Any]:
-        """Its name and budget."""
-        return {"plan": "even", "budget": self.budget}
+    _name = "even"
 
     def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
         """Decide by step index; raises ValueError if the budget lies outside 1..N."""
         return at_steps(even_steps(len(counts), self.budget))
 
 
-class EvenTokens(Plan):
+class EvenTokens(_Spread):
     """The base whenever another share 1/``budget`` of the tokens has been committed.
 
     Args:
@@ -73,13 +81,7 @@ class EvenTokens(Plan):
         ValueError: if the budget is below 1.
     """
 
-    def __init__(self, budget: int) -> None:
-        require_at_least(1, budget=budget)
-        self.budget = budget
-
-    def identity(self) -> dict[str, Any]:
-        """Its name and budget."""
-        return {"plan": "even_tokens", "budget": self.budget}
+    _name = "even_tokens"
 
     def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
         """Decide by tokens committed; raises ValueError if the budget lies outside 1..N."""
@@ -89,15 +91,15 @@ class EvenTokens(Plan):
 class Adaptive(Plan):
     """The base when the features have changed by more than ``threshold`` since it last ran.
 
-    The change of a step is |f_t − f_(t−1)| / |f_(t−1)| over the image tokens, as EasyCache measures it (Zhou et al.,
-    arXiv 2507.02860); changes add up until they pass the threshold. A calibrated threshold makes the mean number
-    of full steps the budget (:mod:`lit_shortcut.acceleration.calibration`).
+    The change of a step is |f_t − f_(t−1)| / |f_(t−1)| over the image tokens, as in EasyCache (Zhou et al., arXiv
+    2507.02860); changes add up until they exceed the threshold. With a calibrated threshold the mean number of full
+    steps is the budget (:mod:`lit_shortcut.acceleration.calibration`).
 
     Args:
-        threshold: sum of relative changes that calls for a full step.
+        threshold: sum of relative changes above which a step is full.
         per: decide for each ``sample``, or for the whole ``batch`` by its mean.
-        max_gap: steps without the base, at most.
-        budget: mean number of full steps that the threshold was calibrated for; it only names the plan.
+        max_gap: largest number of consecutive steps without the base.
+        budget: mean number of full steps that the threshold was calibrated for; only a label.
 
     Raises:
         ValueError: if the threshold or the gap is not positive.
@@ -118,7 +120,7 @@ class Adaptive(Plan):
         self.threshold, self.per, self.max_gap, self.budget = threshold, per, max_gap, budget
 
     def identity(self) -> dict[str, Any]:
-        """Its arguments."""
+        """Name and arguments."""
         named = {} if self.budget is None else {"budget": self.budget}
         return {"plan": "adaptive", "threshold": self.threshold, "per": self.per, "max_gap": self.max_gap} | named
 
@@ -126,7 +128,7 @@ class Adaptive(Plan):
         """Decide by accumulated change.
 
         Raises:
-            ValueError: if it decides per sample and the predictor looks back at full steps, which all samples share.
+            ValueError: if it decides per sample and the predictor has a memory of full steps, which samples share.
         """
         if self.per == "sample" and predictor.memory > 0:
             raise ValueError(
@@ -160,7 +162,7 @@ class Adaptive(Plan):
 
 
 def relative_change(features: Tensor, earlier: Tensor, num_tokens: int) -> Tensor:
-    """|f − f'| / |f'| (B,) of ``features`` and ``earlier`` (G, B, S, C) over the first ``num_tokens`` rows."""
+    """Return |f − f'| / |f'| (B,) of ``features`` and ``earlier`` (G, B, S, C) over the first ``num_tokens`` rows."""
     now, before = (part[:, :, :num_tokens].float() for part in (features, earlier))
     moved, size = (part.square().sum(dim=(0, 2, 3)).sqrt() for part in (now - before, before))
     return moved / size.clamp(min=torch.finfo(torch.float32).tiny)
@@ -173,7 +175,7 @@ def at_steps(steps: Sequence[int]) -> DecideFn:
 
 
 def even_steps(num_steps: int, budget: int) -> list[int]:
-    """Indices of ``budget`` full steps spread evenly from step 0 (arXiv 2602.23996, section 4).
+    """Return the indices of ``budget`` full steps spread evenly from step 0 (arXiv 2602.23996, section 4).
 
     >>> even_steps(num_steps=15, budget=7)
     [0, 2, 4, 6, 9, 11, 13]
@@ -189,9 +191,9 @@ def even_steps(num_steps: int, budget: int) -> list[int]:
 
 
 def even_token_steps(counts: Sequence[int], budget: int) -> list[int]:
-    """Indices of ``budget`` full steps between which equal shares of the tokens are committed.
+    """Return the indices of ``budget`` full steps between which equal shares of the tokens are committed.
 
-    Full step k is the first step before which k/b of the tokens are known, moved where two would coincide.
+    Full step k is the first step before which k/b of the tokens are known, shifted if two would coincide.
 
     >>> even_token_steps([1, 5, 6, 8, 9, 11, 12, 12], budget=4)
     [0, 4, 6, 7]

@@ -1,4 +1,4 @@
-"""Training-free predictors: the last features again, and polynomials through past full steps."""
+"""Training-free predictors: repetition of the last features, and polynomials through past full steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lit_shortcut.contracts import BaseEnds, Context, State
 
 
 class Hold:
-    """The previous features again."""
+    """Repetition of the previous features."""
 
     memory = 0
 
     def identity(self) -> dict[str, Any]:
-        """Its name."""
+        """Name of the method."""
         return {"method": "hold"}
 
     def start(self, base: BaseEnds, context: Context) -> PredictFn:
@@ -27,8 +27,8 @@ class Hold:
 class Taylor:
     """Extrapolation by the polynomial through the last full steps (TaylorSeer, Liu et al., arXiv 2503.06923).
 
-    TaylorSeer's finite differences at evenly spaced full steps are this polynomial; in this form the spacing may vary.
-    Until there are ``order`` + 1 full steps the polynomial goes through those there are.
+    At evenly spaced full steps this polynomial equals TaylorSeer's finite differences; here the spacing may vary. Until
+    there are ``order`` + 1 full steps the polynomial goes through all of them.
 
     Args:
         order: degree of the polynomial, 1 or 2.
@@ -43,7 +43,7 @@ class Taylor:
         self.order, self.memory = order, order + 1
 
     def identity(self) -> dict[str, Any]:
-        """Its name, with the order."""
+        """Name with the order."""
         return {"method": f"taylor {self.order}"}
 
     def start(self, base: BaseEnds, context: Context) -> PredictFn:
@@ -59,7 +59,7 @@ def _extrapolate(past: Past, state: State) -> Tensor:
 
 
 def lagrange_weights(nodes: list[int], x: int) -> list[float]:
-    """Weights of the values at ``nodes`` in the value at ``x`` of the polynomial through them; they sum to 1.
+    """Return the weights, of sum 1, of the values at ``nodes`` in the value at ``x`` of the polynomial through them.
 
     >>> lagrange_weights([0, 2], 3)
     [-0.5, 1.5]

@@ -1,4 +1,4 @@
-"""A recorded batch in the place of its base, so that any acceleration can be replayed along recorded tokens."""
+"""Replay of accelerations along recorded tokens, with a recorded batch in place of the base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lit_shortcut.metrics.functional import head_kl
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayContext(Context):
-    """Which recorded samples are replayed.
+    """Context of recorded samples.
 
     Args:
         samples: their rows in the recorded batch, (G, B).
@@ -38,7 +38,7 @@ class ReplayContext(Context):
 
 @dataclass(eq=False)
 class RecordedEnds:
-    """What a recorded set tells of its base."""
+    """Properties of a base that its recorded set knows."""
 
     spec: TokenSpec
     interface: TokenInterface
@@ -46,14 +46,14 @@ class RecordedEnds:
 
 
 class Replay:
-    """Answers as the base did when the batch was recorded.
+    """A base that returns the features of a recorded batch.
 
-    Trajectories stay where they are, usually in the host's memory; one step at a time is moved to the interface's
-    device, in float32 at least.
+    Only one step at a time is moved to the interface's device, in float32 at least; trajectories stay in the host's
+    memory.
 
     Args:
-        ends: what is known of the base that recorded the batch.
-        trajectories: the recorded batch, in which all samples commit as many tokens at a step.
+        ends: properties of the base that recorded the batch.
+        trajectories: the recorded batch; all samples commit equally many tokens at a step.
     """
 
     def __init__(self, ends: BaseEnds, trajectories: Trajectories) -> None:
@@ -75,19 +75,19 @@ class Replay:
         )
 
     def identity(self) -> dict[str, Any]:
-        """That of the base, as far as it is known."""
+        """Fingerprint of the base."""
         return {"base": self.fingerprint}
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """The context of the recorded batch, whatever is asked for."""
+        """Context of the recorded batch, for any ``conditions``."""
         return self.recorded
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Raise: a recorded set has no image decoder."""
+        """Raise NotImplementedError: a recorded set has no image decoder."""
         raise NotImplementedError("recorded trajectories are replayed without an image decoder")
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
-        """Features (G, B, S, C) recorded at this step, whatever the tokens."""
+        """Features (G, B, S, C) recorded at this step, for any ``tokens``."""
         assert isinstance(context, ReplayContext)
         if self._loaded is None or self._loaded[0] != clock.step:
             device, step = self._tokens.device, self._features[:, :, clock.step].transpose(0, 1)
@@ -118,14 +118,14 @@ class Replay:
             yield state, self.features(state.tokens, self.recorded, state.clock)
 
     def committed(self, step: int) -> Control:
-        """Tokens (B, K) that ``step`` revealed."""
+        """Tokens (B, K) committed by ``step``."""
         known = sum(self.counts[:step])
         places = self._order[:, known : known + self.counts[step]]
         return Control(self._tokens.gather(1, places), places)
 
 
 class Replayed(NamedTuple):
-    """What replaying one method costs each sample: nats lost, ``kl`` (B,), and ``full_steps`` (B,)."""
+    """Cost of one method per sample: ``kl`` (B,) in nats, and ``full_steps`` (B,)."""
 
     kl: Tensor
     full_steps: Tensor
@@ -138,9 +138,9 @@ def replayed(
 
     Args:
         replay: the recorded batch.
-        methods: by name.
-        guidance: scale at each of the N steps.
-        with_kl: false counts full steps only; the KL is 0 then.
+        methods: accelerations by name.
+        guidance: guidance scale at each of the N steps.
+        with_kl: false only counts full steps; the KL is then 0.
     """
     runs = {name: method.start(replay, replay.recorded, replay.counts) for name, method in methods.items()}
     nothing = torch.zeros(len(replay.recorded.samples[0]), device=replay.recorded.samples.device)
@@ -156,7 +156,7 @@ def replayed(
 
 
 def committed_kl(replay: Replay, truth: Tensor, guess: Tensor, step: int, guidance: Sequence[float]) -> Tensor:
-    """Nats (B,) by which the guided head on ``guess`` (G, B, S, C) misses that on ``truth`` where ``step`` commits."""
+    """Return the KL (B,), in nats, of the guided head on ``guess`` from that on ``truth`` where ``step`` commits."""
     places = replay.committed(step).positions
     wanted, found = (guide(replay.interface.logits(part, places), guidance[step]) for part in (truth, guess))
     return head_kl(wanted, found).sum(-1)

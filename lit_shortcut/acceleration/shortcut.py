@@ -46,19 +46,19 @@ Precision = Literal["bfloat16", "float16", "float32"]
 
 
 class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["migm-shortcut"]):
-    """Next features by a shortcut network.
+    """Prediction of the next features by a shortcut network.
 
-    As a folder or repository of the Hugging Face hub it is ``model.safetensors``, ``config.json``, a model card and,
-    where it has calibrated plans, ``plan.json``; ``from_pretrained`` and the like are those of ``huggingface_hub``.
-    Guidance branches run in one batch, or one after the other where their prompts differ in length. An anchored network
-    starts from the last full step and all tokens committed since, others from the latest features.
+    A folder or repository of the Hugging Face hub holds ``model.safetensors``, ``config.json``, a model card and, with
+    calibrated plans, ``plan.json``; ``from_pretrained`` and the like come from ``huggingface_hub``.
+    Guidance branches run in one batch, or one after the other if they have text prefixes. An anchored network starts
+    from the last full step and all tokens committed since, others from the latest features.
 
     Args:
-        network: trained on trajectories of the base it will stand in for.
-        base_fingerprint: of that base; None trusts the caller.
-        dtype: of the network's weights and arithmetic; None leaves them as they are.
-        origin: what it was trained on; None knows the base's fingerprint only.
-        weights: fingerprint of the network as it was read, which calibrated plans name whatever precision it runs in.
+        network: network trained on trajectories of the base.
+        base_fingerprint: fingerprint of that base; None trusts the caller.
+        dtype: dtype of the network's weights and arithmetic; None keeps the present one.
+        origin: origin of the network; None knows only the base's fingerprint.
+        weights: fingerprint of the network as it was read, to which calibrated plans refer in any precision.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         """Load a checkpoint (``.ckpt``) of fit, a safetensors file, or the folder of a shortcut, tied to its base.
 
         Args:
-            path: of the file or folder.
-            dtype: to run it in; None takes that of the file.
+            path: path of the file or folder.
+            dtype: dtype to run in; None takes the file's.
 
         Raises:
-            WeightsError: if the file is missing, damaged, or holds something else.
+            WeightsError: if the file is missing, damaged, or not a shortcut.
         """
         path = located(path)
         if path.is_dir():
@@ -117,22 +117,22 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         Args:
             pretrained_model_name_or_path: a folder, ``owner/repository``, ``hf://owner/repository`` or
                 ``hf://owner/repository@revision``.
-            force_download: fetch again what the cache holds.
-            token: for a private repository.
-            cache_dir: of the downloads.
-            local_files_only: fetch nothing.
+            force_download: download again even if the cache has it.
+            token: token of a private repository.
+            cache_dir: folder of the downloads.
+            local_files_only: download nothing.
             revision: branch, tag or commit.
-            model_kwargs: ``dtype`` to run it in; None takes that of the file.
+            model_kwargs: ``dtype`` to run in; None takes the file's.
 
         Raises:
-            WeightsError: if it cannot be had, is damaged, or is no shortcut.
+            WeightsError: if it is unavailable, damaged, or not a shortcut.
         """
         source = str(pretrained_model_name_or_path)
         name, _, at = source.removeprefix("hf://").partition("@") if source.startswith("hf://") else (source, "", "")
         if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
             raise WeightsError(f"{source}: no such folder, and no repository of the hub (owner/repository)")
         if Path(name).is_dir():
-            read_config(Path(name))  # a damaged file is named here
+            read_config(Path(name))  # raises an error that names a damaged file
         try:
             return super().from_pretrained(
                 name,
@@ -194,19 +194,19 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
 
     @classmethod
     def load_published(cls, path: str, num_heads: int = 16) -> Shortcut:
-        """A released MIGM-Shortcut network; its file does not say which base it is for.
+        """Load a released MIGM-Shortcut network, whose file does not name its base.
 
         Args:
-            path: of its state dict, or its ``hf://`` address.
-            num_heads: attention heads, which the file does not tell.
+            path: path or ``hf://`` address of its state dict.
+            num_heads: attention heads, which the file does not show.
 
         Raises:
-            WeightsError: if the file cannot be had, is damaged, or holds something else.
+            WeightsError: if the file is unavailable, damaged, or not a MIGM-Shortcut.
         """
         return cls(ShortcutNet.load_published(local_file(path), num_heads))
 
     def identity(self) -> dict[str, Any]:
-        """Its name and the fingerprint of its weights."""
+        """Name, and the fingerprint of the weights."""
         return {"method": "shortcut", "weights": self._weights or fingerprint(self.network.state_dict())}
 
     def start(self, base: BaseEnds, context: Context) -> PredictFn:
@@ -260,21 +260,21 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         return predict
 
     def require_fit(self, base: BaseEnds) -> None:
-        """Refuse a ``base`` it was not trained for; raises WeightsError."""
-        # a base may have to read all its weights for its fingerprint: ask only where there is one to compare with
+        """Check that it fits ``base``; raises WeightsError if not."""
+        # a base may read all its weights for its fingerprint, so it is only computed for a comparison
         if self.base_fingerprint is not None:
             self.require_base(base.fingerprint)
         require_kind(self.network, base.interface, type(base).__name__)
         if (width := self.network.hparams["width"]) != base.spec.width:
             raise WeightsError(
-                f"the base's features are {base.spec.width} wide, but the shortcut network was built for width {width}"
+                f"width: expected {base.spec.width}, that of the base's features, found a shortcut network of {width}"
             )
         grid = self.network.hparams.get("grid", 0)
         if self.network.hparams.get("reach") and base.spec.grid != (grid, grid):
             raise WeightsError(f"the base's tokens lie on a grid of {base.spec.grid}, the shortcut's on {(grid, grid)}")
 
     def require_base(self, fingerprint: str) -> None:
-        """Refuse a base of another ``fingerprint``; raises WeightsError."""
+        """Check that it was trained for the base of ``fingerprint``; raises WeightsError if not."""
         if self.base_fingerprint not in (None, fingerprint):
             at = self.origin.base.revision
             raise WeightsError(
@@ -284,13 +284,13 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
 
 
 def _repeated(control: Control, times: int) -> Control:
-    """``control`` of B samples for as many guidance branches."""
+    """Repeat ``control`` of B samples for ``times`` guidance branches."""
     is_real = None if control.is_real is None else control.is_real.repeat(times, 1)
     return Control(control.tokens.repeat(times, 1), control.positions.repeat(times, 1), is_real)
 
 
 def _joined(controls: list[Control]) -> Control:
-    """What several steps committed, as one; padding is told apart where there is any."""
+    """Concatenate the tokens of several steps, with a mask if any has padding."""
     tokens, positions = (torch.cat(parts, dim=1) for parts in list(zip(*controls, strict=True))[:2])
     if all(one.is_real is None for one in controls):
         return Control(tokens, positions)

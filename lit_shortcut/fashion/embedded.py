@@ -1,4 +1,4 @@
-"""The embedded defaults as their folders hold them."""
+"""Embedded default bases, loaded from their folders."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def fashion_text(folder: str | Path, tokenizer: Path | None = None) -> DiMOO:
     """Return the text-to-image default in ``folder``.
 
     Args:
-        folder: holds the transformer and its text tokenizer.
-        tokenizer: of images; None takes that of the class-conditional default, in the folder beside.
+        folder: folder of the transformer and its text tokenizer.
+        tokenizer: file of the image tokenizer; None takes that of the class-conditional default, in the sibling folder.
 
     Raises:
         WeightsError: if a file is missing or damaged.

@@ -1,1 +1,1 @@
-"""Networks that know no base."""
+"""Networks that are independent of any base."""

@@ -1,4 +1,4 @@
-"""Multi-head attention and feed-forward, the two parts every transformer here is made of."""
+"""Multi-head attention and feed-forward, the two parts of every transformer here."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ class Attention(nn.Module):
 
 
 def split_heads(packed: Tensor, num_heads: int) -> Tensor:
-    """(B, S, C) to (B, heads, S, C / heads)."""
+    """Split (B, S, C) into heads (B, heads, S, C / heads)."""
     return packed.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, is_real: Tensor | None = None) -> Tensor:
-    """Fused attention of heads (B, heads, Q or K, D), put together again: (B, Q, C).
+    """Return fused attention of heads (B, heads, Q or K, D), merged to (B, Q, C).
 
-    ``is_real`` (B, K) is false where keys are padding. Attention to nothing, no keys or padding alone, is 0.
+    ``is_real`` (B, K) is false where keys are padding. Attention to no keys, or only to padding, is 0.
     """
     if not keys.shape[2]:
         return torch.zeros_like(queries).transpose(1, 2).flatten(2)
     mask = None if is_real is None else is_real[:, None, None, :]
     heads = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-    if is_real is not None:  # softmax over nothing is undefined; kernels differ in what they return for it
+    if is_real is not None:  # softmax over nothing is undefined, and kernels differ in its result
         heads = torch.where(is_real.any(dim=1)[:, None, None, None], heads, heads.new_zeros(()))
     return heads.transpose(1, 2).flatten(2)
 
 
 def feed_forward(width: int, hidden_width: int) -> nn.Sequential:
-    """Linear, exact GELU, Linear: (..., C) to (..., C)."""
+    """Return linear, exact GELU, linear, from (..., C) to (..., C)."""
     return nn.Sequential(nn.Linear(width, hidden_width), nn.GELU(), nn.Linear(hidden_width, width))

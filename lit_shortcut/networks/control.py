@@ -1,4 +1,4 @@
-"""Control tokens as a shortcut network takes them."""
+"""Control tokens as input of a shortcut network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_shortcut.weights import WeightsError
 
 
 class EmbeddedControl(NamedTuple):
-    """The network's arguments beside the features: embeddings (B, K, C), padding (B, K), and places."""
+    """A network's inputs beside the features: embeddings (B, K, C), a mask (B, K), false at padding, and places."""
 
     tokens: Tensor
     is_real: Tensor | None
@@ -23,10 +23,10 @@ class EmbeddedControl(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a prefix means for a batch at every step: where rows of the features stand, and the control it adds.
+    """Places of the features' rows after a prefix, and the control tokens that the prefix adds at every step.
 
-    ``rows`` (B, S) are places in the base's sequence, ``is_real`` (B, S) is false at rows that are padding. ``control``
-    holds only the prefix's tokens, P of them.
+    ``rows`` (B, S) are places in the base's sequence, ``is_real`` (B, S) is false at padding. ``control`` holds only
+    the prefix's tokens, P of them.
     """
 
     rows: Tensor
@@ -45,17 +45,17 @@ def advance(
     masked: Tensor | None = None,
     gap: Tensor | None = None,
 ) -> Tensor:
-    """Predict features (B, S, C) by ``network`` from those before; training and sampling both go through here.
+    """Predict features (B, S, C) by ``network`` from earlier ones, in training and sampling.
 
     Args:
         network: the shortcut.
-        interface: of the base.
+        interface: interface of the base.
         features: (B, S, C), in the network's dtype.
         control: (B, K), tokens committed since.
-        masked_share: (B,) r, before the step that is predicted.
-        layout: of the samples' prefixes, if they have any.
-        masked: places still masked, for a network that predicts those: (B, M), or a mask (B, L) where samples differ in
-            number.
+        masked_share: (B,) r, before the predicted step.
+        layout: layout of the samples' prefixes, if there are any.
+        masked: places still masked, for a network that predicts only those: (B, M), or a mask (B, L) if their numbers
+            differ between samples.
         gap: (B,) steps between ``features`` and the prediction, for an anchored network.
     """
     options = network.options
@@ -78,14 +78,14 @@ def lay_out(
 ) -> Layout:
     """Lay out ``prefix`` (B, …) for features of ``num_rows`` (S), on the interface's device.
 
-    For a ``network`` that doesn't use it, a prefix only says where rows stand. Where nothing is padded no masks are
-    made, since attention is faster without. ``size`` says whether that is so; when it is not given, a batch of one has
-    no padding, and of others it is known where lengths lie on the CPU.
+    If ``network`` does not use prefixes, this only gives the places of rows. Without padding no masks are made, since
+    attention is faster without. ``size`` says whether there is padding; without it, a batch of one has none, and larger
+    batches are checked if their lengths are on the CPU.
     """
     if not network.options.uses_prefix:
         prefix = prefix._replace(control=prefix.control[:, :0], num_control=torch.zeros_like(prefix.num_control))
     rows, row_is_real = interface.row_places(prefix.lengths, num_rows)
-    assert interface.row_offsets is not None  # else it has no places
+    assert interface.row_offsets is not None  # otherwise row_places raises
     num_control = prefix.control.shape[1]
     places = torch.arange(num_control, device=rows.device).expand(len(rows), -1)
     if size is None:
@@ -113,7 +113,7 @@ def lay_out_branches(network: ShortcutNetwork, interface: TokenInterface, contex
 
 
 def embed_control(interface: TokenInterface, control: Control, layout: Layout | None = None) -> EmbeddedControl:
-    """Embed ``control`` (B, K), behind the tokens of the prefix that ``layout`` is of, if there is one."""
+    """Embed ``control`` (B, K), after the tokens of the prefix in ``layout``, if there is one."""
     committed = interface.embed(control.tokens, control.positions)
     if layout is None:
         return EmbeddedControl(committed, control.is_real, Places(rows=None, control=control.positions))
@@ -130,7 +130,7 @@ def embed_control(interface: TokenInterface, control: Control, layout: Layout | 
 
 
 def _rows(interface: TokenInterface, masked: Tensor) -> Rows:
-    """Rows that belong to ``masked`` tokens, (B, M) or a mask (B, L)."""
+    """Return the rows of ``masked`` tokens, (B, M) or a mask (B, L)."""
     if masked.dtype != torch.bool:
         if interface.num_rows == interface.num_tokens:
             return RowsAt(masked)
@@ -140,22 +140,21 @@ def _rows(interface: TokenInterface, masked: Tensor) -> Rows:
 
 
 def require_kind(network: ShortcutNetwork, interface: TokenInterface, whose: str) -> None:
-    """Refuse a ``network`` made for another kind of base than the one whose ``interface`` this is.
+    """Check that ``network`` is made for bases with this kind of ``interface``.
 
     Raises:
-        WeightsError: naming the base, ``whose``, and what was expected.
+        WeightsError: naming the base, ``whose``, and the class of networks for it.
     """
     has_places = interface.row_offsets is not None
     if network.uses_places != has_places:
-        wanted, found = ("without", "with") if has_places else ("with", "without")
         raise WeightsError(
-            f"{whose}: rows of its features stand {found} places in a sequence, but a {type(network).__name__} is made "
-            f"for rows {wanted}; {'LLaDAShortcutNet' if has_places else 'ShortcutNet'} is for this base"
+            f"{whose}: its interface has {'' if has_places else 'no '}places of rows in a sequence; expected a "
+            f"{'LLaDAShortcutNet' if has_places else 'ShortcutNet'}, found a {type(network).__name__}"
         )
 
 
 def _joined(prefix: EmbeddedControl, control: Control) -> Tensor | None:
-    """Which tokens of ``prefix``, then of ``control``, are no padding: (B, P + K), None where all are."""
+    """Return the mask (B, P + K), false at padding, of ``prefix``, then ``control``; None if there is no padding."""
     if prefix.is_real is None and control.is_real is None:
         return None
     parts = (prefix.places.control, prefix.is_real), (control.tokens, control.is_real)
@@ -163,5 +162,5 @@ def _joined(prefix: EmbeddedControl, control: Control) -> Tensor | None:
 
 
 def _is_padded(lengths: Tensor, longest: int) -> bool:
-    """Whether one of ``lengths`` is below ``longest``; taken for granted where asking would wait for a device."""
+    """Return whether a length is below ``longest``; True without looking where that would synchronise a device."""
     return len(lengths) > 1 and (lengths.device.type != "cpu" or bool((lengths < longest).any()))

@@ -1,4 +1,4 @@
-"""Grow a trained transformer: insert layers that change nothing at first (Chen et al., Net2Net, arXiv 1511.05641)."""
+"""Growth of a trained transformer by layers that change nothing at first (Chen et al., Net2Net, arXiv 1511.05641)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import nn
 
 
 def deepened(layers: nn.ModuleList, depth: int, residual_ends: Callable[[Any], Iterable[nn.Module]]) -> nn.ModuleList:
-    """``layers`` with copies of them inserted evenly, ``depth`` in all; the function they compute stays the same.
+    """Return ``layers`` with copies inserted evenly, ``depth`` in all, that compute the same function.
 
     Args:
-        layers: residual layers, kept in order; each copy stands behind its original.
-        depth: number of layers wanted.
-        residual_ends: the last modules of a layer's residual branches. In a copy their parameters are zero.
+        layers: residual layers, kept in order; each copy follows its original.
+        depth: number of layers in the result.
+        residual_ends: returns the last modules of a layer's residual branches, whose parameters are zero in copies.
 
     Raises:
         ValueError: if ``depth`` is below the number of layers.
     """
     if depth < len(layers):
-        raise ValueError(f"depth must be at least {len(layers)}, the number of layers there are; got {depth}")
+        raise ValueError(f"depth must be at least {len(layers)}, the present number of layers; got {depth}")
     grown = []
     for index, layer in enumerate(layers):
         copies = depth * (index + 1) // len(layers) - depth * index // len(layers) - 1

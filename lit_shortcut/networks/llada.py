@@ -1,6 +1,6 @@
-"""The transformer block of LLaDA (Nie et al., arXiv 2502.09992), attending to its own rows or to others.
+"""Transformer block of LLaDA (Nie et al., arXiv 2502.09992), attending to its own rows or to others.
 
-Submodules carry the names of the published weights.
+Submodules have the names of the published weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lit_shortcut.networks.attention import attend, split_heads
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines, float32 (B, 1, S, D/2), of the angles by which rows are rotated."""
+    """Cosines and sines, float32 (B, 1, S, D/2), of the angles that rows are rotated by."""
 
     cos: Tensor
     sin: Tensor
@@ -29,7 +29,7 @@ def rotation(places: Tensor, head_width: int, theta: float) -> Rotation:
 
 
 def rotate(heads: Tensor, by: Rotation) -> Tensor:
-    """``heads`` (B, heads, S, D) rotated in float32; plane i is spanned by channels i and i + D/2.
+    """Rotate ``heads`` (B, heads, S, D) in float32; plane i is spanned by channels i and i + D/2.
 
     >>> quarter = Rotation(torch.tensor([0.0]), torch.tensor([1.0]))
     >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), quarter)
@@ -41,10 +41,10 @@ def rotate(heads: Tensor, by: Rotation) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """As torch's, with the weight in the dtype of ``x``: under autocast they differ, and no fused kernel takes that."""
+    """torch's RMS norm with the weight cast to the dtype of ``x``, as the fused kernel needs under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (…, C), normalised over C."""
+        """Normalise ``x`` (…, C) over C."""
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -55,10 +55,10 @@ class LLaDABlock(nn.Module):
         width: C.
         num_heads: attention heads.
         mlp_width: hidden width of the SwiGLU.
-        norm_eps: of the RMS norms.
+        norm_eps: eps of the RMS norms.
 
     Raises:
-        ValueError: if ``width`` is not a multiple of twice ``num_heads``; rotation takes channels in pairs.
+        ValueError: if ``width`` is not a multiple of twice ``num_heads``: channels are rotated in pairs.
     """
 
     def __init__(self, width: int, num_heads: int, mlp_width: int, norm_eps: float) -> None:
@@ -79,13 +79,13 @@ class LLaDABlock(nn.Module):
     def forward(
         self, x: Tensor, by: Rotation, is_real: Tensor | None = None, memory: tuple[Tensor, Rotation] | None = None
     ) -> Tensor:
-        """(B, S, C) to (B, S, C).
+        """Map (B, S, C) to (B, S, C).
 
         Args:
             x: rows, (B, S, C).
             by: rotation of their places.
-            is_real: (B, S), or (B, K) with ``memory``: false where what is attended to is padding.
-            memory: other rows (B, K, C) to attend to, with their rotation; the same norm goes over them.
+            is_real: (B, S), or (B, K) with ``memory``, false at padding, which is not attended to.
+            memory: other rows (B, K, C) to attend to, with their rotation; the same norm applies to them.
         """
         normed = self.attn_norm(x)
         source, source_by = (normed, by) if memory is None else (self.attn_norm(memory[0]), memory[1])

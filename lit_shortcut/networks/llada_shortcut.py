@@ -1,4 +1,4 @@
-"""The shortcut network of LLaDA-like bases: the same skeleton as MaskGIT's, with LLaDA's parts."""
+"""Shortcut network of LLaDA-like bases: the same skeleton as MaskGIT's, with LLaDA's parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = Names(
         ("proj_out.", "widen."),
     ]
 )
-"""Tensors of the published DiMOO-Shortcut and ours; other names are the same."""
+"""Names of tensors in the published DiMOO-Shortcut and ours; other names are the same."""
 
 
 class CrossAndSelf(nn.Module):
@@ -46,9 +46,9 @@ class CrossAndSelf(nn.Module):
         is_real: Tensor | None,
         rows: Rows = ALL_ROWS,
     ) -> Tensor:
-        """(B, S, c) to (B, S, c) under ``control`` (B, K, c), each with its rotation and its padding.
+        """Map (B, S, c) to (B, S, c) given ``control`` (B, K, c), each with its rotation and padding.
 
-        Only ``rows`` change; all of them are attended to.
+        Only ``rows`` change; all rows are attended to.
         """
         own, own_by = rows.take(x), Rotation(*(rows.take(part[:, 0])[:, None] for part in by))
         if self.cross_attn is not None:
@@ -68,7 +68,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         num_heads: attention heads, as many as the base has.
         mlp_width: hidden width of the SwiGLUs, that of the base.
         rope_theta: base of the rotary frequencies, that of the base.
-        norm_eps: of the RMS norms.
+        norm_eps: eps of the RMS norms.
         bottleneck_ratio: C over the network's own width c, at least 1; at 1 there are no projections.
         num_blocks: blocks in a row.
         uses_time: condition on the masked share r.
@@ -78,7 +78,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         anchored: see :class:`~lit_shortcut.networks.rows.Options`.
 
     Raises:
-        ValueError: if the ratio is below 1, c is not a multiple of twice ``num_heads``, or options do not go together.
+        ValueError: if the ratio is below 1, c is not a multiple of twice ``num_heads``, or options are incompatible.
     """
 
     uses_places = True
@@ -118,20 +118,19 @@ class LLaDAShortcutNet(ShortcutNetwork):
 
     @classmethod
     def load(cls, path: Path) -> LLaDAShortcutNet:
-        """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """Load the frozen network at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it fails."""
         return load_module(cls, path)
 
     @classmethod
     def load_published(
         cls, path: str, num_heads: int = 32, rope_theta: float = 500_000.0, norm_eps: float = 1e-5
     ) -> LLaDAShortcutNet:
-        """The network whose published state dict is at ``path``, a path or an ``hf://`` address, frozen.
+        """Load the published state dict at ``path``, a path or an ``hf://`` address, frozen.
 
-        Sizes are read off its tensors; heads, frequencies and epsilon, which leave no trace in them, are those of the
-        base.
+        Sizes are read from its tensors; heads, frequencies and epsilon, which tensors do not show, are the base's.
 
         Raises:
-            WeightsError: if the file cannot be had, is damaged, or holds something else.
+            WeightsError: if the file is unavailable, damaged, or not a DiMOO-Shortcut.
         """
         file = local_file(path)
         state = load_state(file)
@@ -150,7 +149,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         return network
 
     def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
-        """Blocks over ``x`` (B, S, c) under ``control`` (B, K, c).
+        """Apply the blocks to ``x`` (B, S, c) given ``control`` (B, K, c).
 
         Raises:
             ValueError: if there are no ``places``.

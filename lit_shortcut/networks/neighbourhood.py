@@ -1,4 +1,4 @@
-"""What tokens just committed mean to the places around them: convolution on the token grid."""
+"""Influence of tokens just committed on the places around them: a convolution on the token grid."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from torch.nn import functional as F
 
 
 class Neighbourhood(nn.Module):
-    """Committed tokens laid on the grid, zero elsewhere, and spread by a depthwise convolution.
+    """Depthwise convolution of committed tokens placed on the grid, zero elsewhere.
 
-    An addition of this project to the published network. Features change most beside a token just committed (on the
-    fashion base five to ten times as much as five places away), and attention learns nearness slowly: its weights sum
-    to one, also where nothing is near.
+    This project's addition to the published network. Features change most beside a token just committed (on the fashion
+    base five to ten times as much as five places away), and attention learns nearness slowly: its weights sum to one
+    even if nothing is near.
 
     Args:
         width: c, channels.
         grid: side of the square token grid.
         reach: places that a token reaches in each direction; the kernel's side is 2·reach + stride.
-        stride: tokens a side of the square that a row of the features stands for.
+        stride: side in tokens of the square that a row of the features stands for.
 
     Raises:
-        ValueError: if ``grid`` is below 1, or no multiple of ``stride``.
+        ValueError: if ``grid`` is below 1, or not a multiple of ``stride``.
     """
 
     def __init__(self, width: int, grid: int, reach: int, stride: int = 1) -> None:
         super().__init__()
         if grid < 1:
-            raise ValueError(f"grid must be the side of the token grid where there is a reach, got {grid}")
+            raise ValueError(f"grid must be the side of the token grid if there is a reach, got {grid}")
         if stride < 1 or grid % stride:
             raise ValueError(f"stride must divide grid {grid}, got {stride}")
         self.grid = grid
@@ -35,9 +35,9 @@ class Neighbourhood(nn.Module):
         self.mix = nn.Linear(width, width)
 
     def forward(self, control: Tensor, positions: Tensor, is_real: Tensor | None) -> Tensor:
-        """(B, L / stride², c) from ``control`` (B, K, c) at ``positions`` (B, K).
+        """Map ``control`` (B, K, c) at ``positions`` (B, K) to rows (B, L / stride², c).
 
-        ``is_real`` (B, K) is false where ``control`` is padding, None where there is none.
+        ``is_real`` (B, K) is false where ``control`` is padding, None if there is no padding.
         """
         tokens: Tensor = self.norm(control)
         if is_real is not None:

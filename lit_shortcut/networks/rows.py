@@ -1,4 +1,4 @@
-"""Which rows a shortcut network predicts, and the options that all such networks have."""
+"""Choice of rows that a shortcut network predicts, and the options of all such networks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ RowChoice = Literal["all", "masked"]
 
 
 class Rows:
-    """All rows of (B, S, c). Subclasses choose some of them, which change while the others are only attended to."""
+    """All rows of (B, S, c). Subclasses select rows to change; the others are only attended to."""
 
     def take(self, x: Tensor) -> Tensor:
         """Return the rows to compute, in an order of their own."""
         return x
 
     def put(self, x: Tensor, taken: Tensor) -> Tensor:
-        """Return ``x`` (B, S, c) with the chosen rows replaced by ``taken``, which :meth:`take` gave."""
+        """Return ``x`` (B, S, c) with the selected rows replaced by ``taken``, in the order of :meth:`take`."""
         return taken
 
 
@@ -29,17 +29,17 @@ ALL_ROWS = Rows()
 
 
 class RowsAt(Rows):
-    """The rows at ``index`` (B, M), all different: what is computed shrinks to M rows."""
+    """The rows at ``index`` (B, M), all different; only M rows are computed."""
 
     def __init__(self, index: Tensor) -> None:
         self.index = index
 
     def take(self, x: Tensor) -> Tensor:
-        """(B, M, c)."""
+        """Return the rows (B, M, c) at ``index``."""
         return x.gather(1, self._index(x))
 
     def put(self, x: Tensor, taken: Tensor) -> Tensor:
-        """(B, S, c)."""
+        """Return ``x`` (B, S, c) with ``taken`` (B, M, c) at ``index``."""
         return x.scatter(1, self._index(x), taken)
 
     def _index(self, x: Tensor) -> Tensor:
@@ -47,13 +47,13 @@ class RowsAt(Rows):
 
 
 class RowsWhere(Rows):
-    """Rows where ``mask`` (B, L) is true, among the first L: all are computed, as samples may differ in number."""
+    """Rows, among the first L, where ``mask`` (B, L) is true; all are computed, since their numbers may differ."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
 
     def put(self, x: Tensor, taken: Tensor) -> Tensor:
-        """(B, S, c)."""
+        """Return ``x`` (B, S, c) with ``taken`` where ``mask`` is true."""
         mask = torch.nn.functional.pad(self.mask, (0, x.shape[1] - self.mask.shape[1]))
         return torch.where(mask[..., None], taken, x)
 
@@ -69,12 +69,12 @@ class Options:
         uses_time: condition on the masked share r.
         uses_control: attend to the tokens committed since the features were computed.
         uses_prefix: the tokens of a text prefix are control tokens, too.
-        rows: predict ``all`` rows of the features, as published, or only those still ``masked``; keys are always all.
-        anchored: predict from the last full step, all tokens committed since, and the number of steps since, in place
-            of one step after another.
+        rows: predict ``all`` rows of the features, as published, or only those still ``masked``; all are attended to.
+        anchored: predict from the last full step, all tokens committed since, and the number of steps since, instead of
+            step by step.
 
     Raises:
-        ValueError: if a size is below 1 or switches do not go together.
+        ValueError: if a size is below 1 or switches are incompatible.
     """
 
     width: int

@@ -1,4 +1,4 @@
-"""The shortcut network: features and the tokens just committed in, the next step's features out (arXiv 2602.23996)."""
+"""Shortcut network: from features and the tokens just committed to the next step's features (arXiv 2602.23996)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lit_shortcut.weights import WeightsError, load_module
 
 _FREQUENCIES = 128  # half of the sinusoidal embedding's 256 values
 _MAX_PERIOD = 10_000.0
-_TIME_SCALE = 1000.0  # masked share in [0, 1] to the range the embedding's periods are made for
+_TIME_SCALE = 1000.0  # from masked shares in [0, 1] to the range of the embedding's periods
 _LAST_EPS = 1e-12
 
 
 class Block(nn.Module):
     """Cross-attention to the control tokens, MLP, self-attention, MLP, each with a residual.
 
-    Only queries are normed: the control tokens enter as they are, and so do keys and values of the self-attention.
-    Without control there are only self-attention and its MLP.
+    Only queries are normed, not the control tokens, nor keys and values of the self-attention. Without control there
+    are only self-attention and its MLP.
     """
 
     def __init__(self, width: int, num_heads: int, uses_control: bool = True) -> None:
@@ -42,9 +42,9 @@ class Block(nn.Module):
         self.self_mlp_norm, self.self_mlp = nn.LayerNorm(width), feed_forward(width, 4 * width)
 
     def forward(self, x: Tensor, control: Tensor, is_real: Tensor | None, rows: Rows = ALL_ROWS) -> Tensor:
-        """(B, S, c) to (B, S, c) under ``control`` (B, K, c), padding where ``is_real`` (B, K) is false.
+        """Map (B, S, c) to (B, S, c) given ``control`` (B, K, c), which is padding where ``is_real`` (B, K) is false.
 
-        Only ``rows`` change; all of them are attended to.
+        Only ``rows`` change; all rows are attended to.
         """
         own = rows.take(x)
         if self.uses_control:
@@ -55,20 +55,20 @@ class Block(nn.Module):
 
 
 class ShortcutNetwork(nn.Module, ABC):
-    """What all shortcut networks share: average velocity of the features over some steps, f + S(f, control, r).
+    """Parent of all shortcut networks: average velocity of the features over some steps, f + S(f, control, r).
 
-    Projections to a width of its own, blocks, a last layer, modulation by the masked share, projection back. Knows no
-    base. With a bottleneck the last projection starts at zero, so that an untrained network repeats its input and
-    training begins at "hold"; at ratio 1 there are no projections.
+    S projects to the network's own width, then applies blocks, a last layer, modulation by the masked share, and a
+    projection back. With a bottleneck the last projection starts at zero, so that an untrained network repeats its
+    input and training begins at "hold"; at ratio 1 there are no projections.
 
     Args:
-        options: what every network of a kind can be asked for.
-        blocks: of width c, for :meth:`refine`.
-        last: layer of width c behind them.
+        options: sizes and switches.
+        blocks: blocks of width c, for :meth:`refine`.
+        last: layer of width c after the blocks.
     """
 
     uses_places: ClassVar[bool] = False
-    """Whether the network needs to know where rows stand in the base's sequence."""
+    """True if the network needs the places of rows in the base's sequence."""
 
     hparams: dict[str, Any]
 
@@ -98,15 +98,15 @@ class ShortcutNetwork(nn.Module, ABC):
         rows: Rows = ALL_ROWS,
         gap: Tensor | None = None,
     ) -> Tensor:
-        """Next features (B, S, C).
+        """Predict features (B, S, C).
 
         Args:
             features: (B, S, C) of the present step, or of the last full step for an anchored network.
-            control: (B, K, C) embeddings of the tokens committed since.
-            masked_share: (B,) r, share of image tokens still masked before the step that is predicted.
+            control: (B, K, C), embeddings of the tokens committed since.
+            masked_share: (B,) r, share of image tokens still masked before the predicted step.
             is_real: (B, K), false where ``control`` is padding.
-            places: where ``features`` and ``control`` stand in the base's sequence, if the network uses that.
-            rows: rows to predict; the others stay as they are.
+            places: places of ``features`` and ``control`` in the base's sequence, if the network uses them.
+            rows: rows to predict; the others stay the same.
             gap: (B,) steps from ``features`` to the prediction, for an anchored network.
         """
         x = self.narrow_features(features)
@@ -125,7 +125,7 @@ class ShortcutNetwork(nn.Module, ABC):
 
     @abstractmethod
     def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
-        """Blocks over ``x`` (B, S, c) under ``control`` (B, K, c), padding where ``is_real`` (B, K) is false.
+        """Apply the blocks to ``x`` (B, S, c) given ``control`` (B, K, c), padding where ``is_real`` (B, K) is false.
 
         Only ``rows`` change.
         """
@@ -141,16 +141,16 @@ class ShortcutNet(ShortcutNetwork):
         num_blocks: blocks in a row, at least 1.
         uses_time: condition on the masked share r.
         grid: side of the square token grid, for the neighbourhood.
-        reach: of the :class:`~lit_shortcut.networks.neighbourhood.Neighbourhood` that is added before the blocks; 0
+        reach: reach of the :class:`~lit_shortcut.networks.neighbourhood.Neighbourhood` added before the blocks; 0
             leaves it out, as published.
-        stride: tokens a side of the square that a row of the features stands for, for the neighbourhood.
+        stride: side in tokens of the square that a row of the features stands for, for the neighbourhood.
         uses_control: attend to the tokens just committed.
         rows: see :class:`Options`.
         anchored: see :class:`Options`.
 
     Raises:
-        ValueError: if the ratio or the number of blocks is below 1, c is not a multiple of ``num_heads``, or options do
-            not go together.
+        ValueError: if the ratio or the number of blocks is below 1, c is not a multiple of ``num_heads``, or options
+            are incompatible.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class ShortcutNet(ShortcutNetwork):
         require_at_least(1, num_heads=num_heads, stride=stride)
         require_at_least(0, grid=grid, reach=reach)
         if reach and not uses_control:
-            raise ValueError("reach lays control tokens on the grid, and uses_control is false; set reach to 0")
+            raise ValueError("reach needs uses_control: true, since it places control tokens on the grid; got false")
         inner = options.inner
         last = nn.Sequential(
             nn.LayerNorm(inner, eps=_LAST_EPS),
@@ -195,18 +195,17 @@ class ShortcutNet(ShortcutNetwork):
 
     @classmethod
     def load(cls, path: Path) -> ShortcutNet:
-        """The network stored at ``path``, frozen; raises :class:`~lit_shortcut.weights.WeightsError` if it is none."""
+        """Load the frozen network at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it fails."""
         return load_module(cls, path)
 
     @classmethod
     def load_published(cls, path: Path, num_heads: int = 16) -> ShortcutNet:
-        """The network whose published state dict is at ``path``, frozen.
+        """Load the published state dict at ``path``, frozen.
 
-        Width, bottleneck, blocks and time embedding are read off its tensors; the number of heads leaves no trace in
-        them.
+        Width, bottleneck, blocks and time embedding are read from its tensors, which do not show the number of heads.
 
         Raises:
-            WeightsError: if the file is missing, damaged, or holds something else.
+            WeightsError: if the file is missing, damaged, or not a MIGM-Shortcut.
         """
         state = load_state(path)
         try:
@@ -215,7 +214,7 @@ class ShortcutNet(ShortcutNetwork):
                 network = cls(num_heads=num_heads, **sizes)
         except (KeyError, IndexError) as error:
             raise WeightsError(
-                f"{path}: expected a MIGM-Shortcut state dict with last_layer.1.weight and, where it has a bottleneck, "
+                f"{path}: expected a MIGM-Shortcut state dict with last_layer.1.weight and, if it has a bottleneck, "
                 f"proj_in.weight (c, C); found {', '.join(sorted(state)[:8])}, …"
             ) from error
         except ValueError as error:
@@ -224,7 +223,7 @@ class ShortcutNet(ShortcutNetwork):
         return network
 
     def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
-        """Blocks over ``x`` (B, S, c) under ``control`` (B, K, c), whose ``places`` only the neighbourhood needs.
+        """Apply the blocks to ``x`` (B, S, c) given ``control`` (B, K, c); only a neighbourhood needs ``places``.
 
         Raises:
             ValueError: if there is a neighbourhood and no ``places``.
@@ -240,7 +239,7 @@ class ShortcutNet(ShortcutNetwork):
 
 
 def published_sizes(state: dict[str, Tensor], inner: int) -> dict[str, Any]:
-    """Arguments of any :class:`ShortcutNetwork` of own width ``inner`` (c), read off its published ``state``."""
+    """Return a :class:`ShortcutNetwork`'s arguments, given its published ``state`` and own width ``inner`` (c)."""
     width = state["proj_in.weight"].shape[1] if "proj_in.weight" in state else inner
     ratio = width / inner
     return {
@@ -260,6 +259,6 @@ def sinusoids(values: Tensor) -> Tensor:
 
 
 def _time_mlp(inner: int) -> nn.Sequential:
-    """From :func:`sinusoids` (B, 256) to (B, c)."""
+    """Return an MLP from :func:`sinusoids` (B, 256) to (B, c)."""
     hidden = round(math.sqrt(2 * _FREQUENCIES * inner))
     return nn.Sequential(nn.Linear(2 * _FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, inner))

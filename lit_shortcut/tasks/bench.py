@@ -1,4 +1,4 @@
-"""Where the time goes: ``test`` takes the decoding loop apart, part by part."""
+"""Profile of the decoding loop: ``test`` times it part by part."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class BenchTask(L.LightningModule):
         plans: plans by name, besides ``even`` and ``even_tokens``.
         path: JSON file to write.
         rounds: timed runs of each row.
-        random_weights: say of the weights that they are random; sizes alone matter here.
+        random_weights: label the weights as random; only sizes matter here.
         compiled: run base and predictors' networks through ``torch.compile``.
         compile_mode: ``reduce-overhead`` replays CUDA graphs, for plans that are fixed before a run.
     """
@@ -71,18 +71,18 @@ class BenchTask(L.LightningModule):
         self.methods = modules_of(self.rows)
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot be run or written, before anything is."""
+        """Check up front that everything can be run and written."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         require_feasible(self.base, self.rows, data)
         require_writable(self.path.parent)
 
     def on_test_start(self) -> None:
-        """Compile, where that is asked for."""
+        """Compile networks if ``compiled``."""
         if self.compiled:
             compile_networks(self.base, self.methods, self.compile_mode)
 
     def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure on the first batch; the others are left out."""
+        """Measure on the first batch; skip the others."""
         if batch_idx > 0 or dataloader_idx > 0:
             return
         if self.device.type == "cuda":
@@ -105,7 +105,7 @@ class BenchTask(L.LightningModule):
         rank_zero_info(f"\n{tables}\n\n{said}\n{where}")
 
     def facts(self, batch: Conditions) -> dict[str, Any]:
-        """What the figures depend on, and the peak of memory."""
+        """Return everything the figures depend on, and the peak of memory."""
         on_cuda = self.device.type == "cuda"
         return {
             "device": device_name(self.device),
@@ -122,7 +122,7 @@ class BenchTask(L.LightningModule):
         }
 
     def _run(self, row: Row, batch: Conditions) -> Laps:
-        """The decoding loop once, by laps."""
+        """Run the decoding loop once, in laps."""
         laps = Laps(self.device)
         base, method = TimedBase(self.base, laps), TimedAcceleration(row.acceleration, laps)
         laps.begin()
@@ -151,5 +151,5 @@ def _table(parts: list[Part]) -> str:
 
 
 def _peak_rss() -> int:
-    """Bytes; Linux counts in kB, macOS in bytes."""
+    """Return the peak in bytes; Linux counts in kB, macOS in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

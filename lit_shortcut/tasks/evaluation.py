@@ -42,7 +42,7 @@ class EvaluationTask(L.LightningModule):
         plans: plans by name, besides ``even`` and ``even_tokens``.
         rows: ways to decode, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them; one of them is vanilla at
             ``decoding.num_steps``.
-        metrics: measures of images by the name they are logged under.
+        metrics: image metrics by the name they are logged under.
         results: folder for finished rows.
         latency_rounds: times each row is timed; 0 leaves latency out.
         latency_batch_size: images decoded at once when timing.
@@ -95,7 +95,7 @@ class EvaluationTask(L.LightningModule):
 
     @property
     def run_seeds(self) -> list[int]:
-        """Seeds that each row is measured under."""
+        """Return the run seeds of each row."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         return list(data.run_seeds)
 
@@ -116,7 +116,7 @@ class EvaluationTask(L.LightningModule):
             require_writable(self.results)
 
     def on_test_start(self) -> None:
-        """Compile where that is asked for, and look at what is finished."""
+        """Compile networks if ``compiled``, and find the finished rows."""
         if self.compiled:
             compile_networks(self.base, self.methods, self.compile_mode)
         self.loops = loop_identities(
@@ -170,7 +170,7 @@ class EvaluationTask(L.LightningModule):
             self.stored.set_latency(identity, measured)
 
     def teardown(self, stage: str) -> None:
-        """Delete what a trial run wrote."""
+        """Delete the files of a trial run."""
         if self.trial_folder is not None:
             self.trial_folder.cleanup()
 

@@ -69,11 +69,11 @@ class GenerateTask(L.LightningModule):
         return self.decoding.num_steps * len(self.rows)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """Return what pictures follow from, by row; see :func:`~lit_shortcut.pictures.settings_of`."""
+        """Return the settings that determine pictures, by row; see :func:`~lit_shortcut.pictures.settings_of`."""
         return {row.name: settings_of(self.base, row) for row in self.rows}
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot be drawn before anything is.
+        """Check up front that everything can be drawn.
 
         Raises:
             ValueError: if the base does not know a condition, the schedule cannot spend the tokens in so many steps, or
@@ -84,7 +84,7 @@ class GenerateTask(L.LightningModule):
             require_feasible(self.base, self.rows, data)
 
     def on_predict_start(self) -> None:
-        """Compile where that is asked for."""
+        """Compile networks if ``compiled``."""
         if self.compiled:
             compile_networks(self.base, [self.shortcut] if isinstance(self.shortcut, nn.Module) else [])
 

@@ -1,4 +1,4 @@
-"""What every trained task shares: an optimiser and a schedule chosen in YAML."""
+"""Parent of all trained tasks: an optimiser and a schedule chosen in YAML."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class OptimizedTask(L.LightningModule):
         }
 
     def on_validation_end(self) -> None:
-        """Step a schedule that waits for a plateau.
+        """Step a schedule that reacts to a plateau.
 
         Raises:
-            ValueError: if what it monitors was not measured.
+            ValueError: if the monitored value was not logged.
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         scheduler = self.lr_schedulers() if fits else None
@@ -91,11 +91,11 @@ class OptimizedTask(L.LightningModule):
             ) from error
 
     def network_facts(self) -> dict[str, Any]:
-        """JSON values stored beside the network's weights; a task adds what ties the network to its data."""
+        """Return JSON values stored beside the weights; tasks add those that tie the network to its data."""
         return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the network's weights alone, and say what they are."""
+        """Keep only the network's weights, with their metadata."""
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("network.")}
         checkpoint["network"] = identity(self.network) | self.network_facts()
         if self._settings is not None:
@@ -126,5 +126,5 @@ class OptimizedTask(L.LightningModule):
 
 
 def _told(facts: dict[str, Any]) -> dict[str, Any]:
-    """Of what is stored beside the weights, all that tells whether they fit."""
+    """Return the metadata beside the weights that decide whether they fit."""
     return facts["hparams"] | {name: facts[name] for name in ("class", "base_fingerprint") if name in facts}

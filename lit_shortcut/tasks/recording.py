@@ -1,4 +1,4 @@
-"""Record trajectories of a frozen base: ``predict`` runs the vanilla loop and keeps the features of every step."""
+"""Recording of trajectories: ``predict`` runs the vanilla loop and keeps the features of every step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCRATCH = Path("runs/scratch")
 
 
 class Asked(Protocol):
-    """What a set's images are asked for by: the data module of their conditions."""
+    """Data module of the conditions of a set's images."""
 
     num_images: int
     batch_size: int
@@ -76,7 +76,7 @@ class RecordingTask(L.LightningModule):
         self.memory_limit_gb, self.scratch = memory_limit_gb, Path(scratch)
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot be recorded before anything is.
+        """Check up front that everything can be recorded.
 
         Raises:
             ValueError: if the base does not know a condition, or the schedule cannot spend the tokens in so many steps.
@@ -86,7 +86,7 @@ class RecordingTask(L.LightningModule):
             require_known(self.base, datamodule, guided=self.decoding.is_guided)
 
     def on_predict_start(self) -> None:
-        """Compile where that is asked for, and make room for features."""
+        """Compile networks if ``compiled``, and make room for features."""
         if self.compiled:
             compile_networks(self.base, (), self.compile_mode)
         self.room: HostRoom = room_of(self.device, self.memory_limit_gb, self.scratch)
@@ -104,13 +104,13 @@ _ON_DEVICE = Room()
 
 
 def record(base: MaskedImageModel, conditions: Conditions, decoding: Decoding, room: Room = _ON_DEVICE) -> Trajectories:
-    """Run the vanilla loop and keep the features of every step, each as it is computed.
+    """Run the vanilla loop and keep the features of every step as soon as it is computed.
 
     Args:
         base: the frozen model.
         conditions: what to generate, in one batch.
         decoding: how tokens are drawn.
-        room: what keeps the features; step by step, so that each step's are contiguous.
+        room: storage of the features, in which each step's are contiguous.
     """
     features, tokens = None, conditions.ids
     context = base.context(conditions, guided=decoding.is_guided)
@@ -135,15 +135,15 @@ def card_of(
     precision: str,
     base_identity: dict[str, Any],
 ) -> Card:
-    """The card of the set that :func:`record` makes of all images ``asked`` for, a shard for each batch of them.
+    """Return the card of the set that :func:`record` makes of the images ``asked``, with a shard for each batch.
 
     Args:
         base: the frozen model.
         decoding: how tokens are drawn.
-        asked: the images.
-        encoding: of the features as stored.
-        precision: that the trainer computes them in.
-        base_identity: all of the base that they depend on, as JSON has it; with its ``fingerprint``.
+        asked: conditions of the images.
+        encoding: encoding of the features as stored.
+        precision: the trainer's precision.
+        base_identity: identity of the base, as JSON; with its ``fingerprint``.
     """
     first = move_data_to_device(asked.loader().dataset[0].slice(0, 1), base.interface.code_embedding.device)
     return Card(

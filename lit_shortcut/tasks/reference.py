@@ -17,14 +17,14 @@ from lit_shortcut.weights import require_writable, update_manifest
 class ReferenceTask(L.LightningModule):
     """``predict`` over real images writes mean and covariance of their features; run on one device.
 
-    That is enough for the Fréchet distance; the kernel distance, precision and recall need features themselves.
+    That is enough for the Fréchet distance; the kernel distance, precision and recall need the features themselves.
 
     Args:
-        extractor: from uint8 images to features, the one that will judge generated images.
+        extractor: network from uint8 images to features, the same as the metrics'.
         path: safetensors file to write; ``manifest.yaml`` beside it gets an entry.
-        images: says which images they are.
+        images: name of the images.
         licence: SPDX identifier of the file.
-        num_reference_features: images whose features are stored, a random subset; all where there are fewer.
+        num_reference_features: size of the random subset whose features are stored; all if there are fewer images.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class ReferenceTask(L.LightningModule):
         self.extractor = extractor
 
     def on_predict_start(self) -> None:
-        """Refuse several ranks, and a place that cannot be written.
+        """Check that there is one rank, and that the file can be written.
 
         Raises:
-            ValueError: if there is more than one; each would count its own images alone.
+            ValueError: if there are several ranks, each of which would only count its own images.
             OSError: if the file cannot be written.
         """
         if self.trainer.world_size > 1:

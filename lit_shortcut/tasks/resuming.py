@@ -1,4 +1,4 @@
-"""What a resumed training takes from its checkpoint, and what from the YAML: whatever changed in the YAML holds."""
+"""Resuming a training whose YAML changed: settings come from the YAML, states from the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _KEY = "settings"  # of a checkpoint
 
 
 def settings_of(optimizer: Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:
-    """Return what the YAML says of a new ``optimizer`` and its ``scheduler``, before their first step."""
+    """Return the YAML's settings of a new ``optimizer`` and its ``scheduler``, before their first step."""
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     return {
         "optimizer": type(optimizer).__name__,
@@ -28,7 +28,7 @@ def store(settings: dict[str, Any], checkpoint: dict[str, Any]) -> None:
 
 
 def prefer(settings: dict[str, Any], checkpoint: dict[str, Any], where: str) -> None:
-    """Put those of ``settings`` that differ from the checkpoint's own into its states.
+    """Put the ``settings`` that differ from the checkpoint's own into its states.
 
     A changed learning rate scales the present one. A schedule may be extended or get other milestones; the first step
     still has the rate that the checkpoint was about to use.

@@ -96,8 +96,9 @@ class HostRing(HostRoom):
         super().__init__(memory_limit_gb, scratch)
         self._device, self._backend = device, torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
-        pinned: dict[str, Any] = {"dtype": torch.uint8, "pin_memory": device.type == "cuda"}
-        self._ring = [torch.empty(_BUFFER_BYTES, **pinned) for _ in range(_BUFFERS)]
+        is_cuda = self._backend is torch.cuda
+        self._waiting = {"blocking": True} if is_cuda else {}  # the thread sleeps and does not spin
+        self._ring = [torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(_BUFFERS)]
         self._jobs: Background[Any] = Background()
         self._copies: list[Future[None]] = []  # of the batch that is recorded
 
@@ -116,12 +117,15 @@ class HostRing(HostRoom):
         return self._jobs.submit(self._finish, trajectories, self._event(), copies)
 
     def close(self) -> None:
-        """Wait for all copies."""
-        self._jobs.close()
+        """Wait for all copies; an error of one that nobody saw is raised."""
+        try:
+            deque(self._jobs.results(), maxlen=0)
+        finally:
+            self._jobs.close()
 
     def _event(self) -> Any:
         """What the device reaches once it has done all that it was asked so far, on the stream in use."""
-        event = self._backend.Event()
+        event = self._backend.Event(**self._waiting)
         event.record(self._backend.current_stream(self._device))
         return event
 

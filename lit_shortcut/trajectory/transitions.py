@@ -57,7 +57,7 @@ class EncodedTransition(NamedTuple):
 def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], window: int = 1) -> Transition:
     """Return the windows of ``window`` (R) steps at ``places``: row, branch and the step before the window.
 
-    Features may lie on another device than the rest, which is small and best left on the CPU: their windows do, too.
+    Features may be on another device than the other tensors, which are small and best kept on the CPU; so are windows.
     """
     row, branch, step = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
     features, prefix = trajectories.features, None

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ _UNSIGNED = {1: torch.uint8, 2: torch.uint16}  # for dtypes that numpy lacks, by
 def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card) -> None:
     """Write ``trajectories``, all samples of shard ``index``, to ``folder`` atomically.
 
-    Equal trajectories give equal bytes on every device. Only a few steps are held in memory at a time.
+    Trajectories lie in the host's memory, or in a file mapped there; equal ones give equal bytes. Only a few steps are
+    copied at a time.
 
     Raises:
         TrajectoryError: if ``trajectories`` are not the shard's samples, do not fit ``card`` or are not finite.
@@ -82,7 +83,7 @@ def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple
     lengths = torch.zeros(len(features), dtype=torch.int32)
     rows = lengths + features.shape[2]
     if prefix is not None:
-        lengths = prefix.lengths[row].int().cpu()
+        lengths = prefix.lengths[row].int()
         rows += lengths - prefix.control.shape[-2]
         others["prefix.lengths"] = lengths
         others["prefix.control"] = prefix.control[row, 0, : int(prefix.num_control[row, 0])].float()
@@ -92,25 +93,36 @@ def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple
         steps = features[branch, :, :own]
         at_once = max(1, _AT_ONCE // max(1, steps[0].nbytes))
         for first in range(0, card.num_steps, at_once):
-            encoded = card.encoder.encode(steps[first : first + at_once])
-            parts = {part: tensor.cpu() for part, tensor in encoded.items()}
+            parts = card.encoder.encode(steps[first : first + at_once])
             card.encoder.check(parts)
-            for step, values in enumerate(zip(*parts.values(), strict=True), start=first):
-                for part, value in zip(parts, values, strict=True):
-                    yield step_ending(branch, step, part), *_npy(value)
+            arrays = {part: _array(values) for part, values in parts.items()}
+            for step in range(len(steps[first : first + at_once])):
+                for part, array in arrays.items():
+                    yield step_ending(branch, first + step, part), *_npy(array[step])
     for name, tensor in others.items():
-        yield f"{name}.npy", *_npy(tensor.cpu())
+        yield f"{name}.npy", *_npy(_array(tensor))
     names = zip(("id", "seed", "label"), trajectories.conditions[:3], strict=True)
     facts = {name: int(column[row]) for name, column in names} | ({"prompt": prompts[row]} if prompts else {})
     yield "json", b"", json.dumps(facts).encode()
 
 
-def _npy(tensor: Tensor) -> tuple[bytes, bytes]:
-    """Return numpy's header and the bytes of ``tensor``."""
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return ``tensor`` in a dtype that numpy has."""
+    dtype = _in_numpy(tensor.dtype)
+    return (tensor if dtype == tensor.dtype else tensor.contiguous().view(dtype)).numpy()
+
+
+@lru_cache
+def _in_numpy(dtype: torch.dtype) -> torch.dtype:
     try:
-        array = tensor.numpy()
+        torch.empty(0, dtype=dtype).numpy()
     except TypeError:
-        array = tensor.contiguous().view(_UNSIGNED[tensor.dtype.itemsize]).numpy()
+        return _UNSIGNED[dtype.itemsize]
+    return dtype
+
+
+def _npy(array: np.ndarray[Any, Any]) -> tuple[bytes, bytes]:
+    """Return numpy's header and the bytes of ``array``."""
     return _header(array.dtype.str, array.shape), array.tobytes()
 
 

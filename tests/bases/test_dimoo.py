@@ -218,12 +218,12 @@ def test_shortcut_of_another_kind_of_base_is_refused(
     dimoo: DiMOO, prompted: MakeConditions, conditions: MakeConditions, base: Any
 ) -> None:
     maskgit_shortcut = Accelerated(Even(2), Shortcut(ShortcutNet(16, num_heads=2)))
-    with pytest.raises(WeightsError, match=r"DiMOO: .*a ShortcutNet is made for rows without; LLaDAShortcutNet is"):
+    with pytest.raises(WeightsError, match=r"DiMOO: .*expected a LLaDAShortcutNet, found a ShortcutNet"):
         next(sample(dimoo, prompted(1), DECODING, maskgit_shortcut))
     dimoo_shortcut = Accelerated(Even(2), Shortcut(trained(32)))
-    with pytest.raises(WeightsError, match=r"MaskGIT: .*a LLaDAShortcutNet is made for rows with; ShortcutNet is"):
+    with pytest.raises(WeightsError, match=r"MaskGIT: .*expected a ShortcutNet, found a LLaDAShortcutNet"):
         next(sample(base, conditions(1), DECODING, dimoo_shortcut))
-    with pytest.raises(WeightsError, match=r"features are 16 wide.*built for width 32"):
+    with pytest.raises(WeightsError, match=r"width: expected 16.* 32"):
         next(sample(dimoo, prompted(1), DECODING, dimoo_shortcut))
 
 

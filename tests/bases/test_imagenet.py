@@ -124,7 +124,7 @@ def test_vqgan_of_another_codebook_size_is_refused(release: Path, tmp_path: Path
 def test_shortcut_of_another_width_is_refused(base: MaskGIT, tmp_path: Path) -> None:
     save_published(tmp_path / "maskgit-shortcut.pth", ShortcutNet(64, num_heads=2), SHORTCUT)
     shortcut = Accelerated(Even(2), Shortcut.load_published(str(tmp_path / "maskgit-shortcut.pth"), num_heads=2))
-    with pytest.raises(WeightsError, match=r"features are 32 wide.*built for width 64"):
+    with pytest.raises(WeightsError, match=r"width: expected 32.* 64"):
         generate(base, conditions(1), Decoding(num_steps=4), shortcut)
 
 

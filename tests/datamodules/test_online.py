@@ -228,10 +228,10 @@ def test_windows_of_features_on_a_device_are_put_together_there() -> None:
     [
         ({"window": 5}, r"window must lie in 1\.\.4, below the number of steps; got 5"),
         ({"window": 0}, r"window must lie in 1\.\.4"),
-        ({"pool_images": 3}, "pool_images must be a multiple of 2, which are drawn at once; got 3"),
-        ({"pool_images": 0}, "pool_images must be a multiple of 2"),
+        ({"pool_images": 3}, "pool_images must be a multiple of .* 2; got 3"),
+        ({"pool_images": 0}, "pool_images must be a multiple of .* 2; got 0"),
         ({"batch_size": 33}, r"batch_size must lie in 1\.\.32, the transitions in a pool; got 33"),
-        ({"validation": ClassLabels(5)}, "both have the seed 0"),
+        ({"validation": ClassLabels(5)}, r"validation\.seed .* 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:

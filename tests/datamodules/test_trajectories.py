@@ -308,7 +308,7 @@ def test_shard_cut_short_with_a_fitting_index_is_named_when_read(tmp_path: Path,
     [
         (
             {"validation_shards": 6},
-            "validation_shards keeps 6 shards aside and the set has 6, .* batches smaller than 3",
+            "validation_shards .* 6 of 6 shards, .* batches smaller than 3",
         ),
         ({"window": 4}, "window must be below 4 steps, got 4"),
         ({"base_fingerprint": "feedfeedfeedfeed"}, "expected trajectories of base feedfeedfeedfeed, found 0123456789"),

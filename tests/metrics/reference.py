@@ -1,4 +1,4 @@
-"""Reference statistics in one call, for tests."""
+"""Reference statistics in one call, and images as torch-fidelity takes them, for tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lit_shortcut.metrics.reference import FeatureStatistics
 
@@ -17,3 +18,14 @@ def write_reference(
     for batch in batches:
         statistics.update(batch)
     statistics.save(path, images)
+
+
+class Images(Dataset[Tensor]):
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def __len__(self) -> int:
+        return len(self.images)

@@ -10,14 +10,13 @@ import torch
 import torch_fidelity
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
-from torch.utils.data import Dataset
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lit_shortcut.metrics.distances import FrechetDistance, InceptionScore, KernelDistance, Precision, Recall
 from lit_shortcut.metrics.images import ClassAgreement, ImageMetric, collection
 from lit_shortcut.weights import WeightsError, load_tensors, save_tensors
 from tests.metrics.asked import asked
-from tests.metrics.reference import write_reference
+from tests.metrics.reference import Images, write_reference
 
 WIDTH = 6
 
@@ -208,17 +207,6 @@ class Theirs(torch_fidelity.FeatureExtractorBase):  # type: ignore[misc]
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         return (self.projection(images),)
-
-
-class Images(Dataset[Tensor]):
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 def test_values_equal_torch_fidelitys(tmp_path: Path) -> None:

@@ -8,24 +8,12 @@ import torch
 import torch_fidelity
 import torch_fidelity.feature_extractor_inceptionv3 as theirs
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lit_shortcut.metrics.distances import FrechetDistance
 from lit_shortcut.metrics.inception import InceptionFeatures
 from lit_shortcut.weights import WeightsError
 from tests.metrics.asked import asked
-from tests.metrics.reference import write_reference
-
-
-class Images(Dataset[Tensor]):
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
-
-    def __len__(self) -> int:
-        return len(self.images)
+from tests.metrics.reference import Images, write_reference
 
 
 class Touch:

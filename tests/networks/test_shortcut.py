@@ -309,7 +309,7 @@ def test_network_without_a_reach_is_the_published_one() -> None:
 
 
 def test_reach_needs_a_grid_and_places() -> None:
-    with pytest.raises(ValueError, match="grid must be the side of the token grid where there is a reach, got 0"):
+    with pytest.raises(ValueError, match=r"grid must be .* reach, got 0"):
         ShortcutNet(8, num_heads=1, reach=2)
     with pytest.raises(ValueError, match="needs the places of its control tokens"):
         with_reach(1)(torch.randn(1, 26, 8), torch.randn(1, 1, 8), torch.ones(1))

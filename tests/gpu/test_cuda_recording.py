@@ -1,4 +1,4 @@
-"""What only a GPU can prove."""
+"""Recording on a device; ``pytest -m gpu`` runs these where there is one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from lit_shortcut.tasks.recording import RecordingTask, record
 from lit_shortcut.tasks.room import HostRing, HostRoom
 from tests.gpu.cases import CASES
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none"),
+]
 
 DEVICE, DECODING = torch.device("cuda", 0), Decoding(num_steps=6)
 

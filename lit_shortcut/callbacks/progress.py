@@ -1,0 +1,138 @@
+"""How far a run is: a bar in a terminal, lines of text elsewhere, so that no log stays empty."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.utilities import rank_zero_info
+
+
+def progress_bar() -> ProgressBar:
+    """Return the bar where standard output is a terminal, else the lines."""
+    return TerminalProgress() if sys.stdout.isatty() else PlainProgress()
+
+
+class TerminalProgress(RichProgressBar):
+    """Lightning's bar, which of a run without ``max_epochs`` says the epoch and not ``Epoch 7/-2``."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        unbounded = self.trainer.max_epochs in (None, -1)
+        return f"Epoch {current_epoch}".ljust(10) if unbounded else super()._get_train_description(current_epoch)
+
+
+class PlainProgress(ProgressBar):
+    """Write a line when a stage begins and ends and every ``every_seconds`` between, on the first rank.
+
+    Args:
+        every_seconds: least time between two lines.
+        clock: seconds that pass.
+    """
+
+    def __init__(self, every_seconds: float = 20.0, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self.every_seconds, self.clock, self.is_enabled = every_seconds, clock, True
+        self.started: dict[str, float] = {}
+        self.said = 0.0
+
+    def enable(self) -> None:
+        """Write lines."""
+        self.is_enabled = True
+
+    def disable(self) -> None:
+        """Write nothing."""
+        self.is_enabled = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say how many steps there are."""
+        self._begin("fit", trainer.estimated_stepping_batches, "steps")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Say which step it is, with the metrics of a bar."""
+        shown = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
+        metrics = "".join(f", {name} {value:.4g}" for name, value in shown.items() if isinstance(value, float))
+        self._say("fit", trainer.global_step, trainer.estimated_stepping_batches, "steps", metrics)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say how many batches there are."""
+        self._begin("validate", sum(trainer.num_val_batches), "batches")
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Say which batch it is."""
+        self._of_loaders("validate", trainer.num_val_batches, batch_idx, dataloader_idx)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say how many batches there are."""
+        self._begin("test", sum(trainer.num_test_batches), "batches")
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Say which batch it is."""
+        self._of_loaders("test", trainer.num_test_batches, batch_idx, dataloader_idx)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say how many batches there are."""
+        self._begin("predict", sum(trainer.num_predict_batches), "batches")
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Say which batch it is."""
+        self._of_loaders("predict", trainer.num_predict_batches, batch_idx, dataloader_idx)
+
+    def _of_loaders(self, stage: str, counts: list[int | float], batch_idx: int, dataloader_idx: int) -> None:
+        self._say(stage, int(sum(counts[:dataloader_idx])) + batch_idx + 1, sum(counts), "batches")
+
+    def _begin(self, stage: str, total: float, unit: str) -> None:
+        self.started[stage] = self.said = self.clock()
+        if self.is_enabled and not self.trainer.sanity_checking:
+            rank_zero_info(f"{stage}: {_shown(total)} {unit}")
+
+    def _say(self, stage: str, done: int, total: float, unit: str, metrics: str = "") -> None:
+        now = self.clock()
+        is_due = done >= total or now - self.said >= self.every_seconds
+        if not is_due or not self.is_enabled or self.trainer.sanity_checking:
+            return
+        self.said, passed = now, now - self.started[stage]
+        left = f", {_duration(passed / done * (total - done))} left" if done < total < float("inf") else ""
+        rank_zero_info(f"{stage}: {done} of {_shown(total)} {unit}, {_duration(passed)} passed{left}{metrics}")
+
+
+def _shown(total: float) -> str:
+    return "unknown" if total == float("inf") else f"{total:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """Return ``seconds`` as people read them.
+
+    >>> _duration(42.4), _duration(754), _duration(7390)
+    ('0:42', '12:34', '2:03:10')
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
