@@ -18,6 +18,7 @@ from datamodules.conditions import InTurn, sample_seed
 from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
 from datamodules.windows import Order
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
@@ -99,7 +100,8 @@ class OnlineDataModule(L.LightningDataModule):
         pool_images: images whose transitions are mixed, a multiple of the images generated at once.
         window: R, steps in a transition.
         dtype: dtype of the features in the pool.
-        device_memory_gb: GB (10⁹ bytes) that pools may take on the device; a pool stays there if two fit.
+        device_memory_gb: GB (10⁹ bytes) that pools may take on the device; a pool stays there if two fit,
+            never at 0.
         seed: seed of the order.
 
     Raises:
@@ -138,6 +140,7 @@ class OnlineDataModule(L.LightningDataModule):
         self.base: MaskedImageModel = base
         self.decoding, self.conditions, self.validation = decoding, conditions, validation
         self.batch_size, self.pool_images, self.window, self.seed = batch_size, pool_images, window, seed
+        require_at_least(0, device_memory_gb=device_memory_gb)
         self.dtype, self.device_memory_gb = dtype, device_memory_gb
         self._pool = lru_cache(maxsize=1)(self._draw_pool)
 
