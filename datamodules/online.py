@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import lightning as L
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from datamodules.conditions import InTurn, sample_seed
-from datamodules.loading import EpochLoader
+from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
 from datamodules.windows import Order
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
@@ -99,7 +100,8 @@ class OnlineDataModule(L.LightningDataModule):
         pool_images: images whose transitions are mixed, a multiple of the images generated at once.
         window: R, steps in a transition.
         dtype: dtype of the features in the pool.
-        device_memory_gb: GB (10⁹ bytes) that pools may take on the device; a pool stays there if two fit.
+        device_memory_gb: GB (10⁹ bytes) that pools may take on the device; a pool stays there if two fit,
+            never at 0.
         seed: seed of the order.
 
     Raises:
@@ -138,6 +140,7 @@ class OnlineDataModule(L.LightningDataModule):
         self.base: MaskedImageModel = base
         self.decoding, self.conditions, self.validation = decoding, conditions, validation
         self.batch_size, self.pool_images, self.window, self.seed = batch_size, pool_images, window, seed
+        require_at_least(0, device_memory_gb=device_memory_gb)
         self.dtype, self.device_memory_gb = dtype, device_memory_gb
         self._pool = lru_cache(maxsize=1)(self._draw_pool)
 
@@ -178,7 +181,7 @@ class OnlineDataModule(L.LightningDataModule):
             "window": self.window,
             "seed": self.seed,
         }
-        return EpochLoader(batches, len(batches), lambda: self.trainer.current_epoch if self.trainer else 0, layout)
+        return EpochLoader(batches, len(batches), partial(epoch_of, self), layout)
 
     def steps_of_batch(self, epoch: int, number: int) -> list[list[int]]:
         """Step before each window of training batch ``number`` of ``epoch``, rank by rank."""

@@ -145,7 +145,7 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
     (
         OnlineDataModule,
         online,
-        {"batch_size": (-1, 0, 1), "pool_images": (-1, 0, 2), "window": (-1, 0, 1)},
+        {"batch_size": (-1, 0, 1), "pool_images": (-1, 0, 2), "window": (-1, 0, 1), "device_memory_gb": (-1, 0)},
     ),
     (FashionMNIST, FashionMNIST, dict.fromkeys(("batch_size", "validation_images"), (-1, 0, 1))),
     (CaptionedFashionMNIST, CaptionedFashionMNIST, dict.fromkeys(("batch_size", "validation_images"), (-1, 0, 1))),
@@ -177,8 +177,8 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
     (
         MeissonicTransformer,
         build(MeissonicTransformer, **MEISSONIC),
-        dict.fromkeys(("num_layers", "num_attention_heads", "codebook_size", "joint_attention_dim"), (-1, 0, 1))
-        | {"num_single_layers": (-1, 0), "attention_head_dim": (-1, 0, 8)},
+        dict.fromkeys(("num_attention_heads", "codebook_size", "joint_attention_dim"), (-1, 0, 1))
+        | {"num_layers": (-1, 0), "num_single_layers": (-1, 0), "attention_head_dim": (-1, 0, 8)},
     ),
     (
         VQGAN,

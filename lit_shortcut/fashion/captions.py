@@ -43,7 +43,7 @@ class _Batches(Dataset[CaptionedImages]):
             for row, label in zip(rows, images.labels.tolist(), strict=True)
         ]
 
-    def __getitem__(self, indices: list[int]) -> CaptionedImages:
+    def __getitems__(self, indices: list[int]) -> CaptionedImages:
         chosen = torch.as_tensor(indices)
         labels: Tensor = self.images.labels[chosen]
         prompts = tuple(
@@ -85,7 +85,7 @@ class CaptionedFashionMNIST(FashionMNIST):
 def captions(images: LabelledImages, count: int, seed: int = 0) -> tuple[str, ...]:
     """Return captions of the first ``count`` of ``images``, worded by ``seed``."""
     first = LabelledImages(images.pixels[:count], images.labels[:count])
-    return _Batches(first, seed)[list(range(count))].prompts
+    return _Batches(first, seed).__getitems__(list(range(count))).prompts
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

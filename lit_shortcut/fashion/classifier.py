@@ -49,7 +49,7 @@ class FashionCNN(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Return features (B, 4·width) of uint8 ``images`` (B, 1 or 3, H, W); colour images are averaged to grey."""
         grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
-        pooled: Tensor = self.body(grey)
+        pooled: Tensor = self.body(grey.to(self.head.weight.dtype))
         return pooled
 
     def forward(self, images: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class _Batches(Dataset[LabelledImages]):
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
         self.pixels, self.labels = pixels, labels
 
-    def __getitem__(self, indices: list[int]) -> LabelledImages:
+    def __getitems__(self, indices: list[int]) -> LabelledImages:
         chosen = torch.as_tensor(indices)
         return LabelledImages(self.pixels[chosen], self.labels[chosen])
 
@@ -126,5 +126,12 @@ class FashionMNIST(L.LightningDataModule):
 
     def _loader(self, images: LabelledImages, *, shuffle: bool) -> DataLoader[LabelledImages]:
         batches: Any = self._batches(images, shuffle=shuffle)
-        order = RandomSampler(batches) if shuffle else SequentialSampler(batches)
-        return DataLoader(batches, sampler=BatchSampler(order, self.batch_size, drop_last=shuffle), batch_size=None)
+        overfits = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        order = RandomSampler(batches) if shuffle and not overfits else SequentialSampler(batches)
+        # by a batch sampler, which Lightning knows how to share out among ranks and leaves as it is to overfit
+        sampler = BatchSampler(order, self.batch_size, drop_last=shuffle)
+        return DataLoader(batches, batch_sampler=sampler, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

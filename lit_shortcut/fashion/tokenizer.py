@@ -78,16 +78,21 @@ class FSQTokenizer(nn.Module):
         """Return V, the number of codes."""
         return int(self.quantizer.codebook_size)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the weights."""
+        return next(self.parameters()).dtype
+
     def forward(self, images: Tensor) -> Tensor:
         """Return reconstructions (B, 1, H, W) in [-1, 1] of ``images`` of the same form, differentiable."""
-        quantized, _ = self.quantizer(self.encoder(images))
+        quantized, _ = self.quantizer(self.encoder(images.to(self.dtype)))
         reconstructions: Tensor = self.decoder(quantized)
         return reconstructions
 
     def encode(self, images: Tensor) -> Tensor:
         """Return codes (B, L), row by row, of uint8 ``images`` (B, 1 or 3, H, W); colours are averaged to grey."""
         grey = images.float().mean(dim=1, keepdim=True) / 127.5 - 1
-        _, codes = self.quantizer(self.encoder(grey))
+        _, codes = self.quantizer(self.encoder(grey.to(self.dtype)))
         return codes.flatten(1).long()
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -154,4 +159,5 @@ class TokenizerTask(OptimizedTask):
     def _loss(self, batch: LabelledImages) -> Tensor:
         pixels = batch.pixels.float() / 127.5 - 1
         reconstructions = self.network(pixels)
+        pixels = pixels.to(reconstructions.dtype)
         return F.l1_loss(reconstructions, pixels) + F.mse_loss(reconstructions, pixels)

@@ -264,7 +264,7 @@ class ShortcutTask(OptimizedTask):
         if ranks == 1:
             return shares
         steps_of: Any = getattr(self.trainer.datamodule, "steps_of_batch", None)  # type: ignore[attr-defined]
-        steps = steps_of(self.current_epoch, batch_idx) if steps_of else None
+        steps = steps_of(0 if self.trainer.overfit_batches else self.current_epoch, batch_idx) if steps_of else None  # type: ignore[attr-defined]
         sent: list[Places] = ["all"] if "all" in where and batch.prefix is not None else []
         if steps is None or interface.num_rows != interface.num_tokens:
             sent += ["masked", "tokens"]

@@ -103,6 +103,12 @@ def test_same_seed_gives_the_same_batches_and_every_epoch_new_images() -> None:
     assert len(set(first) & set(second)) < len(first) / 4  # the first of an image's steps may be another's
 
 
+def test_batches_to_overfit_are_those_of_the_first_epoch() -> None:
+    module = make(epoch=1)
+    module.trainer.overfit_batches = 2  # type: ignore[misc, union-attr]
+    assert named(module.train_dataloader()) == named(make().train_dataloader())
+
+
 @pytest.mark.parametrize("stop", [3, 4, 9])
 def test_resumed_epoch_goes_on_with_the_same_batches(stop: int) -> None:
     expected = named(make(epoch=2).train_dataloader())

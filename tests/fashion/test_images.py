@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_shortcut.fashion.classifier import ClassifierTask, FashionCNN
 from lit_shortcut.fashion.images import FashionMNIST, read_idx
+from lit_shortcut.images import LabelledImages
+from tests.tasks.short_runs import short_trainer
 
 TRAIN, TEST, SIDE = 20, 6, 4
 STEMS = ("images-idx3-ubyte", "labels-idx1-ubyte")
@@ -136,3 +139,20 @@ def test_labels_that_do_not_match_the_images_are_refused(folder: Path) -> None:
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     with pytest.raises(ValueError, match="images but 3 labels in split 'train'"):
         FashionMNIST(folder).split("train")
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+def test_batches_to_overfit_are_the_same_in_every_epoch(folder: Path, tmp_path: Path) -> None:
+    seen: list[list[int]] = []
+
+    class Task(ClassifierTask):
+        def training_step(self, batch: LabelledImages, batch_idx: int) -> Tensor:
+            seen.append(batch.pixels.flatten(1).sum(1).tolist())
+            return super().training_step(batch, batch_idx)
+
+    trainer = short_trainer(tmp_path, overfit_batches=2, enable_checkpointing=False)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(Task(FashionCNN(width=2)), datamodule=FashionMNIST(folder, batch_size=3, validation_images=5))
+    assert len(seen) == 6
+    assert seen[:2] == seen[2:4] == seen[4:]
+    assert {len(batch) for batch in seen} == {3}
