@@ -57,7 +57,12 @@ def test_fit_trains_on_what_extract_records_and_samples_with_it(folder: Path) ->
     run(folder, "predict", "extract.yaml", "--model.decoding.num_steps=4")
     fit = yaml.safe_load((DIMOO / "fit.yaml").read_text().replace("../parts", str(CONFIGS / "parts")))
     fit["trainer"] |= {"devices": 1, "strategy": "auto", "max_epochs": 1, "limit_train_batches": 2, "logger": False}
-    sampling = fit["trainer"]["callbacks"][1]["init_args"]
+    table, sampling = (
+        one["init_args"]
+        for one in fit["trainer"]["callbacks"]
+        if one["class_path"].endswith(("ReplayTable", "AcceleratedSampling"))
+    )
+    table["budgets"] = [2]
     source = {"source": "checkpoint", "height": 32, "width": 48, "special": vars(SPECIAL)}
     sampling["base"] = {"class_path": "lit_shortcut.bases.dimoo.published.published", "init_args": source}
     sampling["rows"], sampling["decoding"] = [[4, 2, "shortcut"]], {"num_steps": 4, "schedule": "cosine_left"}
