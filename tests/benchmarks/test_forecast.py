@@ -31,12 +31,12 @@ def counted(depth: int, predictor: Any, folder: Path) -> dict[str, Any]:
 
 
 def test_operations_are_those_of_full_and_predicted_passes(tmp_path: Path) -> None:
-    runs = {depth: counted(depth, Hold(), tmp_path)["runs"] for depth in (0, 1, 5)}
-    assert [(run["method"], run["budget"]) for run in runs[5]] == [("vanilla", 6), ("hold", 3), ("hold", 1)]
-    for bare, one, five in zip(runs[0], runs[1], runs[5], strict=True):
-        layer = one["operations"] - bare["operations"]
-        assert five["operations"] == bare["operations"] + 5 * layer
-        assert layer * 6 == (runs[1][0]["operations"] - runs[0][0]["operations"]) * one["budget"]
+    runs = {depth: counted(depth, Hold(), tmp_path)["runs"] for depth in (1, 2, 6)}
+    assert [(run["method"], run["budget"]) for run in runs[6]] == [("vanilla", 6), ("hold", 3), ("hold", 1)]
+    for one, two, six in zip(runs[1], runs[2], runs[6], strict=True):
+        layer = two["operations"] - one["operations"]
+        assert six["operations"] == one["operations"] + 5 * layer
+        assert layer * 6 == (runs[2][0]["operations"] - runs[1][0]["operations"]) * one["budget"]
 
 
 def test_memory_is_that_of_the_weights_and_the_largest_activations(tmp_path: Path) -> None:
