@@ -239,6 +239,7 @@ def _run(kind: type[ShortcutCLI], args: ArgsType) -> ShortcutCLI:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.…} works under every verb
     os.environ.setdefault("WANDB_MODE", "offline")  # online is asked for by WANDB_MODE=online
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 against torch 2.14 and later
+    warnings.filterwarnings("ignore", message=".*is not supported by the model summary")  # it shows 32-bit sizes
     warnings.filterwarnings("ignore", message="Found .* in eval mode")  # frozen parts of a task are meant to be
     torch.set_float32_matmul_precision("high")
     return kind(

@@ -213,7 +213,7 @@ def test_pickle_in_disguise_is_refused_and_not_run(folder: Path, tmp_path: Path,
 def test_interface_of_another_base_is_refused(folder: Path) -> None:
     other = TokenInterface(9, *(tensor + 1 for tensor in interface().state_dict().values()))
     save_interface(folder, other)
-    with pytest.raises(TrajectoryError, match=r"interface\.safetensors: expected the interface \S+ that"):
+    with pytest.raises(TrajectoryError, match=r"interface\.safetensors: expected the interface \S+ named"):
         load_interface(folder, Card.read(folder))
 
 
