@@ -1,4 +1,4 @@
-"""What MkDocs is told beyond mkdocs.yml: pages and images outside docs/, and roles in docstrings."""
+"""What MkDocs is told beyond mkdocs.yml: pages and images from outside docs/, the notebook, and roles in docstrings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import griffe
+import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ["CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("checkpoints/*/report/*.*"))]
@@ -19,7 +22,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if name.endswith("report.md"):  # its text is on the page of results
             continue
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    for name, content in _executed_notebook().items():
+        files.append(File.generated(config, name, content=content))
     return files
+
+
+def _executed_notebook() -> dict[str, str | bytes]:
+    """Run docs/tutorial.ipynb; returns its page, notebook.md, and the pictures on it, by file name.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: if a cell fails.
+    """
+    notebook = nbformat.read(ROOT / "docs/tutorial.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    text, resources = MarkdownExporter().from_notebook_node(
+        notebook, {"unique_key": "notebook", "output_files_dir": "images"}
+    )
+    return {"notebook.md": text, **resources["outputs"]}
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import yaml
 from PIL import Image
@@ -140,6 +142,22 @@ def test_plain_pytorch_draws_ten_garments(monkeypatch: pytest.MonkeyPatch) -> No
     assert (images.shape, len(images.unique()) > 50) == ((10, 3, 28, 28), True)
 
 
+def test_notebook_runs_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[int] = []
+    monkeypatch.setattr(plt, "show", lambda: (shown.extend(plt.get_fignums()), plt.close("all")))
+    cells = json.loads((ROOT / "docs/tutorial.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "outputs are made by make docs"
+            exec("".join(cell["source"]).replace("count = 40", "count = 4"), names)
+    assert len(shown) == 3
+    assert len(names["cosines"]) == names["decoding"].num_steps - 1
+    assert all(0.5 < cosine < 1 for cosine in names["cosines"])
+    real, none = names["errors"].values()
+    assert all(with_control < min(1, without) for with_control, without in zip(real, none, strict=True))
+
+
 @every_page
 def test_reports_are_quoted_whole(page: Path) -> None:
     for file, text in marked(page, "report"):
@@ -166,5 +184,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
-    named = set(re.findall(r"[\w/-]+\.md", navigation)) - {"CONTRIBUTING.md"}
+    named = set(re.findall(r"[\w/-]+\.md", navigation)) - {"CONTRIBUTING.md", "notebook.md"}
     assert named == {page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md")}
