@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,21 @@ def test_yaml_parses_under_the_commands_it_names(
             assert names.count("LastCheckpoint") == 1, "the same in all configurations, with intervals that fit the run"
             written = [callback["init_args"].get("filename") for callback in callbacks]
             assert "last" not in written
+
+
+@pytest.mark.parametrize("base", ["fashion", "fashion_text"])
+def test_command_that_a_report_says_to_run_next_draws_with_the_trained_shortcut(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (callback,) = yaml.safe_load((CONFIGS / base / "evaluate.yaml").read_text())["trainer"]["callbacks"]
+    for folder in ("configs", "checkpoints"):
+        (tmp_path / folder).symlink_to(CONFIGS.parent / folder)
+    with pytest.raises(SystemExit) as stopped:
+        lightning(tmp_path, *shlex.split(callback["init_args"]["then"]), "--print_config")
+    printed = capsys.readouterr()
+    assert stopped.value.code == 0, printed.err
+    shortcut = yaml.safe_load(printed.out)["model"]["init_args"]["shortcut"]
+    assert shortcut["init_args"]["path"] == f"runs/{base}/shortcut"
 
 
 @pytest.mark.parametrize("path", PARTS, ids=relative)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -10,9 +11,12 @@ import pandas as pd
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.evaluation.identity import dtype_of
 from lit_shortcut.loggers import carry_on, log_artifact, log_page, log_picture, log_table
 from lit_shortcut.metrics.latency import device_name
+from lit_shortcut.report.closing import closing
 from lit_shortcut.report.document import json_of, notes
 from lit_shortcut.report.grids import grids, read_strips, strip_paths
 from lit_shortcut.report.page import page
@@ -33,10 +37,11 @@ class Report(L.Callback):
 
     Args:
         quality: the metric on the plot's vertical axis; with random weights there is none.
+        then: verb and arguments of the command to run next, which the last line printed shows.
     """
 
-    def __init__(self, quality: str | None = None) -> None:
-        self.quality = quality
+    def __init__(self, quality: str | None = None, then: str = "") -> None:
+        self.quality, self.then = quality, then
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a metric that is not measured, before anything is.
@@ -88,7 +93,16 @@ class Report(L.Callback):
         written += self._page(trainer, task, table, below, higher_is_better)
         log_table(trainer, "report/table", table)
         log_artifact(trainer, "report", "report", [folder / name for name in written])
-        rank_zero_info(f"\n{text}\nwritten to {folder}: {', '.join(written)}")
+        last = closing(
+            table,
+            shortcuts=_shortcuts(task),
+            reference=task.reference.name,
+            quality=quality,
+            higher_is_better=higher_is_better,
+            page=folder / "report.html" if "report.html" in written else None,
+            command=f"{sys.argv[0]} {self.then}" if self.then else "",
+        )
+        rank_zero_info(f"\n{text}\nwritten to {folder}: {', '.join(written)}\n\n{last}")
 
     def _pictures(
         self, trainer: L.Trainer, task: EvaluationTask, table: pd.DataFrame, higher_is_better: bool
@@ -139,6 +153,12 @@ class Report(L.Callback):
             log_page(trainer, "report/page", path)
             written.append(path.name)
         return written
+
+
+def _shortcuts(task: EvaluationTask) -> list[str]:
+    """Return the names of the rows with a trained shortcut."""
+    ways = {row.name: row.acceleration for row in task.rows}
+    return [name for name, way in ways.items() if isinstance(way, Accelerated) and isinstance(way.predictor, Shortcut)]
 
 
 def _keep(trainer: L.Trainer, figure: plt.Figure, path: Path) -> str:

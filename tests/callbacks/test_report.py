@@ -13,10 +13,12 @@ from torch import Tensor
 
 from datamodules.conditions import ClassLabels
 from lit_shortcut.acceleration.predictors import Hold, Taylor
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.report import Report
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.metrics.images import ImageMean
+from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.evaluation import EvaluationTask
 
@@ -39,17 +41,16 @@ def measure(
     num_images: int = 6,
     logger: Any = False,
     run_seeds: list[int] | None = None,
+    then: str = "",
     **arguments: Any,
 ) -> str:
     """Measure three rows and return the report."""
     settings: dict[str, Any] = {"latency_rounds": 1, "latency_batch_size": 2, "grid_images": 1}
     settings |= {"metrics": {"count": Count()}, "methods": {"hold": Hold()}}
-    rows: list[Any] = [[5], [3], [5, 2, "hold"]]
-    task = EvaluationTask(
-        ToyBase(), decoding=Decoding(num_steps=5), rows=rows, results=folder, **(settings | arguments)
-    )
+    settings |= {"rows": [[5], [3], [5, 2, "hold"]]}
+    task = EvaluationTask(ToyBase(), decoding=Decoding(num_steps=5), results=folder, **(settings | arguments))
     quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "logger": logger}
-    trainer = L.Trainer(**quiet, callbacks=[Report(quality)])
+    trainer = L.Trainer(**quiet, callbacks=[Report(quality, then)])
     trainer.test(task, datamodule=ClassLabels(num_images, batch_size=4, run_seeds=run_seeds), verbose=False)
     return (folder / "report.md").read_text()
 
@@ -81,6 +82,26 @@ def test_report_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("lit_shortcut.callbacks.report.rank_zero_info", said.append)
     text = measure(tmp_path)
     assert any(text in line for line in said)
+
+
+def test_last_lines_are_page_and_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_shortcut.callbacks.report.rank_zero_info", said.append)
+    monkeypatch.setattr("sys.argv", ["bin/lit-shortcut", "test"])
+    measure(tmp_path, then="generate --compare")
+    assert said[-1].splitlines()[-2:] == [
+        f"page: {tmp_path / 'report.html'}",
+        "next: bin/lit-shortcut generate --compare",
+    ]
+
+
+def test_best_of_the_trained_shortcuts_is_named_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_shortcut.callbacks.report.rank_zero_info", said.append)
+    base = ToyBase()
+    network = ShortcutNet(base.spec.width, num_heads=1)
+    measure(tmp_path, methods={"hold": Hold(), "mine": Shortcut(network)}, rows=[[5], [5, 2, "hold"], [5, 2, "mine"]])
+    assert "best shortcut: mine_n5_b2 has count 6.000" in said[-1].splitlines()[-2]
 
 
 def test_report_without_latency_has_neither_plot_nor_column(tmp_path: Path) -> None:
