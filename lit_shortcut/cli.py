@@ -49,7 +49,7 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Runs on the first rank alone."""
+        """Run on the first rank only."""
         text = self.parser.dump(self.config, skip_none=False)
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": yaml.safe_load(text)})
@@ -61,7 +61,7 @@ class ShortcutCLI(LightningCLI):
     """LightningCLI whose checkpoints are read without pickled code and never overrule the YAML."""
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning does; the help tells of what is no verb of a trainer, too."""
+        """Do what Lightning does, and list the other verbs in the help."""
         super().setup_parser(*args, **kwargs)
         self.parser.epilog = (
             f"lit-shortcut {_VERIFY} SET checks every byte of a recorded set of trajectories; "
@@ -130,7 +130,7 @@ class ShortcutCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would replace the model's YAML by hyperparameters from the checkpoint; the YAML holds here.
 
-        A damaged checkpoint is refused by name, which Lightning's error does not tell.
+        A damaged checkpoint is refused by name, which Lightning's error leaves out.
         """
         path = self.config[self.config["subcommand"]].get("ckpt_path")
         if path and Path(path).is_file():

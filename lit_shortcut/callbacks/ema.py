@@ -15,7 +15,7 @@ from lit_shortcut.bounds import require_share
 
 
 class ModuleEMA(WeightAveraging):
-    """Average of ``pl_module.<module>`` alone, with a warm-up so that short runs profit.
+    """Average only ``pl_module.<module>``, with a warm-up so that short runs profit.
 
     Lightning's ``EMAWeightAveraging`` copies the whole LightningModule (frozen teachers and, through the optimiser
     factory, the command line itself), and puts the raw weights back before the hooks that sample images run. This one

@@ -203,7 +203,7 @@ class TrajectoryWriter(BasePredictionWriter):
             for name in dict.fromkeys([*after, *before])
             if before.get(name) != after.get(name)
         ]
-        if changes and any(self.folder.glob("shard-*")):  # a card alone is left by a run that failed before its first
+        if changes and any(self.folder.glob("shard-*")):  # only a card is left by a run that failed before its first
             raise TrajectoryError(
                 f"{self.folder}: holds another set: {'; '.join(changes)}. Take another folder; "
                 "overwrite: true deletes this set"

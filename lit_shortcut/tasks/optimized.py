@@ -20,7 +20,7 @@ from lit_shortcut.weights import WeightsError, identity
 class OptimizedTask(L.LightningModule):
     """A LightningModule that trains its ``network``; the schedule advances once an optimiser step.
 
-    Checkpoints hold the network alone, with what :func:`~lit_shortcut.weights.load_module` needs to build it again:
+    Checkpoints hold only the network, with what :func:`~lit_shortcut.weights.load_module` needs to build it again:
     whatever else the task keeps (tokenizer, interface) is frozen and comes from its own file.
 
     Args:
@@ -104,7 +104,7 @@ class OptimizedTask(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another network's weights and weights that belong to another base; let changes in the YAML hold.
 
-        Nothing else would: the frozen parts are in no checkpoint, so Lightning is told not to miss what is not there.
+        Nothing else would: the frozen parts are in no checkpoint, so Lightning must not miss what is not there.
 
         Raises:
             WeightsError: naming the checkpoint and what differs.

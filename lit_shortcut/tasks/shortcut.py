@@ -84,7 +84,7 @@ class ShortcutTask(OptimizedTask):
 
     @property
     def ends(self) -> RecordedEnds:
-        """What the recorded set tells of its base."""
+        """What is known of the base from the recorded set."""
         (ends,) = self._ends
         return ends
 
