@@ -40,6 +40,7 @@ from lit_shortcut.callbacks.export import ExportShortcut
 from lit_shortcut.callbacks.image_writer import ImageWriter
 from lit_shortcut.callbacks.last_checkpoint import LastCheckpoint
 from lit_shortcut.callbacks.plan_search import PlanSearch
+from lit_shortcut.callbacks.report import Report
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.decoding.temperature import TemperatureCourse
 from lit_shortcut.fashion.captions import CaptionedFashionMNIST
@@ -263,6 +264,7 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
     ),
     (ModuleEMA, ModuleEMA, {"decay": (-0.1, 1.1, 0)}),
     (ExportShortcut, build(ExportShortcut, path=HERE, licence="", trained_on=""), {"budget": (-1, 0)}),
+    (Report, Report, {"step_share": (-0.1, 1.1, 0)}),
     (ImageWriter, build(ImageWriter, folder=HERE), {"grid_images": (-1, 0)}),
     (LastCheckpoint, build(LastCheckpoint, dirpath=HERE), {"every_n_train_steps": (-1, 0, 1)}),
     (PlanSearch, build(PlanSearch, path=HERE, budgets=[2]), {"max_gap": (-1, 0, 1)}),
