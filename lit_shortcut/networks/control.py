@@ -25,8 +25,8 @@ class EmbeddedControl(NamedTuple):
 class Layout(NamedTuple):
     """Places of the features' rows after a prefix, and the control tokens that the prefix adds at every step.
 
-    ``rows`` (B, S) are places in the base's sequence, ``is_real`` (B, S) is false at padding. ``control`` holds only
-    the prefix's tokens, P of them.
+    ``rows`` (B, S, E) are places in the base's sequence, encoded by the network; ``is_real`` (B, S) is false at
+    padding. ``control`` holds only the prefix's tokens, P of them.
     """
 
     rows: Tensor
@@ -87,15 +87,16 @@ def lay_out(
     rows, row_is_real = interface.row_places(prefix.lengths, num_rows)
     assert interface.row_offsets is not None  # otherwise row_places raises
     num_control = prefix.control.shape[1]
-    places = torch.arange(num_control, device=rows.device).expand(len(rows), -1)
+    places = torch.arange(num_control, device=rows.device)[None]
     if size is None:
         rows_are_padded = _is_padded(prefix.lengths, num_rows - len(interface.row_offsets))
         control_is_padded = _is_padded(prefix.num_control, num_control)
     else:
         rows_are_padded = control_is_padded = size.is_padded
     is_real = places < prefix.num_control.to(rows.device)[:, None] if control_is_padded else None
-    control = EmbeddedControl(prefix.control.to(rows.device), is_real, Places(rows=None, control=places))
-    return Layout(rows, row_is_real if rows_are_padded else None, control)
+    control_places = Places(rows=None, control=network.encode_places(places).expand(len(rows), -1, -1))
+    control = EmbeddedControl(prefix.control.to(rows.device), is_real, control_places)
+    return Layout(network.encode_places(rows), row_is_real if rows_are_padded else None, control)
 
 
 def lay_out_branches(network: ShortcutNetwork, interface: TokenInterface, context: Context) -> list[Layout]:
@@ -123,7 +124,7 @@ def embed_control(interface: TokenInterface, control: Control, layout: Layout | 
         is_real=_joined(prefix, control),
         places=Places(
             rows=layout.rows,
-            control=torch.cat([prefix.places.control, layout.rows.gather(1, control.positions)], dim=1),
+            control=torch.cat([prefix.places.control, RowsAt(control.positions).take(layout.rows)], dim=1),
             is_real=layout.is_real,
         ),
     )
@@ -157,7 +158,7 @@ def _joined(prefix: EmbeddedControl, control: Control) -> Tensor | None:
     """Return the mask (B, P + K), false at padding, of ``prefix``, then ``control``; None if there is no padding."""
     if prefix.is_real is None and control.is_real is None:
         return None
-    parts = (prefix.places.control, prefix.is_real), (control.tokens, control.is_real)
+    parts = (prefix.places.control[..., 0], prefix.is_real), (control.tokens, control.is_real)
     return torch.cat([torch.ones_like(of, dtype=torch.bool) if real is None else real for of, real in parts], dim=1)
 
 
