@@ -15,12 +15,12 @@ from torch.optim import AdamW
 
 from lit_shortcut.acceleration.replay import RecordedEnds, Replay
 from lit_shortcut.bounds import require_at_least
-from lit_shortcut.contracts import Control, Prefix, TokenSpec, Trajectories, Transition
+from lit_shortcut.contracts import Control, TokenSpec, Trajectories, Transition
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.losses import Loss, MaskedMSE, Places, weighted_sum
 from lit_shortcut.metrics.functional import gain_over_hold
 from lit_shortcut.metrics.places import diagnostics
-from lit_shortcut.networks.control import advance, lay_out, require_kind
+from lit_shortcut.networks.control import Layout, advance, lay_out_transition, require_kind
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.optimized import OptimizedTask
@@ -156,19 +156,11 @@ class ShortcutTask(OptimizedTask):
         super().on_save_checkpoint(checkpoint)
 
     def forward(
-        self,
-        features: Tensor,
-        control: Control,
-        masked_share: Tensor,
-        prefix: Prefix | None = None,
-        *,
-        masked: Tensor | None = None,
-        gap: Tensor | None = None,
+        self, features: Tensor, control: Control, masked_share: Tensor, layout: Layout | None = None, **options: Tensor
     ) -> Tensor:
         """Predict features (B, S, C); see :func:`~lit_shortcut.networks.control.advance`."""
         features, interface = features.to(next(self.network.parameters()).dtype), self.ends.interface
-        layout = None if prefix is None else lay_out(self.network, interface, prefix, features.shape[-2])
-        return advance(self.network, interface, features, control, masked_share, layout, masked=masked, gap=gap)
+        return advance(self.network, interface, features, control, masked_share, layout, **options)
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
         """Loss of one batch of windows, after a depth drawn from 1 to their length.
@@ -191,13 +183,14 @@ class ShortcutTask(OptimizedTask):
 
     def predict(self, batch: Transition, last: int) -> Tensor:
         """Features (B, S, C) after step ``last`` of the window, with a gradient through one pass of the network."""
+        layout = lay_out_transition(self.network, self.ends.interface, batch)
         if self.network.options.anchored:
-            return self._advance(batch.features, batch, 0, last)
+            return self._advance(batch.features, batch, layout, 0, last)
         features = batch.features
         with torch.no_grad():
             for offset in range(last):
-                features = self._advance(features, batch, offset, offset)
-        return self._advance(features, batch, last, last)
+                features = self._advance(features, batch, layout, offset, offset)
+        return self._advance(features, batch, layout, last, last)
 
     def where(self, batch: Transition, last: int) -> dict[Places, Tensor]:
         """What counts after step ``last`` of the window, by name; see :class:`~lit_shortcut.losses.Loss`."""
@@ -233,14 +226,14 @@ class ShortcutTask(OptimizedTask):
                 raise ValueError(f"val/{name} is {float(value)} at optimiser step {self.global_step}")
             self.log(f"val/{name}", value, prog_bar=name == "gain", sync_dist=True)  # equal already; Lightning warns
 
-    def _advance(self, features: Tensor, batch: Transition, first: int, last: int) -> Tensor:
+    def _advance(self, features: Tensor, batch: Transition, layout: Layout | None, first: int, last: int) -> Tensor:
         """Predict step ``last`` of the window from ``features`` and the tokens of steps ``first`` … ``last``."""
         steps = slice(first, last + 1)
         tokens, positions, is_real = (part if part is None else part[:, steps].flatten(1) for part in batch.control)
         assert tokens is not None and positions is not None  # noqa: PT018
         gap = torch.full_like(batch.step, last - first + 1)
         share, masked = batch.masked_share[:, last], batch.is_masked[:, last]
-        made: Tensor = self(features, Control(tokens, positions, is_real), share, batch.prefix, masked=masked, gap=gap)
+        made: Tensor = self(features, Control(tokens, positions, is_real), share, layout, masked=masked, gap=gap)
         return made
 
     def _real_rows(self, batch: Transition) -> Tensor:
