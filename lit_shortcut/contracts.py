@@ -227,7 +227,7 @@ class Transition(NamedTuple):
     ``features`` (B, S, C) before the window; for each of its steps ``control`` (B, R, K), padded to the longest K of
     the batch, ``masked_share`` (B, R) and ``targets`` (B, R, S, C), the features after it; ``is_masked`` (B, R, L),
     places still masked when the targets were computed. ``step`` (B,) is the index of ``features``. ``prefix_size``
-    belongs to ``prefix``.
+    belongs to ``prefix``; ``num_masked`` are the true places of ``is_masked`` at each of the R steps, if known.
     """
 
     features: Tensor
@@ -238,6 +238,7 @@ class Transition(NamedTuple):
     step: Tensor
     prefix: Prefix | None = None
     prefix_size: PrefixSize | None = None
+    num_masked: tuple[int, ...] = ()
 
 
 class BaseEnds(Protocol):

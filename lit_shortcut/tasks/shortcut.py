@@ -17,7 +17,7 @@ from lit_shortcut.acceleration.replay import RecordedEnds, Replay
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Control, TokenSpec, Trajectories, Transition
 from lit_shortcut.decoding.schedules import tokens_per_step
-from lit_shortcut.losses import Loss, MaskedMSE, Places, weighted_sum
+from lit_shortcut.losses import Loss, MaskedMSE, Places, masked_tokens, weighted_sum
 from lit_shortcut.metrics.functional import gain_over_hold
 from lit_shortcut.metrics.places import diagnostics
 from lit_shortcut.networks.control import Layout, advance, lay_out_transition, require_kind
@@ -194,9 +194,11 @@ class ShortcutTask(OptimizedTask):
 
     def where(self, batch: Transition, last: int) -> dict[Places, Tensor]:
         """What counts after step ``last`` of the window, by name; see :class:`~lit_shortcut.losses.Loss`."""
-        tokens = batch.is_masked[:, last]
-        where: dict[Places, Tensor] = {"masked": self.ends.interface.masked_rows(tokens), "tokens": tokens}
-        if any(loss.places == "all" for loss in self.losses.values()):
+        is_masked, used = batch.is_masked[:, last], {loss.places for loss in self.losses.values()}
+        where: dict[Places, Tensor] = {"masked": self.ends.interface.masked_rows(is_masked)}
+        if "tokens" in used:
+            where["tokens"] = masked_tokens(is_masked, batch.num_masked[last] if batch.num_masked else None)
+        if "all" in used:
             where["all"] = self._real_rows(batch)
         return where
 
@@ -266,7 +268,8 @@ class ShortcutTask(OptimizedTask):
             share = left[self.trainer.global_rank] * ranks / max(1, sum(left))
             shares |= {"masked": share, "tokens": share}
         if sent:
-            own = torch.stack([where[places].sum() for places in sent]).float()
+            masks = where | {"tokens": batch.is_masked[:, last]}
+            own = torch.stack([masks[places].sum() for places in sent]).float()
             shares |= dict(zip(sent, own * ranks / sum_over_ranks(own).clamp(min=1), strict=True))
         return shares
 

@@ -28,6 +28,7 @@ class EncodedTransition(NamedTuple):
     step: Tensor
     prefix: Prefix | None
     prefix_size: PrefixSize | None
+    num_masked: tuple[int, ...]
     replaced: Tensor
 
     @classmethod
@@ -47,13 +48,14 @@ class EncodedTransition(NamedTuple):
         control = Control(codes, positions, None if bool(is_real.all()) else is_real)
         share, none = is_masked.float().mean(-1), torch.zeros(len(step), dtype=torch.bool)
         size = None if prefix is None else PrefixSize.of(prefix.lengths.tolist(), prefix.num_control.tolist())
-        return cls(encoding, features, control, share, is_masked, step, prefix, size, none)
+        num_masked = tuple(is_masked.sum((0, 2)).tolist())
+        return cls(encoding, features, control, share, is_masked, step, prefix, size, num_masked, none)
 
     def decode(self) -> Transition:
         """Decode the features on the device they are on."""
         features = ENCODINGS[self.encoding].decode(self.features)
         before, targets = features[:, 0], features[:, 1:]
-        others = self.is_masked, self.step, self.prefix, self.prefix_size
+        others = self.is_masked, self.step, self.prefix, self.prefix_size, self.num_masked
         return Transition(before, self.control, self.masked_share, targets, *others)
 
 
