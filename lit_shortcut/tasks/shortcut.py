@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW
 
+from lit_shortcut.acceleration.compilation import require_compiler
 from lit_shortcut.acceleration.replay import RecordedEnds, Replay
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Control, TokenSpec, Trajectories, Transition
@@ -73,7 +74,7 @@ class ShortcutTask(OptimizedTask):
             raise ValueError("losses must name at least one loss")
         if taken := sorted(set(self.losses) & set(_OWN_NAMES)):
             raise ValueError(f"losses must not be named {', '.join(taken)}: train/{taken[0]} is logged already")
-        self.network, self.rollout_depth = network, rollout_depth
+        self.network, self.rollout_depth, self.compiled = network, rollout_depth, compiled
         if compiled:
             network.compile(fullgraph=True)  # in place: weights keep their names, and sampling with it is faster, too
         self.card: Card | None = None
@@ -124,8 +125,11 @@ class ShortcutTask(OptimizedTask):
 
         Raises:
             WeightsError: if the network's width is not that of the recorded features, or it is of another kind of base.
-            ValueError: if a loss cannot have what it needs, or the precision is one that cannot train.
+            ValueError: if a loss cannot have what it needs, the precision is one that cannot train, or there is no
+                compiler for a compiled network.
         """
+        if self.compiled:
+            require_compiler(self.trainer.strategy.root_device)
         if stage == "fit" and self.trainer.precision == "16-true":
             raise ValueError("trainer.precision: 16-true loses small gradients; train in 16-mixed or bf16-true")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -139,9 +139,20 @@ def test_compiled_network_is_the_task_own_under_its_names(folder: Path, monkeypa
         compiled.append(module)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
+    monkeypatch.setattr("lit_shortcut.tasks.shortcut.require_compiler", lambda device: None)
     plain, task = Task(folder, network(1)), Task(folder, network(1), compiled=True)
     assert compiled == [task.network]
     assert task.network.state_dict().keys() == plain.network.state_dict().keys()
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_missing_compiler_is_named_before_anything_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    task, data = ShortcutTask(network(1), compiled=True), TrajectoryDataModule(str(folder))
+    with pytest.raises(ValueError, match=r"compiled: true.*no-such-compiler was not found"):
+        getattr(L.Trainer(**QUIET, max_steps=1), stage)(task, datamodule=data)
 
 
 def test_padding_of_the_control_does_not_change_the_loss(folder: Path) -> None:
