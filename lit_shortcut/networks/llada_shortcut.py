@@ -149,7 +149,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         return network
 
     def encode_places(self, places: Tensor) -> Tensor:
-        """Return the rotations at ``places`` (B, S): cosines, then sines, float32 (B, S, D)."""
+        """Return the rotations at ``places`` (B, S): ``cos``, then ``sin``, float32 (B, S, 2 D)."""
         by = rotation(places, self.options.inner // self.num_heads, self.rope_theta)
         return torch.cat(by, dim=-1).squeeze(1)
 
