@@ -13,14 +13,15 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW
 
+from lit_shortcut.acceleration.compilation import require_compiler
 from lit_shortcut.acceleration.replay import RecordedEnds, Replay
 from lit_shortcut.bounds import require_at_least
-from lit_shortcut.contracts import Control, Prefix, TokenSpec, Trajectories, Transition
+from lit_shortcut.contracts import Control, TokenSpec, Trajectories, Transition
 from lit_shortcut.decoding.schedules import tokens_per_step
-from lit_shortcut.losses import Loss, MaskedMSE, Places, weighted_sum
+from lit_shortcut.losses import Loss, MaskedMSE, Places, masked_tokens, weighted_sum
 from lit_shortcut.metrics.functional import gain_over_hold
 from lit_shortcut.metrics.places import diagnostics
-from lit_shortcut.networks.control import advance, lay_out, require_kind
+from lit_shortcut.networks.control import Layout, advance, lay_out_transition, require_kind
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.optimized import OptimizedTask
@@ -73,7 +74,7 @@ class ShortcutTask(OptimizedTask):
             raise ValueError("losses must name at least one loss")
         if taken := sorted(set(self.losses) & set(_OWN_NAMES)):
             raise ValueError(f"losses must not be named {', '.join(taken)}: train/{taken[0]} is logged already")
-        self.network, self.rollout_depth = network, rollout_depth
+        self.network, self.rollout_depth, self.compiled = network, rollout_depth, compiled
         if compiled:
             network.compile(fullgraph=True)  # in place: weights keep their names, and sampling with it is faster, too
         self.card: Card | None = None
@@ -124,8 +125,11 @@ class ShortcutTask(OptimizedTask):
 
         Raises:
             WeightsError: if the network's width is not that of the recorded features, or it is of another kind of base.
-            ValueError: if a loss cannot have what it needs, or the precision is one that cannot train.
+            ValueError: if a loss cannot have what it needs, the precision is one that cannot train, or there is no
+                compiler for a compiled network.
         """
+        if self.compiled:
+            require_compiler(self.trainer.strategy.root_device)
         if stage == "fit" and self.trainer.precision == "16-true":
             raise ValueError("trainer.precision: 16-true loses small gradients; train in 16-mixed or bf16-true")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -156,19 +160,11 @@ class ShortcutTask(OptimizedTask):
         super().on_save_checkpoint(checkpoint)
 
     def forward(
-        self,
-        features: Tensor,
-        control: Control,
-        masked_share: Tensor,
-        prefix: Prefix | None = None,
-        *,
-        masked: Tensor | None = None,
-        gap: Tensor | None = None,
+        self, features: Tensor, control: Control, masked_share: Tensor, layout: Layout | None = None, **options: Tensor
     ) -> Tensor:
         """Predict features (B, S, C); see :func:`~lit_shortcut.networks.control.advance`."""
         features, interface = features.to(next(self.network.parameters()).dtype), self.ends.interface
-        layout = None if prefix is None else lay_out(self.network, interface, prefix, features.shape[-2])
-        return advance(self.network, interface, features, control, masked_share, layout, masked=masked, gap=gap)
+        return advance(self.network, interface, features, control, masked_share, layout, **options)
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
         """Loss of one batch of windows, after a depth drawn from 1 to their length.
@@ -191,19 +187,22 @@ class ShortcutTask(OptimizedTask):
 
     def predict(self, batch: Transition, last: int) -> Tensor:
         """Features (B, S, C) after step ``last`` of the window, with a gradient through one pass of the network."""
+        layout = lay_out_transition(self.network, self.ends.interface, batch)
         if self.network.options.anchored:
-            return self._advance(batch.features, batch, 0, last)
+            return self._advance(batch.features, batch, layout, 0, last)
         features = batch.features
         with torch.no_grad():
             for offset in range(last):
-                features = self._advance(features, batch, offset, offset)
-        return self._advance(features, batch, last, last)
+                features = self._advance(features, batch, layout, offset, offset)
+        return self._advance(features, batch, layout, last, last)
 
     def where(self, batch: Transition, last: int) -> dict[Places, Tensor]:
         """What counts after step ``last`` of the window, by name; see :class:`~lit_shortcut.losses.Loss`."""
-        tokens = batch.is_masked[:, last]
-        where: dict[Places, Tensor] = {"masked": self.ends.interface.masked_rows(tokens), "tokens": tokens}
-        if any(loss.places == "all" for loss in self.losses.values()):
+        is_masked, used = batch.is_masked[:, last], {loss.places for loss in self.losses.values()}
+        where: dict[Places, Tensor] = {"masked": self.ends.interface.masked_rows(is_masked)}
+        if "tokens" in used:
+            where["tokens"] = masked_tokens(is_masked, batch.num_masked[last] if batch.num_masked else None)
+        if "all" in used:
             where["all"] = self._real_rows(batch)
         return where
 
@@ -233,14 +232,14 @@ class ShortcutTask(OptimizedTask):
                 raise ValueError(f"val/{name} is {float(value)} at optimiser step {self.global_step}")
             self.log(f"val/{name}", value, prog_bar=name == "gain", sync_dist=True)  # equal already; Lightning warns
 
-    def _advance(self, features: Tensor, batch: Transition, first: int, last: int) -> Tensor:
+    def _advance(self, features: Tensor, batch: Transition, layout: Layout | None, first: int, last: int) -> Tensor:
         """Predict step ``last`` of the window from ``features`` and the tokens of steps ``first`` … ``last``."""
         steps = slice(first, last + 1)
         tokens, positions, is_real = (part if part is None else part[:, steps].flatten(1) for part in batch.control)
         assert tokens is not None and positions is not None  # noqa: PT018
         gap = torch.full_like(batch.step, last - first + 1)
         share, masked = batch.masked_share[:, last], batch.is_masked[:, last]
-        made: Tensor = self(features, Control(tokens, positions, is_real), share, batch.prefix, masked=masked, gap=gap)
+        made: Tensor = self(features, Control(tokens, positions, is_real), share, layout, masked=masked, gap=gap)
         return made
 
     def _real_rows(self, batch: Transition) -> Tensor:
@@ -273,7 +272,8 @@ class ShortcutTask(OptimizedTask):
             share = left[self.trainer.global_rank] * ranks / max(1, sum(left))
             shares |= {"masked": share, "tokens": share}
         if sent:
-            own = torch.stack([where[places].sum() for places in sent]).float()
+            masks = where | {"tokens": batch.is_masked[:, last]}
+            own = torch.stack([masks[places].sum() for places in sent]).float()
             shares |= dict(zip(sent, own * ranks / sum_over_ranks(own).clamp(min=1), strict=True))
         return shares
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_shortcut.contracts import Conditions, Control, Prefix, Trajectories, Transition
+from lit_shortcut.contracts import Conditions, Control, Prefix, PrefixSize, Trajectories, Transition
 from lit_shortcut.trajectory.encoding import ENCODINGS, Parts
 
 
@@ -27,6 +27,8 @@ class EncodedTransition(NamedTuple):
     is_masked: Tensor
     step: Tensor
     prefix: Prefix | None
+    prefix_size: PrefixSize | None
+    num_masked: tuple[int, ...]
     replaced: Tensor
 
     @classmethod
@@ -44,14 +46,17 @@ class EncodedTransition(NamedTuple):
         positions[is_real] = is_now.nonzero()[:, -1]
         codes = tokens.long()[:, None].expand(-1, window, -1).gather(2, positions).where(is_real, 0)
         control = Control(codes, positions, None if bool(is_real.all()) else is_real)
-        none = torch.zeros(len(step), dtype=torch.bool)
-        return cls(encoding, features, control, is_masked.float().mean(-1), is_masked, step, prefix, none)
+        share, none = is_masked.float().mean(-1), torch.zeros(len(step), dtype=torch.bool)
+        size = None if prefix is None else PrefixSize.of(prefix.lengths.tolist(), prefix.num_control.tolist())
+        num_masked = tuple(is_masked.sum((0, 2)).tolist())
+        return cls(encoding, features, control, share, is_masked, step, prefix, size, num_masked, none)
 
     def decode(self) -> Transition:
         """Decode the features on the device they are on."""
         features = ENCODINGS[self.encoding].decode(self.features)
         before, targets = features[:, 0], features[:, 1:]
-        return Transition(before, self.control, self.masked_share, targets, self.is_masked, self.step, self.prefix)
+        others = self.is_masked, self.step, self.prefix, self.prefix_size, self.num_masked
+        return Transition(before, self.control, self.masked_share, targets, *others)
 
 
 def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], window: int = 1) -> Transition:
