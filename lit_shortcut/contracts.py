@@ -222,12 +222,11 @@ class Trajectories(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """A training window of R consecutive steps (R = 1: a pair), guidance branches apart, samples mixed.
+    """A training window with R consecutive steps as targets, guidance branches apart, samples mixed.
 
-    ``features`` (B, S, C) before the window; for each of its steps ``control`` (B, R, K), padded to the longest K of
-    the batch, ``masked_share`` (B, R) and ``targets`` (B, R, S, C), the features after it; ``is_masked`` (B, R, L),
-    places still masked when the targets were computed. ``step`` (B,) is the index of ``features``. ``prefix_size``
-    belongs to ``prefix``; ``num_masked`` are the true places of ``is_masked`` at each of the R steps, if known.
+    ``features`` (B, S, C) of ``step`` (B,), the first target ``gap`` (B,) steps on; for each target ``control``
+    (B, R, K), the tokens committed since ``gap`` steps before, padded to the longest, ``masked_share`` (B, R), and
+    ``is_masked`` (B, R, L), places still masked. ``num_masked`` counts those of each target, if known.
     """
 
     features: Tensor
@@ -236,6 +235,7 @@ class Transition(NamedTuple):
     targets: Tensor
     is_masked: Tensor
     step: Tensor
+    gap: Tensor
     prefix: Prefix | None = None
     prefix_size: PrefixSize | None = None
     num_masked: tuple[int, ...] = ()

@@ -139,14 +139,21 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
         TrajectoryDataModule,
         build(TrajectoryDataModule, source="nowhere"),
         dict.fromkeys(
-            ("batch_size", "shuffle_shards", "validation_shards", "window", "validation_batch_size"), (-1, 0, 1)
+            ("batch_size", "shuffle_shards", "validation_shards", "window", "max_gap", "validation_batch_size"),
+            (-1, 0, 1),
         )
         | {"num_workers": (-1, 0)},
     ),
     (
         OnlineDataModule,
         online,
-        {"batch_size": (-1, 0, 1), "pool_images": (-1, 0, 2), "window": (-1, 0, 1), "device_memory_gb": (-1, 0)},
+        {
+            "batch_size": (-1, 0, 1),
+            "pool_images": (-1, 0, 2),
+            "window": (-1, 0, 1),
+            "max_gap": (-1, 0, 1),
+            "device_memory_gb": (-1, 0),
+        },
     ),
     (FashionMNIST, FashionMNIST, dict.fromkeys(("batch_size", "validation_images"), (-1, 0, 1))),
     (CaptionedFashionMNIST, CaptionedFashionMNIST, dict.fromkeys(("batch_size", "validation_images"), (-1, 0, 1))),

@@ -160,8 +160,11 @@ def test_training_predicts_what_sampling_does(
     replay = made.replay(recorded)
     run = Accelerated(Even(1), Shortcut(network)).start(replay, replay.recorded, replay.counts)
     features = [run(state)[0] for state in replay.states()]
-    batch = select(recorded, [(row, branch, 0) for row in range(5) for branch in range(2)], gap)
-    following = made.predict(batch, gap - 1)
+    places = [(row, branch, 0) for row in range(5) for branch in range(2)]
+    if network.options.anchored:
+        following = made.predict(select(recorded, places, gaps=[gap] * len(places)), 0)
+    else:
+        following = made.predict(select(recorded, places, gap), gap - 1)
     for row in range(5):
         for branch in range(2):
             num_rows = FRAME + (LENGTHS[row] if branch == 0 else 3)
@@ -201,7 +204,7 @@ def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path)
 def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(folder: Path, card: Card) -> None:
     order = Order(1, rows=3, branches=2, starts=3, group=1, seed=0)
     found = WindowReader(Source(folder, card), order, 2).read(0, range(7)).decode()
-    places = [order.at(0, position)[1:] for position in range(7)]
+    places = [order.at(0, position)[1:4] for position in range(7)]
     expected = select(concatenated(list(read_shard(folder, 0, card))), places, 2)
     assert found.prefix is not None
     assert expected.prefix is not None

@@ -44,8 +44,8 @@ class ShortcutTask(OptimizedTask):
         network: the shortcut to train.
         losses: by name, each with its weight; squared error at masked places by default.
         rollout_depth: K, consecutive shortcut steps in validation. In training the depth is drawn from 1 to the
-            datamodule's window, and the gradient runs through the last step only; an anchored network predicts that far
-            ahead at once.
+            datamodule's window, and the gradient runs through the last step only; an anchored network is trained on
+            gaps instead, up to the datamodule's max_gap.
         compiled: run the network through ``torch.compile``.
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule, by the step.
@@ -146,6 +146,8 @@ class ShortcutTask(OptimizedTask):
                 loss.prepare(data)
             except ValueError as error:
                 raise ValueError(f"model.losses.{name}: {error}") from error
+        if (data.window if self.network.options.anchored else data.max_gap) > 1:
+            raise ValueError("data: an anchored network takes max_gap in place of window, others window only")
         self._masked_before = [sum(self.counts[step:]) for step in range(1 + data.card.num_steps)]
         self.rollouts = Rollouts(min(self.rollout_depth, data.card.num_steps - 1))
 
@@ -188,13 +190,11 @@ class ShortcutTask(OptimizedTask):
     def predict(self, batch: Transition, last: int) -> Tensor:
         """Features (B, S, C) after step ``last`` of the window, with a gradient through one pass of the network."""
         layout = lay_out_transition(self.network, self.ends.interface, batch)
-        if self.network.options.anchored:
-            return self._advance(batch.features, batch, layout, 0, last)
         features = batch.features
         with torch.no_grad():
             for offset in range(last):
-                features = self._advance(features, batch, layout, offset, offset)
-        return self._advance(features, batch, layout, last, last)
+                features = self._advance(features, batch, layout, offset)
+        return self._advance(features, batch, layout, last)
 
     def where(self, batch: Transition, last: int) -> dict[Places, Tensor]:
         """What counts after step ``last`` of the window, by name; see :class:`~lit_shortcut.losses.Loss`."""
@@ -232,14 +232,12 @@ class ShortcutTask(OptimizedTask):
                 raise ValueError(f"val/{name} is {float(value)} at optimiser step {self.global_step}")
             self.log(f"val/{name}", value, prog_bar=name == "gain", sync_dist=True)  # equal already; Lightning warns
 
-    def _advance(self, features: Tensor, batch: Transition, layout: Layout | None, first: int, last: int) -> Tensor:
-        """Predict step ``last`` of the window from ``features`` and the tokens of steps ``first`` … ``last``."""
-        steps = slice(first, last + 1)
-        tokens, positions, is_real = (part if part is None else part[:, steps].flatten(1) for part in batch.control)
-        assert tokens is not None and positions is not None  # noqa: PT018
-        gap = torch.full_like(batch.step, last - first + 1)
-        share, masked = batch.masked_share[:, last], batch.is_masked[:, last]
-        made: Tensor = self(features, Control(tokens, positions, is_real), share, layout, masked=masked, gap=gap)
+    def _advance(self, features: Tensor, batch: Transition, layout: Layout | None, offset: int) -> Tensor:
+        """Predict the window's target at ``offset`` from ``features`` and the tokens committed since."""
+        tokens, positions, is_real = batch.control
+        control = Control(tokens[:, offset], positions[:, offset], None if is_real is None else is_real[:, offset])
+        share, masked = batch.masked_share[:, offset], batch.is_masked[:, offset]
+        made: Tensor = self(features, control, share, layout, masked=masked, gap=batch.gap)
         return made
 
     def _real_rows(self, batch: Transition) -> Tensor:
@@ -262,13 +260,14 @@ class ShortcutTask(OptimizedTask):
         shares: dict[Places, float | Tensor] = dict.fromkeys(where, 1.0)
         if ranks == 1:
             return shares
-        steps_of: Any = getattr(self.trainer.datamodule, "steps_of_batch", None)  # type: ignore[attr-defined]
-        steps = steps_of(0 if self.trainer.overfit_batches else self.current_epoch, batch_idx) if steps_of else None  # type: ignore[attr-defined]
+        targets_of: Any = getattr(self.trainer.datamodule, "first_targets", None)  # type: ignore[attr-defined]
+        epoch = 0 if self.trainer.overfit_batches else self.current_epoch  # type: ignore[attr-defined]
+        targets = targets_of(epoch, batch_idx) if targets_of else None
         sent: list[Places] = ["all"] if "all" in where and batch.prefix is not None else []
-        if steps is None or interface.num_rows != interface.num_tokens:
+        if targets is None or interface.num_rows != interface.num_tokens:
             sent += ["masked", "tokens"]
         else:
-            left = [sum(self._masked_before[step + 1 + last] for step in own) for own in steps]
+            left = [sum(self._masked_before[first + last] for first in own) for own in targets]
             share = left[self.trainer.global_rank] * ranks / max(1, sum(left))
             shares |= {"masked": share, "tokens": share}
         if sent:

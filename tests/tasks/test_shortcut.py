@@ -392,7 +392,8 @@ def test_fit_and_validate_run_in_every_precision(folder: Path, precision: Any, o
     task = ShortcutTask(ShortcutNet(width=6, num_heads=1, **options), losses=losses)
     ema, table = ModuleEMA(0.9), ReplayTable([1, 2])
     trainer = L.Trainer(**QUIET, max_steps=3, log_every_n_steps=1, precision=precision, callbacks=[ema, table])
-    trainer.fit(task, datamodule=TrajectoryDataModule(str(folder), batch_size=8, window=2))
+    steps = {"max_gap": 2} if options else {"window": 2}
+    trainer.fit(task, datamodule=TrajectoryDataModule(str(folder), batch_size=8, **steps))
     assert trainer.global_step == 3
     trainer.validate(task, datamodule=TrajectoryDataModule(str(folder)), verbose=False)
     assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
@@ -441,7 +442,8 @@ def test_training_step_waits_for_no_device(
     folder: Path, options: dict[str, Any], losses: dict[str, Loss] | None
 ) -> None:
     made = ShortcutNet(width=6, num_heads=1, **options)
-    task, batch = Task(folder, made, losses=losses), batch_of(folder, window=2)
+    window = 1 if made.options.anchored else 2
+    task, batch = Task(folder, made, losses=losses), batch_of(folder, window)
     task.stand_in.global_step = 0
     with Reads() as mode:
         task.training_step(batch, 0).backward()
@@ -454,6 +456,15 @@ def test_masked_tokens_are_the_same_whether_counted_on_the_host_or_not(folder: P
     for offset, count in enumerate(batch.num_masked):
         is_masked = batch.is_masked[:, offset]
         assert torch.equal(masked_tokens(is_masked, count), masked_tokens(is_masked, None))
+
+
+@pytest.mark.parametrize(("anchored", "steps"), [(True, {"window": 2}), (False, {"max_gap": 2})])
+def test_windows_are_for_steps_in_a_row_and_gaps_for_anchored_networks(
+    folder: Path, anchored: bool, steps: dict[str, int]
+) -> None:
+    task = ShortcutTask(ShortcutNet(width=6, num_heads=1, anchored=anchored))
+    with pytest.raises(ValueError, match="anchored"):
+        L.Trainer(**QUIET, max_steps=1).fit(task, datamodule=TrajectoryDataModule(str(folder), **steps))
 
 
 @pytest.mark.parametrize("name", ["loss", "gain"])
