@@ -13,8 +13,8 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.trials import is_trial, report_trial
-from lit_shortcut.weights import require_writable, save_module, update_manifest
+from lit_shortcut.trials import is_trial, require_writable_file
+from lit_shortcut.weights import save_module, update_manifest
 
 
 class ExportWeights(L.Callback):
@@ -31,12 +31,8 @@ class ExportWeights(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a place that cannot be written, before anything is trained; raises OSError."""
-        if stage != "fit" or not trainer.is_global_zero:
-            return
-        if is_trial(trainer, "fit"):
-            report_trial(self.path)
-        else:
-            require_writable(self.path.parent)
+        if stage == "fit":
+            require_writable_file(trainer, "fit", self.path)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file on the first rank, unless this was a trial run."""

@@ -19,8 +19,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.trials import is_trial, report_trial
-from lit_shortcut.weights import require_writable
+from lit_shortcut.trials import is_trial, require_writable_file
 
 _TOLERANCE = 0.25  # full steps, between the mean wanted and the nearest there is
 
@@ -65,10 +64,7 @@ class PlanSearch(L.Callback):
         num_steps = trainer.datamodule.card.num_steps  # type: ignore[attr-defined]
         if not all(1 <= budget < num_steps for budget in self.budgets):
             raise ValueError(f"budgets must lie in 1..{num_steps - 1}, below the set's steps; got {self.budgets}")
-        if is_trial(trainer, "validate"):
-            report_trial(self.path)
-        elif trainer.is_global_zero:
-            require_writable(self.path.parent)
+        require_writable_file(trainer, "validate", self.path)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int

@@ -25,8 +25,7 @@ from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of
 from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.trials import is_trial
-from lit_shortcut.weights import require_writable
+from lit_shortcut.trials import is_trial, require_writable_file
 
 
 class BenchTask(L.LightningModule):
@@ -74,7 +73,7 @@ class BenchTask(L.LightningModule):
         """Check up front that everything can be run and written."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         require_feasible(self.base, self.rows, data)
-        require_writable(self.path.parent)
+        require_writable_file(self.trainer, "test", self.path)
 
     def on_test_start(self) -> None:
         """Compile networks if ``compiled``."""
@@ -93,16 +92,15 @@ class BenchTask(L.LightningModule):
         measured = {
             row.name: parts_of(list(laps)) for row, laps in zip(self.rows, zip(*rounds, strict=True), strict=True)
         }
-        facts, where = self.facts(batch), f"written to {self.path}"
-        if is_trial(self.trainer, "test"):
-            where = f"a trial run: nothing is written to {self.path}"
-        elif self.trainer.is_global_zero:
+        facts = self.facts(batch)
+        said = ", ".join(f"{name} {value}" for name, value in facts.items())
+        tables = "\n\n".join(f"{name}\n{_table(parts)}" for name, parts in measured.items())
+        rank_zero_info(f"\n{tables}\n\n{said}")
+        if self.trainer.is_global_zero and not is_trial(self.trainer, "test"):
             rows = {name: [part._asdict() for part in parts] for name, parts in measured.items()}
             with replacing(self.path) as aside:
                 aside.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-        said = ", ".join(f"{name} {value}" for name, value in facts.items())
-        tables = "\n\n".join(f"{name}\n{_table(parts)}" for name, parts in measured.items())
-        rank_zero_info(f"\n{tables}\n\n{said}\n{where}")
+            rank_zero_info(f"written to {self.path}")
 
     def facts(self, batch: Conditions) -> dict[str, Any]:
         """Return everything the figures depend on, and the peak of memory."""
