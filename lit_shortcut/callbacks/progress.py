@@ -61,51 +61,29 @@ class PlainProgress(ProgressBar):
         """Say how many batches there are."""
         self._begin("validate", sum(trainer.num_val_batches), "batches")
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *of: Any) -> None:
         """Say which batch it is."""
-        self._of_loaders("validate", trainer.num_val_batches, batch_idx, dataloader_idx)
+        self._batch_ended("validate", trainer.num_val_batches, *of)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say how many batches there are."""
         self._begin("test", sum(trainer.num_test_batches), "batches")
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *of: Any) -> None:
         """Say which batch it is."""
-        self._of_loaders("test", trainer.num_test_batches, batch_idx, dataloader_idx)
+        self._batch_ended("test", trainer.num_test_batches, *of)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say how many batches there are."""
         self._begin("predict", sum(trainer.num_predict_batches), "batches")
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *of: Any) -> None:
         """Say which batch it is."""
-        self._of_loaders("predict", trainer.num_predict_batches, batch_idx, dataloader_idx)
+        self._batch_ended("predict", trainer.num_predict_batches, *of)
 
-    def _of_loaders(self, stage: str, counts: list[int | float], batch_idx: int, dataloader_idx: int) -> None:
+    def _batch_ended(
+        self, stage: str, counts: list[int | float], outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._say(stage, int(sum(counts[:dataloader_idx])) + batch_idx + 1, sum(counts), "batches")
 
     def _begin(self, stage: str, total: float, unit: str) -> None:
