@@ -20,7 +20,7 @@ from lit_shortcut.acceleration.calibrated import Calibrated
 from lit_shortcut.acceleration.origin import PLAN
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Step
-from lit_shortcut.evaluation.rows import NamedPlan, Row, build_rows
+from lit_shortcut.evaluation.rows import NamedPlan, Row, build_rows, vanilla_row
 from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import synchronize
 from lit_shortcut.sampling import Decoding, LogProbs, generate
@@ -92,7 +92,7 @@ def row_of(predictor: Predictor | None, plan: PlanName, budget: int | None, deco
     """
     num_steps = decoding.num_steps
     if budget is None or budget == num_steps:
-        return build_rows([[num_steps]], decoding)[0]
+        return vanilla_row(decoding)
     if predictor is None:
         raise ValueError(f"a budget of {budget} of {num_steps} steps needs a shortcut for the others; none was given")
     method, plans = str(predictor.identity()["method"]).replace(" ", ""), dict[str, NamedPlan]()

@@ -15,7 +15,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
 from lit_shortcut.evaluation.drawing import draw, require_feasible, strip_of
-from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows
+from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, vanilla_row
 from lit_shortcut.evaluation.tally import Tally
 from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.loggers import carry_on, log_picture
@@ -116,7 +116,7 @@ class AcceleratedSampling(L.Callback):
     def _rows(self, network: ShortcutNetwork) -> list[Row]:
         """Return vanilla and all other rows."""
         rows = build_rows(self.rows, self.decoding, self.methods | {_TRAINED: Shortcut(network)}, self.plans)
-        (vanilla,) = build_rows([[self.decoding.num_steps]], self.decoding)
+        vanilla = vanilla_row(self.decoding)
         return [vanilla, *(row for row in rows if row.name != vanilla.name)]
 
     def _network(self, task: ShortcutTask) -> ShortcutNetwork:

@@ -8,27 +8,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pandas as pd
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
-from lit_shortcut.acceleration.accelerated import Predictor
-from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel
-from lit_shortcut.evaluation.drawing import require_feasible
 from lit_shortcut.evaluation.identity import dtype_of
-from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, modules_of
+from lit_shortcut.evaluation.rows import Row
 from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of
-from lit_shortcut.sampling import Decoding, sample
+from lit_shortcut.sampling import sample
+from lit_shortcut.tasks.comparison import ComparisonTask
 from lit_shortcut.trials import is_trial, require_writable_file
 
 
-class BenchTask(L.LightningModule):
+class BenchTask(ComparisonTask):
     """Time of base, predictor, head, token choice and rest in each of ``rows``, on the first batch of the conditions.
 
     Rows are run in turns, round by round, after one run of each to warm up. ``test`` prints a table a row and writes
@@ -36,49 +32,27 @@ class BenchTask(L.LightningModule):
 
     Args:
         base: the frozen model.
-        rows: ways to decode, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them.
-        decoding: how tokens are drawn.
-        methods: predictors by name.
-        plans: plans by name, besides ``even`` and ``even_tokens``.
         path: JSON file to write.
         rounds: timed runs of each row.
-        random_weights: label the weights as random; only sizes matter here.
-        compiled: run base and predictors' networks through ``torch.compile``.
-        compile_mode: ``reduce-overhead`` replays CUDA graphs, for plans that are fixed before a run.
+        **comparison: arguments of :class:`~lit_shortcut.tasks.comparison.ComparisonTask`.
     """
 
     def __init__(
         self,
         base: MaskedImageModel,
         *,
-        rows: list[RowEntry],
-        decoding: Decoding | None = None,
-        methods: dict[str, Predictor] | None = None,
-        plans: dict[str, NamedPlan] | None = None,
         path: Path = Path("runs/bench.json"),
         rounds: int = 3,
-        random_weights: bool = False,
-        compiled: bool = False,
-        compile_mode: Mode = "default",
+        **comparison: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(base, **comparison)
         require_at_least(1, rounds=rounds)
-        assert isinstance(base, nn.Module)
-        self.base: MaskedImageModel = base
-        self.rows, self.path, self.rounds = build_rows(rows, decoding or Decoding(), methods, plans), path, rounds
-        self.random_weights, self.compiled, self.compile_mode = random_weights, compiled, compile_mode
-        self.methods = modules_of(self.rows)
+        self.path, self.rounds = path, rounds
 
     def setup(self, stage: str) -> None:
         """Check up front that everything can be run and written."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        require_feasible(self.base, self.rows, data)
+        super().setup(stage)
         require_writable_file(self.trainer, "test", self.path)
-
-    def on_test_start(self) -> None:
-        """Compile networks if ``compiled``."""
-        if self.compiled:
-            compile_networks(self.base, self.methods, self.compile_mode)
 
     def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure on the first batch; skip the others."""
