@@ -60,15 +60,13 @@ def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], w
     Features may be on another device than the other tensors, which are small and best kept on the CPU; so are windows.
     """
     row, branch, step = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
-    features, prefix = trajectories.features, None
+    steps = step[:, None] + torch.arange(window + 1, device=step.device)
+    features, prefix = trajectories.features[row[:, None], branch[:, None], steps], None
     if trajectories.prefix is not None:  # rows that are padding everywhere are left out, other padding is set to 0
-        frame = features.shape[3] - trajectories.prefix.control.shape[-2]
+        frame = features.shape[2] - trajectories.prefix.control.shape[-2]
         prefix = Prefix(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.prefix))
         prefix = prefix._replace(control=prefix.control[:, : int(prefix.num_control.max())])
-        features = features[:, :, :, : frame + int(prefix.lengths.max())]
-    steps = step[:, None] + torch.arange(window + 1, device=step.device)
-    features = features[row[:, None], branch[:, None], steps]
-    if prefix is not None:
+        features = features[:, :, : frame + int(prefix.lengths.max())]
         is_real = torch.arange(features.shape[2], device=step.device) < frame + prefix.lengths.to(step.device)[:, None]
         features = features.where(is_real[:, None, :, None].to(features.device), 0)
     tokens, committed_at = trajectories.tokens[row], trajectories.committed_at[row]
