@@ -47,7 +47,7 @@ def test_predict_records_a_trajectory_for_each_prompt_in_turn(folder: Path) -> N
 def test_set_of_other_prompts_is_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
     others = tmp_path / "others.txt"
     others.write_text("\n".join(reversed(PROMPTS)))
-    with pytest.raises(TrajectoryError, match=r"holds another set: prompts is [0-9a-f]{64}, not [0-9a-f]{64}\."):
+    with pytest.raises(TrajectoryError, match=r"holds another set: prompts was '[0-9a-f]{64}' and is '[0-9a-f]{64}'\."):
         lightning(folder, "predict", "--config", TOY_DIMOO / "extract.yaml", f"--data.path={others}")
 
 

@@ -27,7 +27,7 @@ class FitLinear(L.Callback):
         self._products: Tensor | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a place that cannot be written."""
+        """Check that the file can be written."""
         require_writable_file(trainer, "validate", self.path)
 
     def on_validation_batch_end(
