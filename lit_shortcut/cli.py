@@ -31,9 +31,7 @@ from lit_shortcut.trainer import Trainer
 from lit_shortcut.trajectory import problems
 from lit_shortcut.weights import read_pickle
 
-_UNION_REPORT = (
-    "Does not validate against any of the Union subtypes"  # begins jsonargparse's message; its cause is the class's own
-)
+_UNION_REPORT = "Does not validate against any of the Union subtypes"  # jsonargparse's; its cause is the class's error
 _FLAGS = {  # options of generate
     "compare": "Also draw each picture with vanilla at the same seed, beside it.",
     "overwrite": "Delete pictures of other settings in the output folder.",
@@ -214,7 +212,9 @@ def app(
     if checkpoint is not None:
         serve(load(checkpoint), host, port)
         return
-    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # and the process's own arguments differ
+    warnings.filterwarnings(
+        "ignore", message="LightningCLI.s args parameter"
+    )  # they are meant to replace the process's
     task = _run(_Built, ["generate", "--config", str(config)]).model
     pipeline = Pipeline(task.base, task.decoding, task.shortcut, task.plan, task.budget)
     serve(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"), host, port)

@@ -34,7 +34,7 @@ def located(path: str | Path) -> Path:
 
 
 def located_source(source: str) -> str:
-    """Return ``source`` itself if it is a URL, else where it is :func:`located`."""
+    """Return ``source`` itself if it is a URL, else its :func:`located` path."""
     return source if is_remote(source) else str(located(source))
 
 

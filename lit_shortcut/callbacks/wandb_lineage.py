@@ -25,7 +25,7 @@ class WandbLineage(L.Callback):
 
     An artifact's name ends in the fingerprint of what it holds, so that ``test`` finds the shortcut that ``fit`` logged
     wherever its file is now. What a run uses is listed in its configuration under ``uses`` and, online, linked as an
-    artifact. Does nothing where W&B is not among the loggers.
+    artifact. Does nothing if W&B is not among the loggers.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -31,9 +31,7 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
     if metric not in metric_names(table):
         raise ValueError(f"the plot's metric must be one of {metric_names(table)}, got {metric!r}")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    corners = cycle(
-        [(5, 5, "left"), (-5, -12, "right"), (-5, 5, "right"), (5, -12, "left")]
-    )  # offsets in points; line by line
+    corners = cycle([(5, 5, "left"), (-5, -12, "right"), (-5, 5, "right"), (5, -12, "left")])  # offsets in points
     colours = cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
     series = table.dropna(subset=["latency_ms", metric]).copy()
     series["series"] = [series_name(line) for _, line in series.iterrows()]
