@@ -212,9 +212,7 @@ def app(
     if checkpoint is not None:
         serve(load(checkpoint), host, port)
         return
-    warnings.filterwarnings(
-        "ignore", message="LightningCLI.s args parameter"
-    )  # they are meant to replace the process's
+    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # it replaces the process's own here
     task = _run(_Built, ["generate", "--config", str(config)]).model
     pipeline = Pipeline(task.base, task.decoding, task.shortcut, task.plan, task.budget)
     serve(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"), host, port)
