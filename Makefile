@@ -14,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 .NOTPARALLEL:
-.PHONY: help install demo extract-trajectories fit report report-full bench bench-data gpu forecast base base-fashion base-fashion_text test lint format types unit toy docs clean
+.PHONY: help install demo extract-trajectories fit report report-full bench bench-data ablations gpu forecast base base-fashion base-fashion_text test lint format types unit toy docs clean
 
 help: ## Show this list; BASE=… picks a folder of configs (default: fashion)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ bench: install ## Measure where the time of a run goes, part by part (default: m
 
 bench-data: install ## Measure the path of the data against what it replaces: loader, recording, encoding, training
 	$(VENV)/bin/python -m benchmarks
+
+ablations: install ## Measure what each part of BASE's shortcut is worth (hours), after extract-trajectories
+	$(VENV)/bin/python -m benchmarks.ablations --config benchmarks/ablations_$(BASE).yaml
 
 gpu: install ## Measure decoding, recording and training of the published systems on this GPU, random weights (ten minutes)
 	$(VENV)/bin/python -m benchmarks.gpu

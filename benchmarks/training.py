@@ -225,6 +225,8 @@ def _single(batch: Transition, row: int) -> Transition:
         batch.targets[own],
         batch.is_masked[own],
         batch.step[own],
+        batch.gap[own],
+        num_masked=(int(batch.is_masked[own].sum()),),
     )
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.conditions import InTurn, sample_seed
 from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
-from datamodules.windows import Order
+from datamodules.windows import Order, require_spans, spans
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
@@ -41,7 +41,8 @@ class _Training(Dataset[Transition]):
     def __getitem__(self, index: tuple[int, int]) -> Transition:
         epoch, number = index
         windows = [self.order.at(epoch, position) for position in self.positions(number, self.rank)]
-        return select(self.pool(epoch, windows[0].shard), [window[1:] for window in windows], self.window)
+        places, gaps = [window[1:4] for window in windows], [window.gap for window in windows]
+        return select(self.pool(epoch, windows[0].shard), places, self.window, gaps)
 
     def positions(self, number: int, rank: int) -> range:
         """Positions in the order of the windows in batch ``number`` of ``rank``."""
@@ -98,7 +99,9 @@ class OnlineDataModule(L.LightningDataModule):
         validation: conditions of each validation, the same every time; needs another seed.
         batch_size: transitions per batch and rank.
         pool_images: images whose transitions are mixed, a multiple of the images generated at once.
-        window: R, steps in a transition.
+        window: R, consecutive steps that a transition has as targets.
+        max_gap: largest number of steps from the features of a transition to its target, for anchored networks; above
+            1, ``window`` is 1.
         dtype: dtype of the features in the pool.
         device_memory_gb: GB (10⁹ bytes) that pools may take on the device; a pool stays there if two fit,
             never at 0.
@@ -120,6 +123,7 @@ class OnlineDataModule(L.LightningDataModule):
         *,
         pool_images: int = 64,
         window: int = 1,
+        max_gap: int = 1,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         device_memory_gb: float = 4.0,
         seed: int = 0,
@@ -127,19 +131,19 @@ class OnlineDataModule(L.LightningDataModule):
         super().__init__()
         if validation.seed == conditions.seed:
             raise ValueError(f"validation.seed must differ from conditions.seed, both are {conditions.seed}")
-        if not 1 <= window < decoding.num_steps:
-            raise ValueError(f"window must lie in 1..{decoding.num_steps - 1}, below the number of steps; got {window}")
+        require_spans(decoding.num_steps, window=window, max_gap=max_gap)
         if pool_images < 1 or pool_images % conditions.batch_size:
             raise ValueError(
                 f"pool_images must be a multiple of conditions.batch_size, {conditions.batch_size}; got {pool_images}"
             )
-        windows = pool_images * decoding.branches * (decoding.num_steps - window)
+        windows = pool_images * decoding.branches * len(spans(decoding.num_steps - window, max_gap))
         if not 1 <= batch_size <= windows:
             raise ValueError(f"batch_size must lie in 1..{windows}, the transitions in a pool; got {batch_size}")
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding, self.conditions, self.validation = decoding, conditions, validation
-        self.batch_size, self.pool_images, self.window, self.seed = batch_size, pool_images, window, seed
+        self.batch_size, self.pool_images, self.seed = batch_size, pool_images, seed
+        self.window, self.max_gap = window, max_gap
         require_at_least(0, device_memory_gb=device_memory_gb)
         self.dtype, self.device_memory_gb = dtype, device_memory_gb
         self._pool = lru_cache(maxsize=1)(self._draw_pool)
@@ -179,15 +183,16 @@ class OnlineDataModule(L.LightningDataModule):
             "batch_size": self.batch_size,
             "pool_images": self.pool_images,
             "window": self.window,
+            "max_gap": self.max_gap,
             "seed": self.seed,
         }
         return EpochLoader(batches, len(batches), partial(epoch_of, self), layout)
 
-    def steps_of_batch(self, epoch: int, number: int) -> list[list[int]]:
-        """Step before each window of training batch ``number`` of ``epoch``, rank by rank."""
+    def first_targets(self, epoch: int, number: int) -> list[list[int]]:
+        """Step of the first target of each window of training batch ``number`` of ``epoch``, rank by rank."""
         batches = self._training()
         ranks = range(batches.world_size)
-        return [batches.order.steps_before(epoch, batches.positions(number, rank)) for rank in ranks]
+        return [batches.order.first_targets(epoch, batches.positions(number, rank)) for rank in ranks]
 
     def _training(self) -> _Training:
         rank, world_size = rank_and_world_size(self)
@@ -203,6 +208,7 @@ class OnlineDataModule(L.LightningDataModule):
             self.decoding.num_steps - self.window,
             group=1,
             seed=self.seed,
+            max_gap=self.max_gap,
         )
         return _Training(self._pool, order, self.batch_size, self.window, rank, world_size)
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
-from datamodules.windows import OnCorrupt, Order, WindowReader
+from datamodules.windows import OnCorrupt, Order, WindowReader, require_spans
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Trajectories
 from lit_shortcut.files import is_remote
@@ -96,7 +96,9 @@ class TrajectoryDataModule(L.LightningDataModule):
         shuffle_shards: number of shards whose transitions are mixed. For a set behind a URL, ``cache`` holds twice as
             many and those of the validation; the next ones are fetched while the present ones are read.
         validation_shards: number of the last shards of the set, held out for validation.
-        window: R, steps in a transition.
+        window: R, consecutive steps that a transition has as targets.
+        max_gap: largest number of steps from the features of a transition to its target, for anchored networks: every
+            two steps at most this far apart are a transition, and only these two are read. Above 1, ``window`` is 1.
         seed: seed of the order.
         base_fingerprint: refuse a set recorded by another base; None takes any.
         validation_batch_size: whole trajectories per validation batch.
@@ -114,6 +116,7 @@ class TrajectoryDataModule(L.LightningDataModule):
         shuffle_shards: int = 16,
         validation_shards: int = 1,
         window: int = 1,
+        max_gap: int = 1,
         seed: int = 0,
         base_fingerprint: str | None = None,
         validation_batch_size: int = 8,
@@ -122,10 +125,12 @@ class TrajectoryDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         require_at_least(1, batch_size=batch_size, shuffle_shards=shuffle_shards, validation_shards=validation_shards)
-        require_at_least(1, window=window, validation_batch_size=validation_batch_size)
+        require_at_least(1, validation_batch_size=validation_batch_size)
+        require_spans(window=window, max_gap=max_gap)
         require_at_least(0, num_workers=num_workers)
         self.source, self.batch_size, self.num_workers = located_source(source), batch_size, num_workers
-        self.shuffle_shards, self.validation_shards, self.window = shuffle_shards, validation_shards, window
+        self.shuffle_shards, self.validation_shards = shuffle_shards, validation_shards
+        self.window, self.max_gap = window, max_gap
         self.seed, self.base_fingerprint, self.validation_batch_size = seed, base_fingerprint, validation_batch_size
         self.on_corrupt, self.cache = on_corrupt, cache
         self.num_replaced = 0
@@ -148,8 +153,10 @@ class TrajectoryDataModule(L.LightningDataModule):
                 "which leaves none to train on. A shard is a batch of predict: record in batches smaller than "
                 f"{card.samples_per_shard}, or more images than {card.num_samples}"
             )
-        if self.window >= card.num_steps:
-            raise TrajectoryError(f"{self.source}: window must be below {card.num_steps} steps, got {self.window}")
+        try:
+            require_spans(card.num_steps, window=self.window, max_gap=self.max_gap)
+        except ValueError as error:
+            raise TrajectoryError(f"{self.source}: {error}") from error
         return card
 
     @cached_property
@@ -196,6 +203,7 @@ class TrajectoryDataModule(L.LightningDataModule):
             "batch_size over all ranks": self.batch_size * world_size,
             "shuffle_shards": self.shuffle_shards,
             "window": self.window,
+            "max_gap": self.max_gap,
             "seed": self.seed,
         }
         return EpochLoader(
@@ -206,8 +214,8 @@ class TrajectoryDataModule(L.LightningDataModule):
             self.num_workers,
         )
 
-    def steps_of_batch(self, epoch: int, number: int) -> list[list[int]] | None:
-        """Step before each window of training batch ``number`` of ``epoch``, rank by rank.
+    def first_targets(self, epoch: int, number: int) -> list[list[int]] | None:
+        """Step of the first target of each window of training batch ``number`` of ``epoch``, rank by rank.
 
         None with ``on_corrupt: skip``, where others may replace damaged ones.
         """
@@ -215,12 +223,14 @@ class TrajectoryDataModule(L.LightningDataModule):
             return None
         order, world_size = self._order(), rank_and_world_size(self)[1]
         firsts = (self.batch_size * (number * world_size + rank) for rank in range(world_size))
-        return [order.steps_before(epoch, range(first, first + self.batch_size)) for first in firsts]
+        return [order.first_targets(epoch, range(first, first + self.batch_size)) for first in firsts]
 
     def _order(self) -> Order:
         card = self.card
         starts, shards = card.num_steps - self.window, card.num_shards - self.validation_shards
-        return Order(shards, card.samples_per_shard, card.branches, starts, self.shuffle_shards, self.seed)
+        return Order(
+            shards, card.samples_per_shard, card.branches, starts, self.shuffle_shards, self.seed, self.max_gap
+        )
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on exactly one rank; the last may be smaller."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from threading import Lock
 from typing import Literal, NamedTuple
@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Prefix
 from lit_shortcut.trajectory import EncodedTransition, Head, Parts, Shard, Source, TrajectoryError, room_for
 
@@ -20,12 +21,35 @@ _log = logging.getLogger(__name__)
 
 
 class Window(NamedTuple):
-    """Place of a training window: ``row`` in ``shard``, guidance ``branch``, and ``start``, the step before it."""
+    """Place of a training window: ``row`` in ``shard``, guidance ``branch``, and ``start``, the step before it.
+
+    ``gap`` is the number of steps from there to its first target.
+    """
 
     shard: int
     row: int
     branch: int
     start: int
+    gap: int
+
+
+def spans(starts: int, max_gap: int) -> list[tuple[int, int]]:
+    """Return start and gap of each window in a trajectory's branch; see :class:`Order`."""
+    return [(start, gap) for gap in range(1, 1 + max_gap) for start in range(starts + 1 - gap)]
+
+
+def require_spans(num_steps: int | None = None, *, window: int, max_gap: int) -> None:
+    """Refuse a ``window`` or ``max_gap`` that is below 1, not below ``num_steps``, or both above 1; the first by name.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    require_at_least(1, window=window, max_gap=max_gap)
+    if window > 1 and max_gap > 1:
+        raise ValueError(f"max_gap must be 1 where window is above 1; got window {window} and max_gap {max_gap}")
+    for name, steps in {"window": window, "max_gap": max_gap}.items():
+        if num_steps is not None and steps >= num_steps:
+            raise ValueError(f"{name} must be below {num_steps}, the number of steps; got {steps}")
 
 
 @dataclass(frozen=True)
@@ -40,7 +64,8 @@ class Order:
         num_shards: number of shards, all full.
         rows: trajectories in a shard.
         branches: G.
-        starts: windows in a trajectory's branch, N − R.
+        starts: steps of a trajectory that windows begin at, N − R.
+        max_gap: largest gap; above 1, R is 1, and a window is any two steps at most this far apart.
         group: shards that are shuffled together.
         seed: seed of the order.
     """
@@ -51,6 +76,12 @@ class Order:
     starts: int
     group: int
     seed: int
+    max_gap: int = 1
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """Start and gap of each window in a trajectory's branch."""
+        return spans(self.starts, self.max_gap)
 
     def __len__(self) -> int:
         return self.num_shards * self._per_shard
@@ -68,25 +99,25 @@ class Order:
         group = self.group_at(position)
         shards = self.shards(epoch, group)
         shuffled = _permutation(len(shards) * self._per_shard, self.seed, epoch, group)
-        number, start = divmod(int(shuffled[position - group * self.group * self._per_shard]), self.starts)
+        number, span = divmod(int(shuffled[position - group * self.group * self._per_shard]), len(self.spans))
         number, branch = divmod(number, self.branches)
         shard, row = divmod(number, self.rows)
-        return Window(shards[shard], row, branch, start)
+        return Window(shards[shard], row, branch, *self.spans[span])
 
-    def steps_before(self, epoch: int, positions: range) -> list[int]:
-        """``start`` of the windows at ``positions`` in ``epoch``."""
+    def first_targets(self, epoch: int, positions: range) -> list[int]:
+        """Step of the first target of the windows at ``positions`` in ``epoch``."""
         found: list[int] = []
         size = self.group * self._per_shard
         for group in range(self.group_at(positions[0]), self.group_at(positions[-1]) + 1):
             count = len(self.shards(epoch, group)) * self._per_shard
             own = slice(max(0, positions.start - group * size), positions.stop - group * size)
             shuffled = _permutation(count, self.seed, epoch, group)
-            found += (shuffled[own] % self.starts).tolist()
+            found += [sum(self.spans[span]) for span in (shuffled[own] % len(self.spans)).tolist()]
         return found
 
     @property
     def _per_shard(self) -> int:
-        return self.rows * self.branches * self.starts
+        return self.rows * self.branches * len(self.spans)
 
 
 @lru_cache(maxsize=4)  # one of the shards, and those of the groups around a batch
@@ -136,8 +167,8 @@ class WindowReader:
             parts = {part: values[:, :, :num_rows].contiguous() for part, values in parts.items()}
             prefix = _prefix_of(heads, windows)
         tokens, committed_at = (torch.stack(grids) for grids in zip(*(head[:2] for head in heads), strict=True))
-        step = torch.tensor([window.start for window in windows])
-        batch = EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, prefix)
+        step, gap = (torch.tensor(column) for column in zip(*(window[3:] for window in windows), strict=True))
+        batch = EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, gap, prefix)
         return batch._replace(replaced=torch.tensor(replaced))
 
     def _read_one(self, room: Parts, epoch: int, position: int) -> tuple[Window, Head]:
@@ -146,7 +177,9 @@ class WindowReader:
             window = self.order.at(epoch, (position + number) % len(self.order))
 
             def read(shard: Shard, window: Window = window) -> Head:
-                shard.read_steps(window.row, window.branch, window.start, room)
+                first = window.start + window.gap
+                steps = [window.start, *range(first, first + self.window)]
+                shard.read_steps(window.row, window.branch, steps, room)
                 return shard.head(window.row)
 
             try:

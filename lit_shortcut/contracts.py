@@ -67,7 +67,7 @@ class Prefix(NamedTuple):
 
 
 class PrefixSize(NamedTuple):
-    """Plain numbers for the shapes of one guidance branch's prefixes, so that no shape waits for a device.
+    """Plain numbers for the shapes of a batch's prefixes, so that neither shapes nor masks wait for a device.
 
     ``longest`` and ``longest_control`` bound ``lengths`` and ``num_control``; without ``is_padded`` all reach them.
     """
@@ -78,7 +78,7 @@ class PrefixSize(NamedTuple):
 
     @classmethod
     def of(cls, lengths: list[int], num_control: list[int]) -> PrefixSize:
-        """Return the size of one branch's prefixes, from the numbers of each sample."""
+        """Return the size of prefixes, from the numbers of each sample."""
         is_padded = min(lengths) < max(lengths) or min(num_control) < max(num_control)
         return cls(max(lengths), max(num_control), is_padded)
 
@@ -222,11 +222,11 @@ class Trajectories(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """A training window of R consecutive steps (R = 1: a pair), guidance branches apart, samples mixed.
+    """A training window with R consecutive steps as targets, guidance branches apart, samples mixed.
 
-    ``features`` (B, S, C) before the window; for each of its steps ``control`` (B, R, K), padded to the longest K of
-    the batch, ``masked_share`` (B, R) and ``targets`` (B, R, S, C), the features after it; ``is_masked`` (B, R, L),
-    places still masked when the targets were computed. ``step`` (B,) is the index of ``features``.
+    ``features`` (B, S, C) of ``step`` (B,), the first target ``gap`` (B,) steps on; for each target ``control``
+    (B, R, K), the tokens committed since ``gap`` steps before, padded to the longest, ``masked_share`` (B, R), and
+    ``is_masked`` (B, R, L), places still masked. ``num_masked`` counts those of each target, if known.
     """
 
     features: Tensor
@@ -235,7 +235,10 @@ class Transition(NamedTuple):
     targets: Tensor
     is_masked: Tensor
     step: Tensor
+    gap: Tensor
     prefix: Prefix | None = None
+    prefix_size: PrefixSize | None = None
+    num_masked: tuple[int, ...] = ()
 
 
 class BaseEnds(Protocol):
@@ -249,7 +252,14 @@ class BaseEnds(Protocol):
         """Hash of the weights, equal only for equal weights; ties shards and shortcuts to their base."""
 
 
-class MaskedImageModel(BaseEnds, Protocol):
+class ImageDecoder(Protocol):
+    """Decoder from codes to images."""
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
+
+
+class MaskedImageModel(BaseEnds, ImageDecoder, Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
     The first rows of its features are the image's, row by row: one for each token, or for a square of tokens, as
@@ -264,9 +274,6 @@ class MaskedImageModel(BaseEnds, Protocol):
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """Features (G, B, S, C) of ``tokens`` (B, L): the expensive pass. Most bases ignore ``clock``."""
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
 
 
 FeatureFn = Callable[[State], tuple[Tensor, bool | Tensor]]
@@ -291,10 +298,3 @@ class ConditionSource(Protocol):
 
     def loader(self, seed: int | None = None) -> DataLoader[Conditions]:
         """Batches of conditions under run seed ``seed``; None takes the source's own."""
-
-
-class ImageDecoder(Protocol):
-    """Decoder from codes to images."""
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""

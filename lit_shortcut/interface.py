@@ -11,10 +11,11 @@ _EPS = 1e-6  # in Meissonic's norms
 
 
 class Places(NamedTuple):
-    """Places of control tokens, ``control`` (B, K), and of rows of the features, ``rows`` (B, S), in a base's sequence.
+    """Places of control tokens, ``control`` (B, K, E), and of rows of the features, ``rows`` (B, S, E), in a sequence.
 
-    If rows have no places in a sequence, ``rows`` is None and ``control`` are positions among the image tokens.
-    ``is_real`` (B, S) is false at padding, None if there is no padding.
+    The network that uses them encodes both, once for all steps. If rows have no places in a sequence, ``rows`` is None
+    and ``control`` (B, K) are positions among the image tokens. ``is_real`` (B, S) is false at padding, None if there
+    is no padding.
     """
 
     rows: Tensor | None

@@ -48,7 +48,8 @@ class Loss(ABC):
         Args:
             prediction: features (B, S, C).
             target: recorded features (B, S, C).
-            where: places that count: a mask of the first rows, or (B, L) of the tokens.
+            where: places that count: a mask of the first rows, or, for ``tokens``, their samples and image places,
+                (2, n), as :func:`masked_tokens` returns them.
             interface: interface of the base.
         """
 
@@ -103,13 +104,30 @@ class HeadKL(Loss):
 
     def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:
         """Return the mean over places; the head runs only there."""
-        samples, places = where.nonzero(as_tuple=True)
+        samples, places = where
         rows = interface.rows_of(places)
         wanted, found = (
             interface.row_logits(features[samples, rows], places)
             for features in (target.to(prediction.dtype), prediction)
         )
         return head_kl(wanted, found, self.temperature).sum() / max(1, len(places))
+
+
+def masked_tokens(is_masked: Tensor, count: int | None) -> Tensor:
+    """Return samples and image places (2, n) of the tokens where ``is_masked`` (B, L).
+
+    Args:
+        is_masked: (B, L).
+        count: n, where it is known on the host; None counts on the device, and waits for it.
+
+    >>> masked_tokens(torch.tensor([[False, True, True], [True, False, False]]), 3)
+    tensor([[0, 0, 1],
+            [1, 2, 0]])
+    """
+    if count is None:
+        return is_masked.nonzero().T
+    places = is_masked.flatten().byte().argsort(descending=True, stable=True)[:count]
+    return torch.stack([places // is_masked.shape[1], places % is_masked.shape[1]])
 
 
 def weighted_sum(losses: dict[str, Loss], terms: dict[str, Tensor]) -> Tensor:

@@ -27,15 +27,20 @@ class WeightsError(ValueError):
     """A weight file is missing, damaged, or does not fit."""
 
 
-def save_module(path: Path, module: nn.Module, metadata: dict[str, Any] | None = None) -> None:
+def save_module(
+    path: Path, module: nn.Module, metadata: dict[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Write ``module``'s state and its ``hparams`` to ``path`` atomically.
 
     Args:
         path: file to write, usually ``….safetensors``; its folder is created.
         module: network with ``hparams``, the arguments of its class.
         metadata: JSON values stored beside the tensors.
+        dtype: of stored floating-point tensors; None keeps that of each. :func:`load_module` loads them in float32.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     save_tensors(path, tensors, identity(module) | (metadata or {}))
 
 

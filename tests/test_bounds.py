@@ -40,6 +40,7 @@ from lit_shortcut.callbacks.export import ExportShortcut
 from lit_shortcut.callbacks.image_writer import ImageWriter
 from lit_shortcut.callbacks.last_checkpoint import LastCheckpoint
 from lit_shortcut.callbacks.plan_search import PlanSearch
+from lit_shortcut.callbacks.report import Report
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.decoding.temperature import TemperatureCourse
 from lit_shortcut.fashion.captions import CaptionedFashionMNIST
@@ -138,14 +139,21 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
         TrajectoryDataModule,
         build(TrajectoryDataModule, source="nowhere"),
         dict.fromkeys(
-            ("batch_size", "shuffle_shards", "validation_shards", "window", "validation_batch_size"), (-1, 0, 1)
+            ("batch_size", "shuffle_shards", "validation_shards", "window", "max_gap", "validation_batch_size"),
+            (-1, 0, 1),
         )
         | {"num_workers": (-1, 0)},
     ),
     (
         OnlineDataModule,
         online,
-        {"batch_size": (-1, 0, 1), "pool_images": (-1, 0, 2), "window": (-1, 0, 1), "device_memory_gb": (-1, 0)},
+        {
+            "batch_size": (-1, 0, 1),
+            "pool_images": (-1, 0, 2),
+            "window": (-1, 0, 1),
+            "max_gap": (-1, 0, 1),
+            "device_memory_gb": (-1, 0),
+        },
     ),
     (FashionMNIST, FashionMNIST, dict.fromkeys(("batch_size", "validation_images"), (-1, 0, 1))),
     (CaptionedFashionMNIST, CaptionedFashionMNIST, dict.fromkeys(("batch_size", "validation_images"), (-1, 0, 1))),
@@ -263,6 +271,7 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
     ),
     (ModuleEMA, ModuleEMA, {"decay": (-0.1, 1.1, 0)}),
     (ExportShortcut, build(ExportShortcut, path=HERE, licence="", trained_on=""), {"budget": (-1, 0)}),
+    (Report, Report, {"step_share": (-0.1, 1.1, 0)}),
     (ImageWriter, build(ImageWriter, folder=HERE), {"grid_images": (-1, 0)}),
     (LastCheckpoint, build(LastCheckpoint, dirpath=HERE), {"every_n_train_steps": (-1, 0, 1)}),
     (PlanSearch, build(PlanSearch, path=HERE, budgets=[2]), {"max_gap": (-1, 0, 1)}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from datamodules.prompts import Prompts
 from datamodules.trajectories import TrajectoryDataModule
@@ -23,7 +25,7 @@ from lit_shortcut.bases.toy_cross import CrossToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.losses import MaskedMSE
-from lit_shortcut.networks.control import lay_out
+from lit_shortcut.networks.control import lay_out_transition
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.sampling import Decoding
@@ -158,8 +160,11 @@ def test_training_predicts_what_sampling_does(
     replay = made.replay(recorded)
     run = Accelerated(Even(1), Shortcut(network)).start(replay, replay.recorded, replay.counts)
     features = [run(state)[0] for state in replay.states()]
-    batch = select(recorded, [(row, branch, 0) for row in range(5) for branch in range(2)], gap)
-    following = made.predict(batch, gap - 1)
+    places = [(row, branch, 0) for row in range(5) for branch in range(2)]
+    if network.options.anchored:
+        following = made.predict(select(recorded, places, gaps=[gap] * len(places)), 0)
+    else:
+        following = made.predict(select(recorded, places, gap), gap - 1)
     for row in range(5):
         for branch in range(2):
             num_rows = FRAME + (LENGTHS[row] if branch == 0 else 3)
@@ -199,7 +204,7 @@ def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path)
 def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(folder: Path, card: Card) -> None:
     order = Order(1, rows=3, branches=2, starts=3, group=1, seed=0)
     found = WindowReader(Source(folder, card), order, 2).read(0, range(7)).decode()
-    places = [order.at(0, position)[1:] for position in range(7)]
+    places = [order.at(0, position)[1:4] for position in range(7)]
     expected = select(concatenated(list(read_shard(folder, 0, card))), places, 2)
     assert found.prefix is not None
     assert expected.prefix is not None
@@ -214,9 +219,19 @@ def test_batch_of_one_trains_without_masks(folder: Path, card: Card, dimoo: DiMO
     reader = WindowReader(Source(folder, card), order, 1)
     for position in range(len(order)):
         batch = reader.read(0, range(position, position + 1)).decode()
-        assert batch.prefix is not None
-        layout = lay_out(LLaDAShortcutNet(16, num_heads=2), dimoo.interface, batch.prefix, batch.features.shape[1])
+        layout = lay_out_transition(LLaDAShortcutNet(16, num_heads=2), dimoo.interface, batch)
+        assert layout is not None
         assert batch.control.is_real is layout.is_real is layout.control.is_real is None
+
+
+def test_prompts_of_equal_length_train_without_masks_on_any_device(folder: Path, card: Card, dimoo: DiMOO) -> None:
+    recorded = concatenated(read_set(folder, card))
+    equal, unequal = ([(row, branch, 1) for row in range(5)] for branch in (1, 0))
+    for places, is_padded in ((equal, False), (unequal, True)):
+        batch = move_data_to_device(select(recorded, places), torch.device("meta"))  # gives no value away
+        layout = lay_out_transition(LLaDAShortcutNet(16, num_heads=2), deepcopy(dimoo.interface).to("meta"), batch)
+        assert layout is not None
+        assert (layout.is_real is not None) == (layout.control.is_real is not None) == is_padded
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,29 @@ def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(tmp_path: Pat
         assert torch.equal(mine, theirs)
 
 
+def test_batch_with_gaps_has_both_ends_and_all_tokens_between(tmp_path: Path) -> None:
+    made = write_set(tmp_path)
+    order = Order(3, rows=3, branches=2, starts=3, group=3, seed=0, max_gap=3)
+    assert sorted(order.spans) == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)]
+    assert len({order.at(0, position) for position in range(len(order))}) == len(order) == 3 * 3 * 2 * 6
+    windows = [order.at(2, position) for position in range(20)]
+    found = WindowReader(Source(tmp_path, made), order, 1).read(2, range(20)).decode()
+    recorded = read_set(tmp_path, made)
+    assert order.first_targets(2, range(20)) == [window.start + window.gap for window in windows]
+    assert {window.gap for window in windows} == {1, 2, 3}
+    for index, window in enumerate(windows):
+        row, end = window.shard * 3 + window.row, window.start + window.gap
+        assert torch.equal(found.features[index], recorded.features[row, window.branch, window.start])
+        assert torch.equal(found.targets[index, 0], recorded.features[row, window.branch, end])
+        committed_at = recorded.committed_at[row]
+        assert torch.equal(found.is_masked[index, 0], committed_at >= end)
+        is_real = ... if found.control.is_real is None else found.control.is_real[index, 0]
+        positions = found.control.positions[index, 0][is_real]
+        assert positions.tolist() == ((committed_at >= window.start) & (committed_at < end)).nonzero()[:, 0].tolist()
+        assert torch.equal(found.control.tokens[index, 0][is_real], recorded.tokens[row][positions].long())
+        assert (int(found.step[index]), int(found.gap[index])) == (window.start, window.gap)
+
+
 def test_order_visits_every_window_once_and_mixes_a_group() -> None:
     order = Order(5, rows=3, branches=2, starts=4, group=2, seed=1)
     seen = [order.at(0, position) for position in range(len(order))]

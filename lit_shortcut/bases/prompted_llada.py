@@ -34,8 +34,8 @@ class PromptContext(Context):
 
     Args:
         ids: (G, B, P).
-        cos: (G, B, 1, S, D/2), cosines of each row's rotation.
-        sin: sines, of the same shape.
+        cos: (G, B, 1, S, D), ``cos`` of each row's :class:`~lit_shortcut.networks.llada.Rotation`.
+        sin: its ``sin``, of the same shape.
         is_real: (G, B, S), false at rows after a shorter prompt.
     """
 

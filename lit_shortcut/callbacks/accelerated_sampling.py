@@ -127,7 +127,7 @@ class AcceleratedSampling(L.Callback):
         if self.copy is None:
             self.copy = deepcopy(task.network).to(dtype).requires_grad_(False)
             if task.network._compiled_call_impl is not None:  # a copy is not compiled
-                self.copy.compile()
+                self.copy.compile(fullgraph=True)
         self.copy.load_state_dict(task.network.state_dict())
         return self.copy.train(task.network.training)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+import torch
 
 from lit_shortcut.acceleration.origin import WEIGHTS, BaseReference, Origin
 from lit_shortcut.acceleration.shortcut import Shortcut
@@ -24,10 +25,14 @@ class ExportWeights(L.Callback):
         path: safetensors file; ``manifest.yaml`` beside it gets an entry.
         licence: SPDX identifier of the weights.
         trained_on: name of the training data, for the manifest.
+        dtype: dtype of the stored weights; None keeps the network's. Weights are loaded in float32 all the same.
     """
 
-    def __init__(self, path: Path, licence: str, trained_on: str) -> None:
+    def __init__(
+        self, path: Path, licence: str, trained_on: str, dtype: Literal["float16", "bfloat16"] | None = None
+    ) -> None:
         self.path, self.facts = path, {"licence": licence, "trained_on": trained_on}
+        self.dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check, before anything is trained, that the file can be written; raise OSError if not."""
@@ -44,7 +49,7 @@ class ExportWeights(L.Callback):
 
     def write(self, task: OptimizedTask) -> Path:
         """Write ``task.network``; return its weight file."""
-        save_module(self.path, task.network, task.network_facts())
+        save_module(self.path, task.network, task.network_facts(), self.dtype)
         return self.path
 
 
@@ -56,6 +61,9 @@ class ExportFolder(ExportWeights):
         licence: SPDX identifier of the weights.
         trained_on: name of the training data, for the manifest.
     """
+
+    def __init__(self, path: Path, licence: str, trained_on: str) -> None:
+        super().__init__(path, licence, trained_on)
 
     def write(self, task: OptimizedTask) -> Path:
         """Let ``task.network`` save itself; return its weight file."""

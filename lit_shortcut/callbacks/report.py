@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_shortcut.acceleration.accelerated import Accelerated
 from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.bounds import require_share
 from lit_shortcut.evaluation.identity import dtype_of
 from lit_shortcut.loggers import carry_on, log_artifact, log_page, log_picture, log_table
 from lit_shortcut.metrics.latency import device_name
@@ -20,7 +21,7 @@ from lit_shortcut.report.closing import closing
 from lit_shortcut.report.document import json_of, notes
 from lit_shortcut.report.grids import grids, read_strips, strip_paths
 from lit_shortcut.report.page import page
-from lit_shortcut.report.plot import pareto, pixels, series_name
+from lit_shortcut.report.plot import pareto, pixels, variant
 from lit_shortcut.report.provenance import provenance
 from lit_shortcut.report.table import collect, current_latencies, markdown
 from lit_shortcut.tasks.evaluation import EvaluationTask
@@ -38,10 +39,17 @@ class Report(L.Callback):
     Args:
         quality: the metric on the plot's vertical axis; with random weights there is none.
         then: verb and arguments of the command to run next, printed in the last line.
+        step_share: share of a base pass that a shortcut step takes on a base of interest, such as 0.028 at MaskGIT's
+            published size; the report computes what its rows would cost there.
+
+    Raises:
+        ValueError: if ``step_share`` is not between 0 and 1.
     """
 
-    def __init__(self, quality: str | None = None, then: str = "") -> None:
-        self.quality, self.then = quality, then
+    def __init__(self, quality: str | None = None, then: str = "", step_share: float | None = None) -> None:
+        if step_share is not None:
+            require_share(step_share=step_share)
+        self.quality, self.then, self.step_share = quality, then, step_share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check, before anything is measured, that ``quality`` will be.
@@ -72,6 +80,8 @@ class Report(L.Callback):
             num_steps=task.decoding.num_steps,
             precision=str(trainer.precision),
             incomplete=[row.name for row in task.rows if row.name not in latencies],
+            shortcuts=_shortcuts(task),
+            step_share=self.step_share,
         )
         text = f"{markdown(table)}\n\n{below}\n"
         figures = json_of(
@@ -175,4 +185,4 @@ def _log_pareto(trainer: L.Trainer, table: pd.DataFrame, metric: str) -> None:
             run.define_metric("pareto/latency_ms")
             run.define_metric("pareto/*", step_metric="pareto/latency_ms")
             for _, line in table.dropna(subset=["latency_ms", metric]).iterrows():
-                run.log({"pareto/latency_ms": line["latency_ms"], f"pareto/{series_name(line)}/{metric}": line[metric]})
+                run.log({"pareto/latency_ms": line["latency_ms"], f"pareto/{variant(line)}/{metric}": line[metric]})

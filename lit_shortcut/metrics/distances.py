@@ -122,7 +122,7 @@ class KernelDistance(ReferenceMetric):
         extractor: as in :class:`ReferenceMetric`.
         reference: as in :class:`ReferenceMetric`; must hold features.
         subsets: number of subsets.
-        subset_size: generated and real images in each.
+        subset_size: generated and real images in each; all generated ones where they are fewer.
 
     Raises:
         WeightsError: as in :class:`ReferenceMetric`.
@@ -136,28 +136,29 @@ class KernelDistance(ReferenceMetric):
         require_at_least(1, subsets=subsets)
         require_at_least(2, subset_size=subset_size)
         self.subsets, self.subset_size = subsets, subset_size
-        self._require(len(self.reference["features"]), f"reference features in {reference}")
+        if (found := len(self.reference["features"])) < subset_size:
+            raise ValueError(
+                f"subset_size must be at most the number of reference features in {reference}, {found}; "
+                f"got {subset_size}"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the metric, with the subsets."""
         return super().identity() | {"subsets": self.subsets, "subset_size": self.subset_size}
 
     def compute(self) -> Tensor:
-        """Return the mean over subsets; raises ValueError if there are fewer images than ``subset_size``."""
+        """Return the mean over subsets, which a size below ``subset_size`` leaves unbiased; of one image it is NaN."""
         features = self.gathered()
-        self._require(len(features), "generated images")
+        if len(features) < 2:
+            return torch.tensor(torch.nan, device=self.device)
         found = kid_features_to_metric(
             features,
             self.reference["features"],
             kid_subsets=self.subsets,
-            kid_subset_size=self.subset_size,
+            kid_subset_size=min(self.subset_size, len(features)),
             verbose=False,
         )
         return torch.tensor(float(found["kernel_inception_distance_mean"]), device=self.device)
-
-    def _require(self, found: int, what: str) -> None:
-        if found < self.subset_size:
-            raise ValueError(f"subset_size must be at most the number of {what}, {found}; got {self.subset_size}")
 
 
 class Coverage(ReferenceMetric):

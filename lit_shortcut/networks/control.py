@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Context, Control, Prefix, PrefixSize
+from lit_shortcut.contracts import Context, Control, Prefix, PrefixSize, Transition
 from lit_shortcut.interface import Places, TokenInterface
 from lit_shortcut.networks.rows import ALL_ROWS, Rows, RowsAt, RowsWhere
 from lit_shortcut.networks.shortcut import ShortcutNetwork
@@ -25,8 +25,8 @@ class EmbeddedControl(NamedTuple):
 class Layout(NamedTuple):
     """Places of the features' rows after a prefix, and the control tokens that the prefix adds at every step.
 
-    ``rows`` (B, S) are places in the base's sequence, ``is_real`` (B, S) is false at padding. ``control`` holds only
-    the prefix's tokens, P of them.
+    ``rows`` (B, S, E) are places in the base's sequence, encoded by the network; ``is_real`` (B, S) is false at
+    padding. ``control`` holds only the prefix's tokens, P of them.
     """
 
     rows: Tensor
@@ -69,47 +69,43 @@ def advance(
     return predicted
 
 
-def lay_out(
-    network: ShortcutNetwork,
-    interface: TokenInterface,
-    prefix: Prefix,
-    num_rows: int,
-    size: PrefixSize | None = None,
-) -> Layout:
-    """Lay out ``prefix`` (B, …) for features of ``num_rows`` (S), on the interface's device.
+def lay_out(network: ShortcutNetwork, interface: TokenInterface, prefix: Prefix, size: PrefixSize) -> Layout:
+    """Lay out ``prefix`` (B, …) of ``size`` for features cut to its longest, on the interface's device.
 
     If ``network`` does not use prefixes, this only gives the places of rows. Without padding no masks are made, since
-    attention is faster without. ``size`` says whether there is padding; without it, a batch of one has none, and larger
-    batches are checked if their lengths are on the CPU.
+    attention is faster without.
     """
-    if not network.options.uses_prefix:
-        prefix = prefix._replace(control=prefix.control[:, :0], num_control=torch.zeros_like(prefix.num_control))
-    rows, row_is_real = interface.row_places(prefix.lengths, num_rows)
-    assert interface.row_offsets is not None  # otherwise row_places raises
-    num_control = prefix.control.shape[1]
-    places = torch.arange(num_control, device=rows.device).expand(len(rows), -1)
-    if size is None:
-        rows_are_padded = _is_padded(prefix.lengths, num_rows - len(interface.row_offsets))
-        control_is_padded = _is_padded(prefix.num_control, num_control)
-    else:
-        rows_are_padded = control_is_padded = size.is_padded
-    is_real = places < prefix.num_control.to(rows.device)[:, None] if control_is_padded else None
-    control = EmbeddedControl(prefix.control.to(rows.device), is_real, Places(rows=None, control=places))
-    return Layout(rows, row_is_real if rows_are_padded else None, control)
+    assert interface.row_offsets is not None  # of a base with prefixes
+    rows, row_is_real = interface.row_places(prefix.lengths, len(interface.row_offsets) + size.longest)
+    uses_prefix = network.options.uses_prefix
+    tokens = prefix.control[:, : size.longest_control if uses_prefix else 0].to(rows.device)
+    places = torch.arange(tokens.shape[1], device=rows.device)[None]
+    is_real = None
+    if size.is_padded and uses_prefix:
+        is_real = places < prefix.num_control.to(rows.device)[:, None]
+    control_places = Places(rows=None, control=network.encode_places(places).expand(len(rows), -1, -1))
+    return Layout(
+        network.encode_places(rows),
+        row_is_real if size.is_padded else None,
+        EmbeddedControl(tokens, is_real, control_places),
+    )
 
 
 def lay_out_branches(network: ShortcutNetwork, interface: TokenInterface, context: Context) -> list[Layout]:
     """Lay out the guidance branches of ``context``, each cut to the longest in its branch; [] without a prefix."""
     if (prefix := context.prefix) is None:
         return []
-    assert interface.row_offsets is not None
     sizes = context.prefix_sizes or map(PrefixSize.of, prefix.lengths.tolist(), prefix.num_control.tolist())
-    layouts = []
-    for branch, size in enumerate(sizes):
-        lengths, control, num_control = (part[branch] for part in prefix)
-        own = Prefix(lengths, control[:, : size.longest_control], num_control)
-        layouts.append(lay_out(network, interface, own, len(interface.row_offsets) + size.longest, size))
-    return layouts
+    branches = map(Prefix._make, zip(*prefix, strict=True))
+    return [lay_out(network, interface, own, size) for own, size in zip(branches, sizes, strict=True)]
+
+
+def lay_out_transition(network: ShortcutNetwork, interface: TokenInterface, batch: Transition) -> Layout | None:
+    """Lay out the prefixes of ``batch``, whose features are cut to the longest; None without prefixes."""
+    if batch.prefix is None:
+        return None
+    assert batch.prefix_size is not None
+    return lay_out(network, interface, batch.prefix, batch.prefix_size)
 
 
 def embed_control(interface: TokenInterface, control: Control, layout: Layout | None = None) -> EmbeddedControl:
@@ -123,7 +119,7 @@ def embed_control(interface: TokenInterface, control: Control, layout: Layout | 
         is_real=_joined(prefix, control),
         places=Places(
             rows=layout.rows,
-            control=torch.cat([prefix.places.control, layout.rows.gather(1, control.positions)], dim=1),
+            control=torch.cat([prefix.places.control, RowsAt(control.positions).take(layout.rows)], dim=1),
             is_real=layout.is_real,
         ),
     )
@@ -157,10 +153,5 @@ def _joined(prefix: EmbeddedControl, control: Control) -> Tensor | None:
     """Return the mask (B, P + K), false at padding, of ``prefix``, then ``control``; None if there is no padding."""
     if prefix.is_real is None and control.is_real is None:
         return None
-    parts = (prefix.places.control, prefix.is_real), (control.tokens, control.is_real)
+    parts = (prefix.places.control[..., 0], prefix.is_real), (control.tokens, control.is_real)
     return torch.cat([torch.ones_like(of, dtype=torch.bool) if real is None else real for of, real in parts], dim=1)
-
-
-def _is_padded(lengths: Tensor, longest: int) -> bool:
-    """Return whether a length is below ``longest``; True without looking where that would synchronise a device."""
-    return len(lengths) > 1 and (lengths.device.type != "cpu" or bool((lengths < longest).any()))

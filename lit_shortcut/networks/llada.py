@@ -15,7 +15,10 @@ from lit_shortcut.networks.attention import attend, split_heads
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines, float32 (B, 1, S, D/2), of the angles that rows are rotated by."""
+    """Rotation of rows in D/2 planes, float32 (B, 1, S, D), by angle φ in plane i.
+
+    ``cos`` are cos φ in channels i and i + D/2, ``sin`` are −sin φ in channel i and sin φ in channel i + D/2.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -25,18 +28,20 @@ def rotation(places: Tensor, head_width: int, theta: float) -> Rotation:
     """Rotation of rows at ``places`` (B, S): by place · theta^(−2i/D) in plane i (Su et al., arXiv 2104.09864)."""
     exponents = torch.arange(0, head_width, 2, device=places.device).float() / head_width
     angles = places[:, None, :, None].float() * theta**-exponents
-    return Rotation(angles.cos(), angles.sin())
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
 def rotate(heads: Tensor, by: Rotation) -> Tensor:
     """Rotate ``heads`` (B, heads, S, D) in float32; plane i is spanned by channels i and i + D/2.
 
-    >>> quarter = Rotation(torch.tensor([0.0]), torch.tensor([1.0]))
+    >>> quarter = Rotation(torch.tensor([0.0, 0.0]), torch.tensor([-1.0, 1.0]))
     >>> rotate(torch.tensor([[[[1.0, 0.0]]]]), quarter)
     tensor([[[[0., 1.]]]])
     """
-    first, second = heads.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * by.cos - second * by.sin, second * by.cos + first * by.sin], dim=-1)
+    single = heads.float()
+    first, second = single.chunk(2, dim=-1)
+    rotated = single * by.cos + torch.cat([second, first], dim=-1) * by.sin
     return rotated.to(heads.dtype)
 
 

@@ -148,6 +148,11 @@ class LLaDAShortcutNet(ShortcutNetwork):
         fill(network, state, NAMES, file)
         return network
 
+    def encode_places(self, places: Tensor) -> Tensor:
+        """Return the rotations at ``places`` (B, S): ``cos``, then ``sin``, float32 (B, S, 2 D)."""
+        by = rotation(places, self.options.inner // self.num_heads, self.rope_theta)
+        return torch.cat(by, dim=-1).squeeze(1)
+
     def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
         """Apply the blocks to ``x`` (B, S, c) given ``control`` (B, K, c).
 
@@ -156,9 +161,8 @@ class LLaDAShortcutNet(ShortcutNetwork):
         """
         if places is None or places.rows is None:
             raise ValueError("LLaDAShortcutNet rotates rows by their places, but the base's interface has none")
-        head_width = x.shape[-1] // self.num_heads
-        by = rotation(places.rows, head_width, self.rope_theta)
-        memory = (control, rotation(places.control, head_width, self.rope_theta))
+        by, control_by = (Rotation(*part[:, None].chunk(2, dim=-1)) for part in (places.rows, places.control))
+        memory = (control, control_by)
         for block in self.blocks:
             x = block(x, by, memory, is_real, places.is_real, rows)
         return x

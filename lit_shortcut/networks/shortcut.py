@@ -105,7 +105,7 @@ class ShortcutNetwork(nn.Module, ABC):
             control: (B, K, C), embeddings of the tokens committed since.
             masked_share: (B,) r, share of image tokens still masked before the predicted step.
             is_real: (B, K), false where ``control`` is padding.
-            places: places of ``features`` and ``control`` in the base's sequence, if the network uses them.
+            places: encoded places of ``features`` and ``control`` in the base's sequence, if the network uses them.
             rows: rows to predict; the others stay the same.
             gap: (B,) steps from ``features`` to the prediction, for an anchored network.
         """
@@ -122,6 +122,10 @@ class ShortcutNetwork(nn.Module, ABC):
             scale, shift = self.modulation(time)[:, None].chunk(2, dim=-1)
             x = x * (1 + scale) + shift
         return rows.put(features, rows.take(features) + self.widen(x))
+
+    def encode_places(self, places: Tensor) -> Tensor:
+        """Encode ``places`` (B, S) in the base's sequence as :meth:`refine` uses them, (B, S, E); here as they are."""
+        return places[..., None]
 
     @abstractmethod
     def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -26,6 +26,8 @@ def notes(
     num_steps: int,
     precision: str,
     incomplete: Sequence[str] = (),
+    shortcuts: Collection[str] = (),
+    step_share: float | None = None,
 ) -> str:
     """Return the text below the table, in Markdown: how rows were measured, and which dominate others.
 
@@ -37,6 +39,9 @@ def notes(
         num_steps: N of the vanilla that speed-ups refer to.
         precision: the trainer's precision.
         incomplete: names of the rows whose latency is missing.
+        shortcuts: names of the rows with a shortcut.
+        step_share: share of a base pass that a shortcut step takes on another base, to compute what the rows would cost
+            there; None leaves that out.
     """
     lines = []
     if "images" in table:
@@ -62,6 +67,11 @@ def notes(
             lines += [
                 f"No latency was measured for {', '.join(incomplete)} under these settings; latency_rounds does so."
             ]
+        if step_share is not None and (costs := _costs(table, shortcuts, step_share)):
+            lines += [
+                f"Computed, not measured: where a shortcut step takes {step_share:.1%} of a base pass, b + (N − b) · "
+                f"{step_share:g} passes are {costs}."
+            ]
         pairs = dominated(table, quality, higher_is_better=higher_is_better) if quality else []
         lines += [""] * bool(pairs) + [
             f"- {winner} dominates {loser}: {'higher' if higher_is_better else 'lower'} {quality} at no more latency"
@@ -75,6 +85,14 @@ def json_of(table: pd.DataFrame, **provenance: Any) -> str:
     rows = [{name: value for name, value in line.items() if not _is_nan(value)} for line in table.to_dict("records")]
     code = {"versions": versions(), "commit": commit(), "command": command()}
     return json.dumps({"rows": rows} | code | provenance, indent=1) + "\n"
+
+
+def _costs(table: pd.DataFrame, shortcuts: Collection[str], step_share: float) -> str:
+    """Return the cost of each row with a shortcut, in base passes."""
+    rows = table[table["name"].isin(shortcuts)]
+    passes = rows["b"].fillna(rows["budget"]) if "b" in rows else rows["budget"]
+    costs = passes + (rows["N"] - passes) * step_share
+    return ", ".join(f"{cost:.2f} for {name}" for name, cost in zip(rows["name"], costs, strict=True))
 
 
 def _several(numbers: Sequence[int]) -> str:

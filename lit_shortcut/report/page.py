@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from lit_shortcut.evaluation.rows import VANILLA
-from lit_shortcut.report.plot import FAINT, front, point_label, series_name
+from lit_shortcut.report.plot import FAINT, front, point_label, variant
 from lit_shortcut.report.table import for_people, shown_passes
 
 _THEME = "plotly_white"
@@ -89,10 +89,9 @@ def _inline(figure: go.Figure) -> str:
 def _figure(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> go.Figure:
     """Return ``metric`` against latency, with the lines of :func:`~lit_shortcut.report.plot.pareto`."""
     points = table.dropna(subset=["latency_ms", metric]).copy()
-    points["series"] = [series_name(line) for _, line in points.iterrows()]
     points["hover"] = _hovers(points)
     figure, colours = go.Figure(), cycle(pio.templates[_THEME].layout.colorway)
-    for name, lines in points.groupby("series", sort=False):
+    for name, lines in points.groupby("method", sort=False):
         best = lines["name"].isin(front(lines, metric, higher_is_better=higher_is_better))
         style: dict[str, Any] = {"legendgroup": str(name), "marker_color": next(colours)}
         figure.add_trace(_trace(lines[best], metric, name=_escaped(str(name)), mode="lines+markers+text", **style))
@@ -142,7 +141,7 @@ def _hovers(points: pd.DataFrame) -> list[str]:
 
 def _label(line: Mapping[str, Any]) -> str:
     passes = "" if line["method"] == VANILLA else f", b = {shown_passes(line)}"
-    return f"{series_name(line)}, N = {line['N']}{passes}"
+    return f"{variant(line)}, N = {line['N']}{passes}"
 
 
 def _escaped(text: str) -> str:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lit_shortcut.evaluation.rows import VANILLA
+from lit_shortcut.evaluation.rows import EVEN, VANILLA
 from lit_shortcut.report.table import metric_names, shown_passes
 
 FAINT = 0.35
@@ -22,8 +22,8 @@ FAINT = 0.35
 def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figure:
     """Plot ``metric`` against latency, with intervals over seeds.
 
-    Each combination of method, plan and decoding has a line through its best points: those that none of its others
-    beats in both. The others are faint.
+    Each method has a line through the best of its points, whatever their plan and decoding: those that none of its
+    others beats in both. The others are faint.
 
     Raises:
         ValueError: if ``table`` has no such metric.
@@ -33,9 +33,7 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     corners = cycle([(5, 5, "left"), (-5, -12, "right"), (-5, 5, "right"), (5, -12, "left")])  # offsets in points
     colours = cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
-    series = table.dropna(subset=["latency_ms", metric]).copy()
-    series["series"] = [series_name(line) for _, line in series.iterrows()]
-    for name, lines in series.groupby("series", sort=False):
+    for name, lines in table.dropna(subset=["latency_ms", metric]).groupby("method", sort=False):
         best = front(lines, metric, higher_is_better=higher_is_better)
         colour, corner = next(colours), next(corners)
         _draw(axes, lines[lines["name"].isin(best)], metric, colour, corner, str(name))
@@ -51,14 +49,15 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
 
 
 def point_label(line: Mapping[Any, Any]) -> str:
-    """Return the label of a point: N for vanilla, else N and the base passes."""
-    return f"N={line['N']}" if line["method"] == VANILLA else f"({line['N']}, {shown_passes(line)})"
+    """Return the label of a point: N for vanilla; else N, base passes, and the plan if it is not the even one."""
+    if line["method"] == VANILLA:
+        return f"N={line['N']}"
+    return f"({line['N']}, {shown_passes(line)}) {_own_plan(line)}".rstrip()
 
 
-def series_name(line: Mapping[Any, Any]) -> str:
-    """Return what the points of one line have in common: method, plan if it is not the even one, and decoding."""
-    plan = "" if line["plan"] == "even" else line["plan"]
-    return " ".join(part for part in (line["method"], plan, line["decoding"]) if part)
+def variant(line: Mapping[Any, Any]) -> str:
+    """Return method, plan if it is not the even one, and decoding if it differs from that of most rows."""
+    return " ".join(part for part in (line["method"], _own_plan(line), line["decoding"]) if part)
 
 
 def front(lines: pd.DataFrame, metric: str, *, higher_is_better: bool) -> list[str]:
@@ -69,6 +68,10 @@ def front(lines: pd.DataFrame, metric: str, *, higher_is_better: bool) -> list[s
             names.append(line["name"])
             best = sign * line[metric]
     return names
+
+
+def _own_plan(line: Mapping[Any, Any]) -> str:
+    return "" if line["plan"] == EVEN else str(line["plan"])
 
 
 def _draw(axes: Axes, lines: pd.DataFrame, metric: str, colour: str, corner: tuple[int, int, str], label: str) -> None:

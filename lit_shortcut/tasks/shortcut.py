@@ -13,14 +13,15 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import AdamW
 
+from lit_shortcut.acceleration.compilation import require_compiler
 from lit_shortcut.acceleration.replay import RecordedEnds, Replay
 from lit_shortcut.bounds import require_at_least
-from lit_shortcut.contracts import Control, Prefix, TokenSpec, Trajectories, Transition
+from lit_shortcut.contracts import Control, TokenSpec, Trajectories, Transition
 from lit_shortcut.decoding.schedules import tokens_per_step
-from lit_shortcut.losses import Loss, MaskedMSE, Places, weighted_sum
+from lit_shortcut.losses import Loss, MaskedMSE, Places, masked_tokens, weighted_sum
 from lit_shortcut.metrics.functional import gain_over_hold
 from lit_shortcut.metrics.places import diagnostics
-from lit_shortcut.networks.control import advance, lay_out, require_kind
+from lit_shortcut.networks.control import Layout, advance, lay_out_transition, require_kind
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.optimized import OptimizedTask
@@ -43,8 +44,8 @@ class ShortcutTask(OptimizedTask):
         network: the shortcut to train.
         losses: by name, each with its weight; squared error at masked places by default.
         rollout_depth: K, consecutive shortcut steps in validation. In training the depth is drawn from 1 to the
-            datamodule's window, and the gradient runs through the last step only; an anchored network predicts that far
-            ahead at once.
+            datamodule's window, and the gradient runs through the last step only; an anchored network is trained on
+            gaps instead, up to the datamodule's max_gap.
         compiled: run the network through ``torch.compile``.
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule, by the step.
@@ -73,7 +74,7 @@ class ShortcutTask(OptimizedTask):
             raise ValueError("losses must name at least one loss")
         if taken := sorted(set(self.losses) & set(_OWN_NAMES)):
             raise ValueError(f"losses must not be named {', '.join(taken)}: train/{taken[0]} is logged already")
-        self.network, self.rollout_depth = network, rollout_depth
+        self.network, self.rollout_depth, self.compiled = network, rollout_depth, compiled
         if compiled:
             network.compile(fullgraph=True)  # in place: weights keep their names, and sampling with it is faster, too
         self.card: Card | None = None
@@ -124,8 +125,11 @@ class ShortcutTask(OptimizedTask):
 
         Raises:
             WeightsError: if the network's width is not that of the recorded features, or it is of another kind of base.
-            ValueError: if a loss cannot have what it needs, or the precision is one that cannot train.
+            ValueError: if a loss cannot have what it needs, the precision is one that cannot train, or there is no
+                compiler for a compiled network.
         """
+        if self.compiled:
+            require_compiler(self.trainer.strategy.root_device)
         if stage == "fit" and self.trainer.precision == "16-true":
             raise ValueError("trainer.precision: 16-true loses small gradients; train in 16-mixed or bf16-true")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -142,6 +146,8 @@ class ShortcutTask(OptimizedTask):
                 loss.prepare(data)
             except ValueError as error:
                 raise ValueError(f"model.losses.{name}: {error}") from error
+        if (data.window if self.network.options.anchored else data.max_gap) > 1:
+            raise ValueError("data: an anchored network takes max_gap in place of window, others window only")
         self._masked_before = [sum(self.counts[step:]) for step in range(1 + data.card.num_steps)]
         self.rollouts = Rollouts(min(self.rollout_depth, data.card.num_steps - 1))
 
@@ -156,19 +162,11 @@ class ShortcutTask(OptimizedTask):
         super().on_save_checkpoint(checkpoint)
 
     def forward(
-        self,
-        features: Tensor,
-        control: Control,
-        masked_share: Tensor,
-        prefix: Prefix | None = None,
-        *,
-        masked: Tensor | None = None,
-        gap: Tensor | None = None,
+        self, features: Tensor, control: Control, masked_share: Tensor, layout: Layout | None = None, **options: Tensor
     ) -> Tensor:
         """Predict features (B, S, C); see :func:`~lit_shortcut.networks.control.advance`."""
         features, interface = features.to(next(self.network.parameters()).dtype), self.ends.interface
-        layout = None if prefix is None else lay_out(self.network, interface, prefix, features.shape[-2])
-        return advance(self.network, interface, features, control, masked_share, layout, masked=masked, gap=gap)
+        return advance(self.network, interface, features, control, masked_share, layout, **options)
 
     def training_step(self, batch: Transition, batch_idx: int) -> Tensor:
         """Loss of one batch of windows, after a depth drawn from 1 to their length.
@@ -191,19 +189,20 @@ class ShortcutTask(OptimizedTask):
 
     def predict(self, batch: Transition, last: int) -> Tensor:
         """Features (B, S, C) after step ``last`` of the window, with a gradient through one pass of the network."""
-        if self.network.options.anchored:
-            return self._advance(batch.features, batch, 0, last)
+        layout = lay_out_transition(self.network, self.ends.interface, batch)
         features = batch.features
         with torch.no_grad():
             for offset in range(last):
-                features = self._advance(features, batch, offset, offset)
-        return self._advance(features, batch, last, last)
+                features = self._advance(features, batch, layout, offset)
+        return self._advance(features, batch, layout, last)
 
     def where(self, batch: Transition, last: int) -> dict[Places, Tensor]:
         """What counts after step ``last`` of the window, by name; see :class:`~lit_shortcut.losses.Loss`."""
-        tokens = batch.is_masked[:, last]
-        where: dict[Places, Tensor] = {"masked": self.ends.interface.masked_rows(tokens), "tokens": tokens}
-        if any(loss.places == "all" for loss in self.losses.values()):
+        is_masked, used = batch.is_masked[:, last], {loss.places for loss in self.losses.values()}
+        where: dict[Places, Tensor] = {"masked": self.ends.interface.masked_rows(is_masked)}
+        if "tokens" in used:
+            where["tokens"] = masked_tokens(is_masked, batch.num_masked[last] if batch.num_masked else None)
+        if "all" in used:
             where["all"] = self._real_rows(batch)
         return where
 
@@ -233,14 +232,12 @@ class ShortcutTask(OptimizedTask):
                 raise ValueError(f"val/{name} is {float(value)} at optimiser step {self.global_step}")
             self.log(f"val/{name}", value, prog_bar=name == "gain", sync_dist=True)  # equal already; Lightning warns
 
-    def _advance(self, features: Tensor, batch: Transition, first: int, last: int) -> Tensor:
-        """Predict step ``last`` of the window from ``features`` and the tokens of steps ``first`` … ``last``."""
-        steps = slice(first, last + 1)
-        tokens, positions, is_real = (part if part is None else part[:, steps].flatten(1) for part in batch.control)
-        assert tokens is not None and positions is not None  # noqa: PT018
-        gap = torch.full_like(batch.step, last - first + 1)
-        share, masked = batch.masked_share[:, last], batch.is_masked[:, last]
-        made: Tensor = self(features, Control(tokens, positions, is_real), share, batch.prefix, masked=masked, gap=gap)
+    def _advance(self, features: Tensor, batch: Transition, layout: Layout | None, offset: int) -> Tensor:
+        """Predict the window's target at ``offset`` from ``features`` and the tokens committed since."""
+        tokens, positions, is_real = batch.control
+        control = Control(tokens[:, offset], positions[:, offset], None if is_real is None else is_real[:, offset])
+        share, masked = batch.masked_share[:, offset], batch.is_masked[:, offset]
+        made: Tensor = self(features, control, share, layout, masked=masked, gap=batch.gap)
         return made
 
     def _real_rows(self, batch: Transition) -> Tensor:
@@ -263,17 +260,19 @@ class ShortcutTask(OptimizedTask):
         shares: dict[Places, float | Tensor] = dict.fromkeys(where, 1.0)
         if ranks == 1:
             return shares
-        steps_of: Any = getattr(self.trainer.datamodule, "steps_of_batch", None)  # type: ignore[attr-defined]
-        steps = steps_of(0 if self.trainer.overfit_batches else self.current_epoch, batch_idx) if steps_of else None  # type: ignore[attr-defined]
+        targets_of: Any = getattr(self.trainer.datamodule, "first_targets", None)  # type: ignore[attr-defined]
+        epoch = 0 if self.trainer.overfit_batches else self.current_epoch  # type: ignore[attr-defined]
+        targets = targets_of(epoch, batch_idx) if targets_of else None
         sent: list[Places] = ["all"] if "all" in where and batch.prefix is not None else []
-        if steps is None or interface.num_rows != interface.num_tokens:
+        if targets is None or interface.num_rows != interface.num_tokens:
             sent += ["masked", "tokens"]
         else:
-            left = [sum(self._masked_before[step + 1 + last] for step in own) for own in steps]
+            left = [sum(self._masked_before[first + last] for first in own) for own in targets]
             share = left[self.trainer.global_rank] * ranks / max(1, sum(left))
             shares |= {"masked": share, "tokens": share}
         if sent:
-            own = torch.stack([where[places].sum() for places in sent]).float()
+            masks = where | {"tokens": batch.is_masked[:, last]}
+            own = torch.stack([masks[places].sum() for places in sent]).float()
             shares |= dict(zip(sent, own * ranks / sum_over_ranks(own).clamp(min=1), strict=True))
         return shares
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -65,24 +65,24 @@ class Shard:
                 self._heads[row] = self._head(row)
         return self._heads[row]
 
-    def read_steps(self, row: int, branch: int, first: int, out: Parts) -> None:
-        """Read consecutive steps of the sample at ``row``, from step ``first`` on, into ``out``, parts (R, ≥ S, …).
+    def read_steps(self, row: int, branch: int, steps: Iterable[int], out: Parts) -> None:
+        """Read ``steps`` of the sample at ``row`` into ``out``, parts (number of steps, ≥ S, …).
 
         Raises:
             TrajectoryError: naming the sample, if its bytes are damaged or do not fit the card.
         """
         num_rows = self.head(row).rows[branch]
         with self._named(row):
-            for part, room in out.items():
-                for step, values in enumerate(room[:, :num_rows]):
-                    self._fill(row, step_ending(branch, first + step, part), values)
+            for index, step in enumerate(steps):
+                for part, room in out.items():
+                    self._fill(row, step_ending(branch, step, part), room[index, :num_rows])
 
     def trajectory(self, row: int) -> Trajectories:
         """Return the whole sample at ``row``, decoded, as a batch of one; errors as in :meth:`read_steps`."""
         head, card = self.head(row), self._card
         parts = room_for(card, (card.branches, card.num_steps), max(head.rows))
         for branch in range(card.branches):
-            self.read_steps(row, branch, 0, {part: room[branch] for part, room in parts.items()})
+            self.read_steps(row, branch, range(card.num_steps), {part: room[branch] for part, room in parts.items()})
         with self._named(row):
             card.encoder.check(parts)
             facts = json.loads(self._load(row, "json").numpy().tobytes())

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_shortcut.contracts import Conditions, Control, Prefix, Trajectories, Transition
+from lit_shortcut.contracts import Conditions, Control, Prefix, PrefixSize, Trajectories, Transition
 from lit_shortcut.trajectory.encoding import ENCODINGS, Parts
 
 
 class EncodedTransition(NamedTuple):
-    """A :class:`Transition` as it leaves the loader: ``features`` (B, R + 1, S, …) of all R + 1 steps, still encoded.
+    """A :class:`Transition` as it leaves the loader, encoded: ``features`` (B, 1 + R, S, …) before it, then targets.
 
     ``replaced`` (B,) marks windows read in place of damaged ones.
     """
@@ -26,41 +26,66 @@ class EncodedTransition(NamedTuple):
     masked_share: Tensor
     is_masked: Tensor
     step: Tensor
+    gap: Tensor
     prefix: Prefix | None
+    prefix_size: PrefixSize | None
+    num_masked: tuple[int, ...]
     replaced: Tensor
 
     @classmethod
     def of(
-        cls, encoding: str, features: Parts, tokens: Tensor, committed_at: Tensor, step: Tensor, prefix: Prefix | None
+        cls,
+        encoding: str,
+        features: Parts,
+        tokens: Tensor,
+        committed_at: Tensor,
+        step: Tensor,
+        gap: Tensor,
+        prefix: Prefix | None,
     ) -> EncodedTransition:
-        """Return the windows that begin at ``step`` (B,) of trajectories with ``tokens``, ``committed_at`` (B, L)."""
+        """Return windows from ``step`` (B,), the first target ``gap`` (B,) steps on, of ``tokens``, ``committed_at``.
+
+        Those are (B, L), of whole trajectories.
+        """
         window = next(iter(features.values())).shape[1] - 1
-        steps = step[:, None, None] + torch.arange(window, device=step.device)[:, None]
-        committed_at = committed_at[:, None]
-        is_masked, is_now = committed_at > steps, committed_at == steps
+        before = step[:, None, None] + torch.arange(window, device=step.device)[:, None]
+        after, committed_at = before + gap[:, None, None], committed_at[:, None]
+        is_masked = committed_at >= after
+        is_now = (committed_at >= before) & ~is_masked
         counts = is_now.sum(-1, keepdim=True)
         is_real = torch.arange(int(counts.max()), device=step.device) < counts
         positions = torch.zeros(is_real.shape, dtype=torch.long, device=step.device)
         positions[is_real] = is_now.nonzero()[:, -1]
         codes = tokens.long()[:, None].expand(-1, window, -1).gather(2, positions).where(is_real, 0)
         control = Control(codes, positions, None if bool(is_real.all()) else is_real)
-        none = torch.zeros(len(step), dtype=torch.bool)
-        return cls(encoding, features, control, is_masked.float().mean(-1), is_masked, step, prefix, none)
+        share, none = is_masked.float().mean(-1), torch.zeros(len(step), dtype=torch.bool)
+        size = None if prefix is None else PrefixSize.of(prefix.lengths.tolist(), prefix.num_control.tolist())
+        num_masked = tuple(is_masked.sum((0, 2)).tolist())
+        return cls(encoding, features, control, share, is_masked, step, gap, prefix, size, num_masked, none)
 
     def decode(self) -> Transition:
         """Decode the features on the device they are on."""
         features = ENCODINGS[self.encoding].decode(self.features)
         before, targets = features[:, 0], features[:, 1:]
-        return Transition(before, self.control, self.masked_share, targets, self.is_masked, self.step, self.prefix)
+        others = self.is_masked, self.step, self.gap, self.prefix, self.prefix_size, self.num_masked
+        return Transition(before, self.control, self.masked_share, targets, *others)
 
 
-def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], window: int = 1) -> Transition:
-    """Return the windows of ``window`` (R) steps at ``places``: row, branch and the step before the window.
+def select(
+    trajectories: Trajectories,
+    places: Sequence[tuple[int, int, int]],
+    window: int = 1,
+    gaps: Sequence[int] | None = None,
+) -> Transition:
+    """Return the windows of ``window`` (R) targets at ``places``: row, branch and the step before the window.
 
-    Features may be on another device than the other tensors, which are small and best kept on the CPU; so are windows.
+    ``gaps`` are the steps from there to the first target, 1 by default. Features may be on another device than the
+    other tensors, which are small and best kept on the CPU; so are windows.
     """
     row, branch, step = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
-    steps = step[:, None] + torch.arange(window + 1, device=step.device)
+    gap = torch.ones_like(step) if gaps is None else torch.tensor(gaps, device=step.device)
+    targets = (step + gap)[:, None] + torch.arange(window, device=step.device)
+    steps = torch.cat([step[:, None], targets], dim=1)
     features, prefix = trajectories.features[row[:, None], branch[:, None], steps], None
     if trajectories.prefix is not None:  # rows that are padding everywhere are left out, other padding is set to 0
         frame = features.shape[2] - trajectories.prefix.control.shape[-2]
@@ -71,7 +96,7 @@ def select(trajectories: Trajectories, places: Sequence[tuple[int, int, int]], w
         features = features.where(is_real[:, None, :, None].to(features.device), 0)
     tokens, committed_at = trajectories.tokens[row], trajectories.committed_at[row]
     encoding = str(features.dtype).removeprefix("torch.")
-    return EncodedTransition.of(encoding, {"npy": features}, tokens, committed_at, step, prefix).decode()
+    return EncodedTransition.of(encoding, {"npy": features}, tokens, committed_at, step, gap, prefix).decode()
 
 
 def concatenated(batches: Sequence[Trajectories]) -> Trajectories:

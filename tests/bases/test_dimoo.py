@@ -135,7 +135,7 @@ def test_control_of_the_conditional_branch_begins_with_the_prompt(dimoo: DiMOO, 
                 first.features[branch, row, None, : 24 + length],
                 control[None],
                 second.state.masked_share[row, None],
-                places=Places(rows, places[None]),
+                places=Places(network.encode_places(rows), network.encode_places(places[None])),
             )
             found = second.features[branch, row, None, : 24 + length]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -19,6 +19,7 @@ from lit_shortcut.fashion.classifier import ClassifierTask, FashionCNN
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.weights import load_tensors
 
 
 def fit(path: Path, *callbacks: L.Callback, **arguments: Any) -> ClassifierTask:
@@ -56,6 +57,16 @@ def test_exported_file_holds_the_network_that_fit_leaves(tmp_path: Path) -> None
     loaded = FashionCNN.load(tmp_path / "deep" / "net.safetensors")
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, task.network.state_dict()[name])
+
+
+def test_weights_stored_in_half_precision_are_loaded_in_float32(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    task = ClassifierTask(FashionCNN(num_classes=2, width=2), num_classes=2)
+    ExportWeights(path, "MIT", "noise", dtype="float16").write(task)
+    assert {t.dtype for t in load_tensors(path)[0].values() if t.is_floating_point()} == {torch.float16}
+    for name, tensor in FashionCNN.load(path).state_dict().items():
+        assert tensor.dtype == task.network.state_dict()[name].dtype
+        torch.testing.assert_close(tensor, task.network.state_dict()[name], atol=1e-3, rtol=1e-3)
 
 
 def test_averaged_weights_are_exported_where_an_average_runs(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
@@ -80,6 +81,12 @@ def test_first_epoch_has_every_transition_that_a_recorded_set_has_exactly_once(w
     expected = named([transitions(record(ToyBase(), conditions, DECODING), window)])
     assert len(found) == 12 * 2 * (5 - window)
     assert sorted(found) == sorted(expected)
+
+
+def test_gaps_give_every_two_steps_of_a_pool_once() -> None:
+    batches = list(make(max_gap=4, batch_size=4).train_dataloader())
+    pairs = [pair for batch in batches for pair in zip(batch.step.tolist(), batch.gap.tolist(), strict=True)]
+    assert Counter(pairs) == dict.fromkeys(((step, gap) for gap in range(1, 5) for step in range(5 - gap)), 12 * 2)
 
 
 def test_batches_mix_the_images_and_steps_of_a_pool() -> None:
@@ -226,8 +233,10 @@ def test_windows_of_features_on_a_device_are_put_together_there() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window": 5}, r"window must lie in 1\.\.4, below the number of steps; got 5"),
-        ({"window": 0}, r"window must lie in 1\.\.4"),
+        ({"window": 5}, "window must be below 5.*got 5"),
+        ({"max_gap": 5}, "max_gap must be below 5.*got 5"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"window": 2, "max_gap": 2}, "window 2 and max_gap 2"),
         ({"pool_images": 3}, "pool_images must be a multiple of .* 2; got 3"),
         ({"pool_images": 0}, "pool_images must be a multiple of .* 2; got 0"),
         ({"batch_size": 33}, r"batch_size must lie in 1\.\.32, the transitions in a pool; got 33"),

@@ -64,6 +64,7 @@ def test_epoch_has_as_many_batches_as_transitions_fill(folder: Path) -> None:
     assert {len(batch.step) for batch in batches} == {8}
     assert len(make(folder, world_size=2).train_dataloader()) == 15 * 2 * 3 // 16
     assert len(make(folder, window=2).train_dataloader()) == 15 * 2 * 2 // 8
+    assert len(make(folder, max_gap=2).train_dataloader()) == 15 * 2 * (3 + 2) // 8
 
 
 def test_epoch_sees_each_transition_once_and_validation_samples_never(folder: Path) -> None:
@@ -310,7 +311,8 @@ def test_shard_cut_short_with_a_fitting_index_is_named_when_read(tmp_path: Path,
             {"validation_shards": 6},
             "validation_shards .* 6 of 6 shards, .* batches smaller than 3",
         ),
-        ({"window": 4}, "window must be below 4 steps, got 4"),
+        ({"window": 4}, "window must be below 4.*got 4"),
+        ({"max_gap": 4}, "max_gap must be below 4.*got 4"),
         ({"base_fingerprint": "feedfeedfeedfeed"}, "expected trajectories of base feedfeedfeedfeed, found 0123456789"),
     ],
 )
@@ -325,7 +327,7 @@ def test_set_too_small_for_a_batch_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["batch_size", "shuffle_shards", "validation_shards", "window", "validation_batch_size"]
+    "name", ["batch_size", "shuffle_shards", "validation_shards", "window", "max_gap", "validation_batch_size"]
 )
 def test_sizes_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):

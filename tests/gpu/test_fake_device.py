@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
@@ -26,6 +26,7 @@ from lit_shortcut.contracts import Clock, Conditions, Control, MaskedImageModel,
 from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.decoding.unmasking import sample_codes
+from lit_shortcut.losses import HeadKL, masked_tokens
 from lit_shortcut.metrics.functional import head_kl, masked_cosine, masked_mean, masked_mse, token_agreement
 from lit_shortcut.networks.control import advance, lay_out_branches
 from lit_shortcut.networks.shortcut import ShortcutNetwork
@@ -199,12 +200,28 @@ def test_the_network_trains_and_is_validated_without_waiting(name: str, monkeypa
         rows = on.base.interface.masked_rows(is_masked)
         features, predicted = one_step(on, is_masked)
         loss = masked_mse(predicted, features, rows) + masked_cosine(predicted, features, rows)
+        tokens = masked_tokens(is_masked, is_masked.shape[1])
+        loss = loss + HeadKL()(predicted, features, tokens, on.base.interface)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             target, guess = (on.base.interface.logits(rows) for rows in one_step(on, is_masked))
             measured = masked_mean(head_kl(target, guess), is_masked), token_agreement(guess, target, is_masked)
         assert {part.device for part in (loss, *measured)} == {on.device}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_loss_of_the_head_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake(name, monkeypatch) as on, torch.no_grad():
+        is_masked = on.moved(torch.rand(2, on.base.spec.num_tokens) < 0.5)
+        features, predicted = one_step(on, is_masked)
+        with Launches() as launches:
+            tokens = masked_tokens(is_masked, count=5)
+            loss = HeadKL()(predicted, features, tokens, on.base.interface)
+        assert loss.device == on.device
+        assert not launches.reads
+        with pytest.raises(DynamicOutputShapeException):
+            masked_tokens(is_masked, None)
 
 
 class Cumsums(TorchDispatchMode):

@@ -36,12 +36,12 @@ def test_a_shortcut_step_of_maskgit_is_at_most_85_launches() -> None:
     assert max(step.total for step in steps[1:]) <= 85
 
 
-@pytest.mark.parametrize("name", ["dimoo", "dimoo, padded"])
-def test_a_shortcut_step_of_dimoo_is_at_most_250_launches(name: str) -> None:
+@pytest.mark.parametrize(("name", "most"), [("dimoo", 164), ("dimoo, padded", 178)])
+def test_a_shortcut_step_of_dimoo_stays_within_its_budget_of_launches(name: str, most: int) -> None:
     case = CASES[name]
     shortcut = Accelerated(Even(1), Shortcut(case.make_network()))
     steps = steps_of(case.make_base(), case, shortcut)
-    assert max(step.total for step in steps[1:]) <= 250
+    assert max(step.total for step in steps[1:]) <= most
 
 
 @pytest.mark.parametrize("decoding", [DECODING, Decoding(6, order="halton_rolled"), Decoding(6, temperature=0.7)])

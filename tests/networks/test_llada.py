@@ -31,6 +31,10 @@ def by(places: Tensor) -> Rotation:
     return rotation(places, head_width=8, theta=THETA)
 
 
+def at(network: LLaDAShortcutNet, of_rows: Tensor, of_control: Tensor, is_real: Tensor | None = None) -> Places:
+    return Places(network.encode_places(of_rows), network.encode_places(of_control), is_real)
+
+
 def rows(count: int, seed: int = 1, width: int = 16) -> Tensor:
     return torch.randn(2, count, width, generator=torch.Generator().manual_seed(seed))
 
@@ -78,24 +82,24 @@ def test_padding_changes_nothing(block: LLaDABlock, network: LLaDAShortcutNet) -
 
     control, share = rows(3, seed=2), torch.tensor([0.5, 0.5])
     control_is_real = torch.tensor([[True, False, False], [True] * 3])
-    following = network(x, control, share, control_is_real, Places(places, places[:, :3], is_real))
-    alone = network(x[:1, :4], control[:1, :1], share[:1], places=Places(places[:1, :4], places[:1, :1]))
+    following = network(x, control, share, control_is_real, at(network, places, places[:, :3], is_real))
+    alone = network(x[:1, :4], control[:1, :1], share[:1], places=at(network, places[:1, :4], places[:1, :1]))
     torch.testing.assert_close(following[:1, :4], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_no_control_at_all_equals_padding_alone(network: LLaDAShortcutNet) -> None:
     x, places, share = rows(6), torch.arange(6).expand(2, -1), torch.tensor([0.5, 0.5])
-    nothing = network(x, x[:, :0], share, places=Places(places, places[:, :0]))
+    nothing = network(x, x[:, :0], share, places=at(network, places, places[:, :0]))
     assert bool(nothing.isfinite().all())
     padding = torch.zeros(2, 3, dtype=torch.bool)
-    padded = network(x, rows(3), share, padding, Places(places, places[:, :3]))
+    padded = network(x, rows(3), share, padding, at(network, places, places[:, :3]))
     torch.testing.assert_close(nothing, padded, rtol=1e-5, atol=1e-5)
 
 
 def test_control_counts_with_its_place(network: LLaDAShortcutNet) -> None:
     x, places, share, control = rows(6), torch.arange(6).expand(2, -1), torch.tensor([0.5, 0.5]), rows(2, seed=3)
-    here = network(x, control, share, places=Places(places, places[:, :2]))
-    there = network(x, control, share, places=Places(places, places[:, 2:4]))
+    here = network(x, control, share, places=at(network, places, places[:, :2]))
+    there = network(x, control, share, places=at(network, places, places[:, 2:4]))
     assert (here - there).abs().max() > 1e-3
 
 
@@ -103,7 +107,7 @@ def test_untrained_network_repeats_its_input() -> None:
     network = LLaDAShortcutNet(16, num_heads=2, mlp_width=24)
     x, places = rows(6), torch.arange(6).expand(2, -1)
     share = torch.tensor([0.5, 0.5])
-    assert torch.equal(network(x, rows(2), share, places=Places(places, places[:, :2])), x)
+    assert torch.equal(network(x, rows(2), share, places=at(network, places, places[:, :2])), x)
 
 
 def test_parameters_have_no_bias_but_at_projections_and_time(network: LLaDAShortcutNet) -> None:

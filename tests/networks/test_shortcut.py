@@ -177,13 +177,15 @@ def make_llada(**options: Any) -> LLaDAShortcutNet:
 
 
 of_both_kinds = pytest.mark.parametrize("kind", [make, make_llada])
-PLACES = Places(torch.arange(SEQUENCE).expand(BATCH, -1), torch.arange(CONTROL).expand(BATCH, -1))
+
+
+def places(network: ShortcutNetwork) -> Places:
+    return Places(*(network.encode_places(torch.arange(count).expand(BATCH, -1)) for count in (SEQUENCE, CONTROL)))
 
 
 def run(network: ShortcutNetwork, features: Tensor, control: Tensor, rows: Rows = ALL_ROWS, gap: int = 1) -> Tensor:
-    following: Tensor = network(
-        features, control, torch.tensor([0.1, 0.5, 1.0]), None, PLACES, rows, torch.full((BATCH,), gap)
-    )
+    share, gaps = torch.tensor([0.1, 0.5, 1.0]), torch.full((BATCH,), gap)
+    following: Tensor = network(features, control, share, None, places(network), rows, gaps)
     return following
 
 
@@ -236,7 +238,7 @@ def test_anchored_network_knows_its_gap(kind: Callable[..., ShortcutNetwork]) ->
     assert not torch.allclose(run(network, features, control, gap=1), run(network, features, control, gap=3))
     assert torch.equal(run(kind(), features, control, gap=1), run(kind(), features, control, gap=3))
     with pytest.raises(ValueError, match="gap"):
-        network(features, control, share, None, PLACES)
+        network(features, control, share, None, places(network))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,8 @@ def test_features_and_logits_of_the_base_equal_the_reference(base: DiMOO) -> Non
 def test_next_features_equal_the_reference(base: DiMOO, network: LLaDAShortcutNet) -> None:
     places = GOLDEN["in.new_token_map"][0].nonzero().flatten()[None]
     control = base.transformer.wte(GOLDEN["in.new_token_ids"])
-    following = network(GOLDEN["out.feature"], control, GOLDEN["in.mask_ratio"], places=Places(PLACES, places))
+    encoded = Places(network.encode_places(PLACES), network.encode_places(places))
+    following = network(GOLDEN["out.feature"], control, GOLDEN["in.mask_ratio"], places=encoded)
     torch.testing.assert_close(following, GOLDEN["out.next_feature"], rtol=1e-5, atol=1e-5)
 
 

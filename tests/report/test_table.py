@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from lit_shortcut.evaluation.results import Results
-from lit_shortcut.report.document import json_of
+from lit_shortcut.report.document import json_of, notes
 from lit_shortcut.report.table import dominated, markdown, metric_names
 from tests.report.made import HOLD, ROWS, SHORT, VANILLA, add, collected, make, row, set_latencies
 
@@ -139,3 +139,21 @@ def test_json_holds_all_figures_and_no_nan(results: Results) -> None:
     assert content["seeds"] == [0]
     assert {"python", "torch", "lightning"} <= content["versions"].keys()
     assert content["command"].startswith("lightning")
+
+
+def test_cost_at_a_lighter_step_is_computed_for_rows_with_a_shortcut(table: pd.DataFrame) -> None:
+    latency = {"rounds": 1, "batch_size": 1, "device": "a CPU"}
+    below = notes(
+        table,
+        "distance",
+        latency,
+        higher_is_better=False,
+        num_steps=8,
+        precision="32-true",
+        shortcuts=[HOLD.name],
+        step_share=0.05,
+    )
+    assert f"2.30 for {HOLD.name}" in below  # 2 + (8 − 2) · 0.05
+    assert "0.05" not in notes(
+        table, "distance", latency, higher_is_better=False, num_steps=8, precision="32-true", shortcuts=[HOLD.name]
+    )

@@ -16,7 +16,7 @@ from lit_shortcut.acceleration.replay import Replay
 from lit_shortcut.callbacks.ema import ModuleEMA
 from lit_shortcut.callbacks.replay_table import ReplayTable
 from lit_shortcut.contracts import Trajectories, Transition
-from lit_shortcut.losses import HeadKL, Loss, MaskedMSE
+from lit_shortcut.losses import HeadKL, Loss, MaskedMSE, masked_tokens
 from lit_shortcut.metrics.functional import head_kl, masked_mse
 from lit_shortcut.metrics.places import diagnostics
 from lit_shortcut.networks.shortcut import ShortcutNet
@@ -139,9 +139,20 @@ def test_compiled_network_is_the_task_own_under_its_names(folder: Path, monkeypa
         compiled.append(module)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
+    monkeypatch.setattr("lit_shortcut.tasks.shortcut.require_compiler", lambda device: None)
     plain, task = Task(folder, network(1)), Task(folder, network(1), compiled=True)
     assert compiled == [task.network]
     assert task.network.state_dict().keys() == plain.network.state_dict().keys()
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_missing_compiler_is_named_before_anything_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    task, data = ShortcutTask(network(1), compiled=True), TrajectoryDataModule(str(folder))
+    with pytest.raises(ValueError, match=r"compiled: true.*no-such-compiler was not found"):
+        getattr(L.Trainer(**QUIET, max_steps=1), stage)(task, datamodule=data)
 
 
 def test_padding_of_the_control_does_not_change_the_loss(folder: Path) -> None:
@@ -381,7 +392,8 @@ def test_fit_and_validate_run_in_every_precision(folder: Path, precision: Any, o
     task = ShortcutTask(ShortcutNet(width=6, num_heads=1, **options), losses=losses)
     ema, table = ModuleEMA(0.9), ReplayTable([1, 2])
     trainer = L.Trainer(**QUIET, max_steps=3, log_every_n_steps=1, precision=precision, callbacks=[ema, table])
-    trainer.fit(task, datamodule=TrajectoryDataModule(str(folder), batch_size=8, window=2))
+    steps = {"max_gap": 2} if options else {"window": 2}
+    trainer.fit(task, datamodule=TrajectoryDataModule(str(folder), batch_size=8, **steps))
     assert trainer.global_step == 3
     trainer.validate(task, datamodule=TrajectoryDataModule(str(folder)), verbose=False)
     assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
@@ -425,17 +437,34 @@ def test_diagnostics_run_at_log_steps_only(folder: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("options", [{}, {"rows": "masked"}, {"anchored": True}])
-@pytest.mark.parametrize(("losses", "reads"), [(None, 0), ({"mse": MaskedMSE(standardised=True), "kl": HeadKL()}, 1)])
-def test_training_step_waits_for_no_device_but_where_the_head_runs(
-    folder: Path, options: dict[str, Any], losses: dict[str, Loss] | None, reads: int
+@pytest.mark.parametrize("losses", [None, {"mse": MaskedMSE(standardised=True), "kl": HeadKL()}])
+def test_training_step_waits_for_no_device(
+    folder: Path, options: dict[str, Any], losses: dict[str, Loss] | None
 ) -> None:
     made = ShortcutNet(width=6, num_heads=1, **options)
-    task, batch = Task(folder, made, losses=losses), batch_of(folder, window=2)
+    window = 1 if made.options.anchored else 2
+    task, batch = Task(folder, made, losses=losses), batch_of(folder, window)
     task.stand_in.global_step = 0
     with Reads() as mode:
         task.training_step(batch, 0).backward()
-    assert mode.count == reads
+    assert mode.count == 0
     assert not task.logged
+
+
+def test_masked_tokens_are_the_same_whether_counted_on_the_host_or_not(folder: Path) -> None:
+    batch = batch_of(folder, window=2)
+    for offset, count in enumerate(batch.num_masked):
+        is_masked = batch.is_masked[:, offset]
+        assert torch.equal(masked_tokens(is_masked, count), masked_tokens(is_masked, None))
+
+
+@pytest.mark.parametrize(("anchored", "steps"), [(True, {"window": 2}), (False, {"max_gap": 2})])
+def test_windows_are_for_steps_in_a_row_and_gaps_for_anchored_networks(
+    folder: Path, anchored: bool, steps: dict[str, int]
+) -> None:
+    task = ShortcutTask(ShortcutNet(width=6, num_heads=1, anchored=anchored))
+    with pytest.raises(ValueError, match="anchored"):
+        L.Trainer(**QUIET, max_steps=1).fit(task, datamodule=TrajectoryDataModule(str(folder), **steps))
 
 
 @pytest.mark.parametrize("name", ["loss", "gain"])

@@ -1,0 +1,125 @@
+"""``python -m benchmarks.ablations``: what each part of a shortcut is worth, in KL, images and time.
+
+Research questions 3 and 4 of arXiv 2602.23996: control tokens, prompt tokens, time, blocks, bottleneck; and what this
+project added: neighbourhood, anchoring, masked rows.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import auto_cli
+
+from benchmarks.table import Table
+from lit_shortcut.files import replacing
+
+
+def main(
+    base: str,
+    variants: dict[str, dict[str, Any]],
+    num_steps: int,
+    budgets: list[int],
+    max_steps: int,
+    num_images: int,
+    folder: Path = Path("runs/ablations"),
+) -> None:
+    """Train a shortcut for each variant on the recorded set of ``base``, evaluate all side by side, print one table.
+
+    What is trained or measured already is kept. The working directory is the project's.
+
+    Args:
+        base: folder of configs; its ``extract.yaml`` must have been run.
+        variants: arguments of the shortcut network that differ from ``fit.yaml``'s, by name.
+        num_steps: N of the recorded set.
+        budgets: base passes of the rows.
+        max_steps: optimiser steps of each variant.
+        num_images: images of each row.
+        folder: where runs and ``ablations.json`` are written.
+    """
+    folder = folder / base
+    kl = {name: _fit(base, name, changes, budgets, max_steps, folder) for name, changes in variants.items()}
+    rows = _evaluate(base, list(variants), num_steps, budgets, num_images, folder)
+    table = Table(
+        f"Parts of a shortcut, {base}, N = {num_steps}",
+        [_line(name, kl[name], rows, num_steps, budgets) for name in variants],
+        f"{max_steps:,} optimiser steps and {num_images:,} images each, one seed; KL in nats an image, along held-out "
+        "trajectories; a step's cost in base passes.",
+    )
+    print(table.markdown(), flush=True)  # noqa: T201 - what the command is for
+    with replacing(folder / "ablations.json") as aside:
+        aside.write_text(json.dumps(table._asdict(), indent=1))
+
+
+def _fit(
+    base: str, name: str, changes: dict[str, Any], budgets: list[int], max_steps: int, folder: Path
+) -> dict[str, float]:
+    """Train one variant unless it is there; returns the metrics of its validation."""
+    own = folder / name
+    if not (own / "model.safetensors").exists():
+        export = {"path": str(own), "licence": "Apache-2.0", "trained_on": f"trajectories of {base}"}
+        callbacks = [
+            {"class_path": "lit_shortcut.callbacks.ema.ModuleEMA", "init_args": {"decay": 0.999}},
+            {"class_path": "lit_shortcut.callbacks.replay_table.ReplayTable", "init_args": {"budgets": budgets}},
+            {"class_path": "lit_shortcut.callbacks.export.ExportShortcut", "init_args": export},
+        ]
+        run(
+            "fit",
+            f"--config=configs/{base}/fit.yaml",
+            f"--trainer.callbacks={json.dumps(callbacks)}",
+            f"--trainer.max_steps={max_steps}",
+            f"--trainer.val_check_interval={max_steps}",
+            "--trainer.logger=false",
+            "--trainer.enable_checkpointing=false",
+            *(f"--model.network.init_args.{key}={json.dumps(value)}" for key, value in changes.items()),
+        )
+    manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
+    metrics: dict[str, float] = manifest[f"{name}/model.safetensors"]["metrics"]
+    return metrics
+
+
+def _evaluate(
+    base: str, names: list[str], num_steps: int, budgets: list[int], num_images: int, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Draw images with every variant; returns the report's lines by row name."""
+    methods = {
+        name: {
+            "class_path": "lit_shortcut.acceleration.shortcut.Shortcut.load",
+            "init_args": {"path": str((folder / name).resolve())},
+        }
+        for name in names
+    }
+    overlay = folder / "evaluate.yaml"
+    rows = [[num_steps], *([num_steps, budget, name] for name in names for budget in budgets)]
+    model = {"methods": methods, "rows": rows, "results": str((folder / "report").resolve())}
+    overlay.write_text(
+        yaml.safe_dump({"model": {"init_args": model}, "data": {"init_args": {"num_images": num_images}}})
+    )
+    run("test", f"--config=configs/{base}/evaluate.yaml", f"--config={overlay}", "--trainer.logger=false")
+    found = json.loads((folder / "report" / "report.json").read_text())
+    return {line["name"]: line for line in found["rows"]} | {"": found}
+
+
+def _line(
+    name: str, kl: dict[str, float], rows: dict[str, dict[str, Any]], num_steps: int, budgets: list[int]
+) -> dict[str, Any]:
+    quality = rows[""]["quality"]
+    line: dict[str, Any] = {"variant": name}
+    own = {budget: rows[f"{name}_n{num_steps}_b{budget}"] for budget in budgets}
+    line |= {f"KL, b = {budget}": kl[f"val/kl/shortcut_n{num_steps}_b{budget}"] for budget in budgets}
+    line |= {f"{quality}, b = {budget}": found[quality] for budget, found in own.items()}
+    costs = [(found["passes"] - budget) / (num_steps - budget) for budget, found in own.items()]
+    return line | {"a step's cost": sum(costs) / len(costs)}
+
+
+def run(*words: str) -> None:
+    """Run one of the verbs in a process of its own."""
+    subprocess.run([sys.executable, "-m", "lit_shortcut.cli", *words], check=True)  # noqa: S603 - our own verbs
+
+
+if __name__ == "__main__":
+    auto_cli(main)

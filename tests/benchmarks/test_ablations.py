@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import importlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import ablations
+from tests.command_line import CONFIGS, lightning, record_toy
+
+ROOT = CONFIGS.parent
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "blind": {"uses_control": False}}
+
+
+@pytest.mark.parametrize("base", ["fashion", "fashion_text"])
+def test_variants_of_the_defaults_fit_their_networks(base: str) -> None:
+    asked = yaml.safe_load((ROOT / "benchmarks" / f"ablations_{base}.yaml").read_text())
+    network = yaml.safe_load((CONFIGS / base / "fit.yaml").read_text())["model"]["init_args"]["network"]
+    module, _, name = network["class_path"].rpartition(".")
+    made: Any = getattr(importlib.import_module(module), name)
+    for changes in asked["variants"].values():
+        made(**network["init_args"] | changes)
+
+
+def test_variants_are_trained_and_compared_in_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_toy(tmp_path)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(tmp_path)
+    verbs: list[str] = []
+
+    def run(*words: str) -> None:
+        verbs.append(words[0])
+        lightning(tmp_path, *words)
+
+    monkeypatch.setattr(ablations, "run", run)
+    measure = partial(ablations.main, "toy", VARIANTS, num_steps=6, budgets=[2, 3], max_steps=4, num_images=8)
+    measure()
+    rows = json.loads(Path("runs/ablations/toy/ablations.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["plain", "blind"]
+    assert rows[0]["KL, b = 2"] != rows[1]["KL, b = 2"]
+    assert all(row["KL, b = 2"] > row["KL, b = 3"] > 0 for row in rows)
+    assert all(0 <= row["class_agreement, b = 3"] <= 1 for row in rows)
+    assert "| blind" in capsys.readouterr().out
+    assert verbs == ["fit", "fit", "test"]
+    measure()
+    assert verbs[3:] == ["test"]  # trained variants are kept
