@@ -15,7 +15,8 @@ import lit_shortcut.tasks.evaluation
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.evaluation.drawing import Drawn
-from lit_shortcut.trajectory import Card, check_shards
+from lit_shortcut.trajectory import Card
+from lit_shortcut.trajectory.index import check_shards
 from tests.command_line import CONFIGS, TOY, lightning
 from tests.wandb_offline import Run, read_run
 

@@ -12,7 +12,8 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.toy import toy_dimoo
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.trajectory import Card, TrajectoryError, check_shards, read_shard
+from lit_shortcut.trajectory import Card, TrajectoryError, read_shard
+from lit_shortcut.trajectory.index import check_shards
 from lit_shortcut.weights import WeightsError, save_module
 from tests.command_line import CONFIGS, lightning, run_verbs
 

@@ -24,14 +24,9 @@ from lit_shortcut.evaluation.identity import differences
 from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import Asked, card_of
-from lit_shortcut.trajectory import (
-    ENCODINGS,
-    Card,
-    TrajectoryError,
-    finished_shards,
-    save_interface,
-    write_shard,
-)
+from lit_shortcut.trajectory import ENCODINGS, Card, TrajectoryError, write_shard
+from lit_shortcut.trajectory.index import finished_shards
+from lit_shortcut.trajectory.interface_file import save_interface
 from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 

@@ -20,7 +20,9 @@ from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Context, Trajectories
 from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, TrajectoryError, finished_shards, load_interface, read_shard
+from lit_shortcut.trajectory import Card, TrajectoryError, read_shard
+from lit_shortcut.trajectory.index import finished_shards
+from lit_shortcut.trajectory.interface_file import load_interface
 from lit_shortcut.trajectory.writing import _Hashing
 from tests.tiny_trajectories import SPEC, interface, trajectories
 
