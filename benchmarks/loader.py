@@ -23,14 +23,9 @@ from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.contracts import Conditions, TokenSpec, Trajectories
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.latency import measure_latency
-from lit_shortcut.trajectory import (
-    FORMAT_VERSION,
-    Card,
-    EncodedTransition,
-    interface_fingerprint,
-    save_interface,
-    write_shard,
-)
+from lit_shortcut.trajectory import FORMAT_VERSION, Card, write_shard
+from lit_shortcut.trajectory.interface_file import interface_fingerprint, save_interface
+from lit_shortcut.trajectory.transitions import EncodedTransition
 
 SPEC = TokenSpec(1024, 1025, 768, 1024, 1024, 1000)
 NUM_STEPS = 15

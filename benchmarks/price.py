@@ -22,15 +22,10 @@ from lit_shortcut.losses import HeadKL, Loss, MaskedMSE
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.recording import RecordingTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.trajectory import (
-    Card,
-    concatenated,
-    finished_shards,
-    load_interface,
-    read_shard,
-    save_interface,
-    write_shard,
-)
+from lit_shortcut.trajectory import Card, read_shard, write_shard
+from lit_shortcut.trajectory.index import finished_shards
+from lit_shortcut.trajectory.interface_file import load_interface, save_interface
+from lit_shortcut.trajectory.transitions import concatenated
 
 NUM_IMAGES, SHARD, VALIDATION_SHARDS, STEPS = 256, 32, 2, 300
 QUIET: dict[str, Any] = {

@@ -25,7 +25,7 @@ from lit_shortcut.losses import HeadKL, Loss, MaskedMSE, weighted_sum
 from lit_shortcut.metrics.latency import measure_latency
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.trajectory import select
+from lit_shortcut.trajectory.transitions import select
 
 _LOOP = "single pairs"
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, of the mean loss of a pair

@@ -69,7 +69,7 @@ class InTurn(L.LightningDataModule):
         num_images: number of images to generate.
         batch_size: images per batch; predict records each batch as one shard.
         seed: run seed.
-        num_classes: image i has label i modulo this.
+        num_classes: image i has label, the class or the number of a prompt, i modulo this.
         run_seeds: ``test`` generates all images under each of these; None takes only ``seed``.
 
     Raises:
@@ -80,7 +80,12 @@ class InTurn(L.LightningDataModule):
     """Hash of the list of prompts that labels index; empty if labels are classes."""
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, num_classes: int, run_seeds: list[int] | None = None
+        self,
+        num_images: int,
+        batch_size: int = 32,
+        seed: int = 0,
+        num_classes: int = 10,
+        run_seeds: list[int] | None = None,
     ) -> None:
         super().__init__()
         require_at_least(1, num_images=num_images, batch_size=batch_size, num_classes=num_classes)
@@ -122,22 +127,4 @@ class InTurn(L.LightningDataModule):
 
 
 class ClassLabels(InTurn):
-    """``num_images`` images, classes in turn. Image i depends only on ``seed`` and i, not on batches or ranks.
-
-    Args:
-        num_images: number of images to generate.
-        batch_size: images per batch; predict records each batch as one shard.
-        seed: run seed.
-        num_classes: image i has class i modulo this.
-        run_seeds: ``test`` generates all images under each of these; None takes only ``seed``.
-    """
-
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int = 32,
-        seed: int = 0,
-        num_classes: int = 10,
-        run_seeds: list[int] | None = None,
-    ) -> None:
-        super().__init__(num_images, batch_size, seed, num_classes, run_seeds)
+    """``num_images`` images, classes in turn. Image i depends only on ``seed`` and i, not on batches or ranks."""

@@ -24,7 +24,9 @@ from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import card_of, record
-from lit_shortcut.trajectory import Card, TrajectoryError, concatenated, require_finite, select
+from lit_shortcut.trajectory import Card, TrajectoryError
+from lit_shortcut.trajectory.encoding import require_finite
+from lit_shortcut.trajectory.transitions import concatenated, select
 
 
 @dataclass(eq=False)

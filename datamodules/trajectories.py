@@ -23,15 +23,10 @@ from lit_shortcut.files import is_remote
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.places import located_source
-from lit_shortcut.trajectory import (
-    Card,
-    EncodedTransition,
-    Source,
-    TrajectoryError,
-    check_shards,
-    concatenated,
-    load_interface,
-)
+from lit_shortcut.trajectory import Card, Source, TrajectoryError
+from lit_shortcut.trajectory.index import check_shards
+from lit_shortcut.trajectory.interface_file import load_interface
+from lit_shortcut.trajectory.transitions import EncodedTransition, concatenated
 
 _log = logging.getLogger(__name__)
 

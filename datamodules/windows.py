@@ -14,7 +14,10 @@ from torch import Tensor
 
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Prefix
-from lit_shortcut.trajectory import EncodedTransition, Head, Parts, Shard, Source, TrajectoryError, room_for
+from lit_shortcut.trajectory import Source, TrajectoryError
+from lit_shortcut.trajectory.encoding import Parts
+from lit_shortcut.trajectory.reading import Head, Shard, room_for
+from lit_shortcut.trajectory.transitions import EncodedTransition
 
 OnCorrupt = Literal["raise", "skip"]
 _log = logging.getLogger(__name__)

@@ -31,25 +31,25 @@ from lit_shortcut.trainer import Trainer
 from lit_shortcut.trajectory import problems
 from lit_shortcut.weights import read_pickle
 
-_UNION_REPORT = "Does not validate against any of the Union subtypes"  # of jsonargparse; the cause is the class's error
-_FLAGS = {  # of generate
-    "compare": "Draw each picture by vanilla, too, beside it at the same seed.",
-    "overwrite": "Delete what other settings drew in the output folder.",
+_UNION_REPORT = "Does not validate against any of the Union subtypes"  # jsonargparse's; its cause is the class's error
+_FLAGS = {  # options of generate
+    "compare": "Also draw each picture with vanilla at the same seed, beside it.",
+    "overwrite": "Delete pictures of other settings in the output folder.",
 }
 _VERIFY, _CARD, _APP = "verify", "card", "app"
 
 
 class SaveConfig(SaveConfigCallback):
-    """Give the whole configuration to every logger, in W&B as the run's config and as a file of the run.
+    """Pass the whole configuration to every logger; on W&B it is the run's config and a file of the run.
 
-    Lightning's own callback writes one ``config.yaml`` into the logger's folder and refuses the second run there.
+    Lightning's own callback writes one ``config.yaml`` into the logger's folder and refuses a second run there.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Run on the first rank only."""
+        """Log the configuration; called on the first rank only."""
         text = self.parser.dump(self.config, skip_none=False)
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": yaml.safe_load(text)})
@@ -58,29 +58,29 @@ class SaveConfig(SaveConfigCallback):
 
 
 class ShortcutCLI(LightningCLI):
-    """LightningCLI whose checkpoints are read without pickled code and never overrule the YAML."""
+    """LightningCLI whose checkpoints are read without pickled code and never override the YAML."""
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Do what Lightning does, and list the other verbs in the help."""
+        """Set up the parser as Lightning does, and list the other verbs in the help."""
         super().setup_parser(*args, **kwargs)
         self.parser.epilog = (
             f"lit-shortcut {_VERIFY} SET checks every byte of a recorded set of trajectories; "
             f"lit-shortcut {_CARD} SHORTCUT REPORT writes a shortcut's model card from the results of test; "
-            f"lit-shortcut {_APP} --checkpoint SHORTCUT opens a page to try a shortcut on."
+            f"lit-shortcut {_APP} --checkpoint SHORTCUT opens a page to try out a shortcut."
         )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's verbs and ``generate``, with the arguments that are no options."""
+        """Return Lightning's verbs and ``generate``, with their arguments that are not options."""
         return LightningCLI.subcommands() | {"generate": {"model", "datamodule", *_FLAGS}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As Lightning does; YAMLs and inputs that are not in the current folder are found where they belong."""
+        """Parse as Lightning does, but look for YAMLs and inputs outside the current folder, too."""
         words = sys.argv[1:] if args is None else args
         if not isinstance(words, list):
             super().parse_arguments(parser, args)
             return
-        use_projects_of([])  # those of an earlier command in this process
+        use_projects_of([])  # forget those of an earlier command in this process
         words, configs = _located(words)
         use_projects_of(configs)
         self.config = parser.parse_args(words)
@@ -88,7 +88,7 @@ class ShortcutCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "generate":
-            for name, text in _FLAGS.items():  # with or without a value, where Lightning's options need one
+            for name, text in _FLAGS.items():  # unlike Lightning's options, they need no value
                 parser.add_argument(
                     f"--{name}", action=ActionYesNo(no_prefix="no_"), nargs="?", default=False, help=text
                 )
@@ -100,7 +100,7 @@ class ShortcutCLI(LightningCLI):
         return parser
 
     def instantiate_classes(self) -> None:
-        """As Lightning does; what a class says of its arguments is raised itself, not a union's report around it."""
+        """Instantiate as Lightning does, but raise a constructor's own error, not jsonargparse's report around it."""
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -110,9 +110,9 @@ class ShortcutCLI(LightningCLI):
             raise own from own.__cause__
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """As Lightning does, with checkpoints that a kill cannot halve, and progress that a log file shows, too.
+        """Instantiate as Lightning does, with checkpoints that survive a kill and progress that log files show, too.
 
-        A ``CheckpointIO`` or a progress bar that the YAML names is left as it is.
+        A ``CheckpointIO`` or progress bar named in the YAML is kept.
 
         Raises:
             ValueError: if the device lacks the precision.
@@ -128,7 +128,7 @@ class ShortcutCLI(LightningCLI):
         return trainer
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would replace the model's YAML by hyperparameters from the checkpoint; the YAML holds here.
+        """Keep the model's YAML, which Lightning would replace with hyperparameters from the checkpoint.
 
         A damaged checkpoint is refused by name, which Lightning's error leaves out.
         """
@@ -138,7 +138,7 @@ class ShortcutCLI(LightningCLI):
 
 
 def _located(words: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """``words`` with the YAMLs they name by ``--config`` where these are, and these."""
+    """Return ``words`` with the YAMLs after ``--config`` replaced by their locations, and these locations."""
     found, configs = list(words), []
     for index, word in enumerate(found):
         option, equals, path = word.partition("=")
@@ -156,7 +156,7 @@ def _located(words: Sequence[str]) -> tuple[list[str], list[Path]]:
 def verify(source: str, cache: Path | None = None) -> None:
     """Check every byte of a set of trajectories and name each file and sample that is damaged.
 
-    Ends with exit code 1 if anything is wrong.
+    The exit code is 1 if anything is wrong.
 
     Args:
         source: folder of the set, or URL prefix.
@@ -174,32 +174,32 @@ def card(shortcut: Path, report: Path) -> None:
     """Write the model card of a shortcut, with the table and pictures that test measured.
 
     Args:
-        shortcut: its folder.
+        shortcut: folder of the shortcut.
         report: folder of the results of test.
     """
     write_card(shortcut, report)
 
 
 class _Built(ShortcutCLI):
-    """What ``generate`` would draw with, built from its configuration and not run."""
+    """The command ``generate``, built from its configuration but not run."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Leave the task as it is built."""
+        """Run nothing."""
 
 
 def app(
     config: Path | None = None, checkpoint: str | None = None, host: str | None = None, port: int | None = None
 ) -> None:
-    """Open a page to try a shortcut on, beside vanilla, until the process is stopped.
+    """Open a page to try out a shortcut beside vanilla, until the process is stopped.
 
     Args:
         config: configuration of generate, such as configs/fashion_text/generate.yaml.
-        checkpoint: in its place, folder of a shortcut or of an embedded base, or the shortcut's address on the hub.
-        host: address to listen at, 127.0.0.1 by default; 0.0.0.0 lets other machines in.
-        port: the first free one from 7860 on by default.
+        checkpoint: instead, the folder of a shortcut or of an embedded base, or the shortcut's address on the hub.
+        host: address to listen on, 127.0.0.1 by default; 0.0.0.0 lets other machines in.
+        port: port to listen on; the first free one from 7860 on by default.
 
     Raises:
-        ValueError: unless just one of ``config`` and ``checkpoint`` is given.
+        ValueError: unless exactly one of ``config`` and ``checkpoint`` is given.
     """
     if (config is None) == (checkpoint is None):
         raise ValueError(f"expected --config or --checkpoint, got {'neither' if config is None else 'both'}")
@@ -212,7 +212,7 @@ def app(
     if checkpoint is not None:
         serve(load(checkpoint), host, port)
         return
-    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # the process has words of its own
+    warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # it replaces the process's own here
     task = _run(_Built, ["generate", "--config", str(config)]).model
     pipeline = Pipeline(task.base, task.decoding, task.shortcut, task.plan, task.budget)
     serve(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"), host, port)
@@ -237,7 +237,7 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
 def _run(kind: type[ShortcutCLI], args: ArgsType) -> ShortcutCLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)  # adverts for other packages
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # ${model.…} works under every verb
-    os.environ.setdefault("WANDB_MODE", "offline")  # online is asked for by WANDB_MODE=online
+    os.environ.setdefault("WANDB_MODE", "offline")  # WANDB_MODE=online uploads
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # lightning 2.6 against torch 2.14 and later
     warnings.filterwarnings("ignore", message=".*is not supported by the model summary")  # it shows 32-bit sizes
     warnings.filterwarnings("ignore", message="Found .* in eval mode")  # frozen parts of a task are meant to be

@@ -1,4 +1,4 @@
-"""A shortcut in a pipeline of diffusers that is left as it is: at some steps it stands in for the transformer."""
+"""Shortcuts in unmodified pipelines of diffusers: at some steps one stands in for the transformer."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ def enable_shortcut(
 
     For pipelines of diffusers that call ``transformer(ids, …) -> logits`` in a loop with a scheduler: aMUSEd (from
     text, from an image, inpainting) and Meissonic. What a shortcut needs is read from the ids of successive calls; the
-    pipeline's own code and random numbers stay as they are, and a full budget draws bit for bit what it draws without.
+    pipeline's own code and random numbers stay as they are, and a full budget changes no bit of the images.
 
-    A run that begins in the middle, from an image, is a part of the plan: its first step counts as the plan's first.
+    A run that begins midway, from an image, takes the beginning of the plan: its first step counts as the plan's first.
 
     Args:
         pipe: the pipeline.
-        shortcut: its folder, its address on the hub (``owner/repository``), or the predictor itself.
-        budget: b of ``num_inference_steps``; None takes the shortcut's own, or all of them where it has none.
+        shortcut: folder of the shortcut, its address on the hub (``owner/repository``), or a predictor.
+        budget: b of ``num_inference_steps``; None takes the shortcut's own, or all of them if it has none.
         plan: which steps the transformer runs at; None takes the shortcut's own.
-        dtype: to run the shortcut in; None takes that of its file.
+        dtype: dtype that the shortcut runs in; None takes that of its file.
 
     Raises:
         ValueError: if the pipeline has no such transformer, or a shortcut already; or if the budget lies outside 1..N,
-            which is raised when the pipeline runs where N is known only then.
-        WeightsError: if the shortcut cannot be had, is damaged, or was trained for another base or N.
+            which is raised only when the pipeline runs if N is not known before.
+        WeightsError: if the shortcut is unavailable or damaged, or was trained for another base or N.
     """
     transformer = _transformer_of(pipe)
     if _INSTALLED in transformer.__dict__:
-        raise ValueError(f"{type(pipe).__name__} has a shortcut already; disable_shortcut(pipe) takes it out")
+        raise ValueError(f"{type(pipe).__name__} has a shortcut already; disable_shortcut(pipe) removes it")
     predictor = Shortcut.from_pretrained(shortcut, dtype=dtype) if isinstance(shortcut, str | Path) else shortcut
     own, num_steps = "", 0
     if isinstance(predictor, Shortcut):
@@ -79,12 +79,12 @@ def disable_shortcut(pipe: Any) -> None:
     """
     installed = getattr(getattr(pipe, "transformer", None), "__dict__", {}).get(_INSTALLED)
     if installed is None:
-        raise ValueError(f"{type(pipe).__name__} has no shortcut to take out")
+        raise ValueError(f"{type(pipe).__name__} has no shortcut to remove")
     installed.remove()
 
 
 class _RunningBase:
-    """The transformer of a running pipeline as a base: its features are those of the call that the pipeline makes."""
+    """The transformer of a running pipeline as a base, whose features come from the pipeline's own calls."""
 
     spec: TokenSpec
     interface: TokenInterface
@@ -95,11 +95,11 @@ class _RunningBase:
         self.output: Any = None
 
     def identity(self) -> dict[str, Any]:
-        """Its fingerprint."""
+        """Return class and fingerprint."""
         return {"class": type(self.transformer).__name__, "fingerprint": self.fingerprint}
 
     def begin(self, height: int, width: int, device: torch.device) -> None:
-        """Take the cheap ends for a grid of ``height`` × ``width`` tokens."""
+        """Build the interface for a grid of ``height`` × ``width`` tokens."""
         make = meissonic.interface_of if _is_compact(self.transformer) else _amused_interface
         with torch.no_grad():
             self.interface = make(self.transformer, height, width).to(device)
@@ -108,7 +108,7 @@ class _RunningBase:
         self.spec = TokenSpec(num_tokens, self.interface.num_rows, channels, codes, self.mask_id, 0, height)
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
-        """Features (1, B, S, C) on the way of the pipeline's own call, whose ``output`` is kept."""
+        """Features (1, B, S, C) within the pipeline's own call, whose ``output`` is kept."""
         own: Any = self.transformer
         cut: nn.Module = own.project_from_hidden if _is_compact(own) else own.mlm_layer.layer_norm
         passed: list[Tensor] = []
@@ -121,16 +121,16 @@ class _RunningBase:
         return rows.reshape(len(rows), -1, rows.shape[-1])[None]
 
     def context(self, *args: Any, **kwargs: Any) -> Context:
-        """Nothing: the pipeline passes the conditions itself."""
+        """Return an empty context: the pipeline passes the conditions itself."""
         return Context()
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Not here: the pipeline decodes itself."""
+        """Raise NotImplementedError: the pipeline decodes itself."""
         raise NotImplementedError
 
 
 class _Installed:
-    """Stands before the transformer's ``forward`` and decides call by call.
+    """Replacement of a transformer's ``forward`` that decides, call by call, whether to run it.
 
     Guidance branches are rows of the batch: a shortcut treats them alike, so their number and order do not matter.
     """
@@ -150,7 +150,7 @@ class _Installed:
         transformer.__dict__.update({_INSTALLED: self, "forward": self})
 
     def remove(self) -> None:
-        """Put ``forward`` back."""
+        """Restore ``forward``."""
         transformer = self.base.transformer
         del transformer.__dict__[_INSTALLED], transformer.__dict__["forward"]
         if self.shadowed is not None:
@@ -175,7 +175,7 @@ class _Installed:
         return (logits,) if isinstance(self.base.output, tuple) else logits
 
     def _is_new_run(self, ids: Tensor) -> bool:
-        """Whether this call is no successor of the last: a pipeline sets its time steps at each run."""
+        """Return whether this call begins a run; a pipeline sets its time steps at each run."""
         if self.pipe.scheduler.timesteps is not self.timesteps or self.step >= self.num_steps:
             return True
         if ids.shape != self.last.shape or ids.device != self.last.device:
@@ -203,7 +203,7 @@ class _Installed:
         return State(Clock(self.step, self.num_steps), ids, self._committed(ids, is_masked), share, _places(is_masked))
 
     def _committed(self, ids: Tensor, is_masked: Tensor) -> Control:
-        """What came to be known since the last call; samples that begin with different places differ in number."""
+        """Return the tokens committed since the last call; samples with different places at first differ in number."""
         is_new = (self.last == self.base.mask_id) & ~is_masked
         counts = is_new.sum(dim=1)
         fewest, most = torch.stack(counts.aminmax()).tolist()
@@ -215,7 +215,7 @@ class _Installed:
         return Control(tokens.where(is_real, 0), positions, is_real)
 
     def _logits(self, features: Tensor, masked: Tensor, grid: Tensor) -> Tensor:
-        """Logits (B, V, h, w) of ``features`` (B, S, C); known places, which the scheduler leaves alone, may be 0."""
+        """Logits (B, V, h, w) of ``features`` (B, S, C); known places, which the scheduler ignores, may be 0."""
         interface = self.base.interface
         if masked.dtype == torch.bool:
             logits = interface.logits(features)
@@ -227,7 +227,7 @@ class _Installed:
 
 
 def _places(is_masked: Tensor) -> Tensor:
-    """Places (B, M) where ``is_masked`` (B, L); the mask itself where samples differ in number."""
+    """Places (B, M) where ``is_masked`` (B, L); the mask itself if samples differ in number."""
     counts = is_masked.sum(dim=1)
     if bool((counts != counts[0]).any()):
         return is_masked
@@ -247,7 +247,7 @@ def _transformer_of(pipe: Any) -> nn.Module:
 
 
 def _is_compact(transformer: nn.Module) -> bool:
-    """Whether it is Meissonic's, whose features are taken before they are upsampled."""
+    """Return whether it is Meissonic's, whose features are taken before they are upsampled."""
     return hasattr(transformer, "single_transformer_blocks")
 
 
@@ -256,8 +256,8 @@ def _amused_interface(transformer: nn.Module, height: int, width: int) -> TokenI
 
 
 def _fingerprint_like(transformer: nn.Module, expected: str | None) -> str:
-    """Return the fingerprint of the weights: as they are, or rounded to a half precision if that is ``expected``."""
-    if expected is None:  # it takes a while to read all weights
+    """Return the fingerprint of the weights: as they are, or rounded to a half precision if that gives ``expected``."""
+    if expected is None:  # reading all weights takes a while
         return ""
     weights = transformer.state_dict()
     own = fingerprint(weights)

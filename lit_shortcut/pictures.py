@@ -20,13 +20,13 @@ from lit_shortcut.acceleration.calibrated import Calibrated
 from lit_shortcut.acceleration.origin import PLAN
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Step
-from lit_shortcut.evaluation.rows import NamedPlan, Row, build_rows
+from lit_shortcut.evaluation.rows import NamedPlan, Row, build_rows, vanilla_row
 from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import synchronize
 from lit_shortcut.sampling import Decoding, LogProbs, generate
 
 PlanName = Literal["even", "even_tokens", "calibrated"]
-"""Plans that go by name; ``calibrated`` ones are those of ``plan.json`` beside a shortcut."""
+"""Plans by name; ``calibrated`` is read from ``plan.json`` beside a shortcut."""
 
 LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1
 
@@ -34,8 +34,8 @@ LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1
 class Drawing(NamedTuple):
     """Pictures of one batch.
 
-    ``images``, uint8 (B, 3, H, W), codes ``tokens`` (B, L), and base passes ``full_steps`` (B,). ``latency_ms`` is that
-    of the decoding loop, without the image decoder, for each image. ``log_probs`` as in
+    ``images``, uint8 (B, 3, H, W), codes ``tokens`` (B, L), and base passes ``full_steps`` (B,). ``latency_ms`` is
+    per image for the decoding loop, without the image decoder. ``log_probs`` are those of
     :class:`~lit_shortcut.sampling.LogProbs`.
     """
 
@@ -59,7 +59,7 @@ def draw(
     Args:
         base: the frozen model.
         conditions: what to draw.
-        row: how.
+        row: how to draw it.
         log_probs: return the tokens' log-probabilities, too.
         on_step: called after each step, for progress.
     """
@@ -83,16 +83,16 @@ def draw(
 
 
 def row_of(predictor: Predictor | None, plan: PlanName, budget: int | None, decoding: Decoding) -> Row:
-    """Return the way to draw with the base at ``budget`` of the steps: vanilla if that is None or N.
+    """Return the row that runs the base at ``budget`` of the steps: vanilla if that is None or N.
 
     Raises:
         ValueError: if the plan is unknown, ``budget`` lies outside 1..N, there is no predictor for the other steps, or
-            plans are to be ``calibrated`` and no ``plan.json`` lies beside the shortcut.
+            the plan is ``calibrated`` and there is no ``plan.json`` beside the shortcut.
         WeightsError: if the predictor is a shortcut trained for another N.
     """
     num_steps = decoding.num_steps
     if budget is None or budget == num_steps:
-        return build_rows([[num_steps]], decoding)[0]
+        return vanilla_row(decoding)
     if predictor is None:
         raise ValueError(f"a budget of {budget} of {num_steps} steps needs a shortcut for the others; none was given")
     method, plans = str(predictor.identity()["method"]).replace(" ", ""), dict[str, NamedPlan]()
@@ -113,8 +113,8 @@ def conditions_of(
     """Return the conditions of one batch, an image for each of ``prompts`` or ``labels``.
 
     Raises:
-        ValueError: if not exactly one of the two is given, the base takes the other, there is not a seed for each, or a
-            seed is outside 64 bits.
+        ValueError: if not exactly one of the two is given, the base takes the other, there is not one seed per image,
+            or a seed is outside 64 bits.
     """
     require_wanted(base, takes_prompts=bool(prompts), takes_labels=bool(labels))
     count = len(prompts) or len(labels)
@@ -136,13 +136,13 @@ def require_wanted(base: MaskedImageModel, *, takes_prompts: bool, takes_labels:
 
 
 def require_seeds(seeds: Sequence[int]) -> None:
-    """Raise ValueError if one of ``seeds`` is no 64-bit integer with sign."""
+    """Raise ValueError if one of ``seeds`` is not a signed 64-bit integer."""
     if outside := [seed for seed in seeds if not LEAST_SEED <= seed <= MOST_SEED]:
-        raise ValueError(f"seed must lie in -2**63..2**63-1, 64 bits with sign; got {outside[0]}")
+        raise ValueError(f"seed must lie in -2**63..2**63-1, signed 64 bits; got {outside[0]}")
 
 
 def settings_of(base: MaskedImageModel, row: Row) -> dict[str, Any]:
-    """Return all that a picture follows from besides its seed and what was asked for, as JSON values."""
+    """Return everything that determines a picture besides its seed and its prompt or label, as JSON values."""
     acceleration = {"budget": row.budget} | row.acceleration.identity()
     return {"base": base.identity(), "decoding": asdict(row.decoding), "acceleration": acceleration}
 
@@ -153,7 +153,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def write_png(path: Path, image: Image.Image, settings: Mapping[str, Any]) -> None:
-    """Write ``image`` to ``path`` with ``settings`` as text chunks, whole or not at all."""
+    """Write ``image`` to ``path`` with ``settings`` as text chunks, atomically."""
     info = PngInfo()
     for name, value in settings.items():
         info.add_text(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -31,22 +31,22 @@ BASES = {
     "amused": "lit_shortcut.bases.amused:published",
     "meissonic": "lit_shortcut.bases.meissonic.published:published",
 }
-"""Functions that build a base, by the name a shortcut's ``config.json`` gives; nothing else is imported for one."""
+"""Functions that build a base, by its name in a shortcut's ``config.json``; nothing else is imported to build one."""
 
 FOLDER = "shortcut"
-"""In which the folder of an embedded base keeps its shortcut."""
+"""Folder of the shortcut within an embedded base's folder."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What was drawn, image by image.
+    """Drawn images, with their tokens and costs.
 
     Args:
         images: PIL images.
         tokens: codes (B, L).
         full_steps: base passes for each image (B,).
-        latency_ms: of the decoding loop, for each image; the first call includes what a device does once.
-        log_probs: (B, L) of the tokens under the policy that drew them, float32; None unless asked for.
+        latency_ms: latency per image of the decoding loop; a first call includes the device's start-up.
+        log_probs: float32 log-probabilities (B, L) of the tokens under the policy that drew them; None by default.
     """
 
     images: list[Image.Image]
@@ -62,9 +62,9 @@ class Pipeline:
     Args:
         base: the frozen model.
         decoding: how tokens are drawn.
-        shortcut: computes the features of the steps that the base leaves out; None is vanilla only.
+        shortcut: computes the features of the steps that the base skips; None allows only vanilla.
         plan: which steps the base computes.
-        budget: b, at how many; None is all of them.
+        budget: b, the number of those steps; None is all steps.
 
     Raises:
         ValueError: if the budget lies outside 1..N, or the shortcut is for another N.
@@ -92,7 +92,7 @@ class Pipeline:
         return self.base.interface.code_embedding.device
 
     def to(self, device: torch.device | str) -> Pipeline:
-        """Move base and shortcut to ``device``, in place; returns itself."""
+        """Move base and shortcut to ``device``, in place; return the pipeline."""
         modules: list[Any] = [self.base, self.shortcut]
         for module in modules:
             if isinstance(module, nn.Module):
@@ -112,7 +112,7 @@ class Pipeline:
     ) -> Pictures:
         """Draw an image for each of ``prompts``, or of ``labels``.
 
-        An image depends on its prompt or label, its seed and the settings, not on the others.
+        An image depends on its prompt or label, its seed and the settings, not on the other images.
 
         Args:
             prompts: texts.
@@ -124,8 +124,8 @@ class Pipeline:
             log_probs: return the tokens' log-probabilities, too.
 
         Raises:
-            ValueError: if nothing or both are asked for, the base takes the other, a prompt or label does not fit the
-                base, there is not a seed for each, a seed is outside 64 bits, or the budget lies outside 1..N.
+            ValueError: if neither or both are given, the base takes the other, a prompt or label does not fit the base,
+                there is not one seed per image, a seed is outside 64 bits, or the budget lies outside 1..N.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         classes = [labels] if isinstance(labels, int) else list(labels)
@@ -176,15 +176,15 @@ def load(
     Args:
         source: the folder of a shortcut or its address on the hub (``owner/repository``), the folder of a base that
             holds one in ``shortcut``, or a file of :meth:`Shortcut.load`.
-        budget: b, steps that the base computes; None takes the shortcut's own, or all steps where it has none.
-        base: to accelerate; None builds the one that the shortcut names.
+        budget: b, steps that the base computes; None takes the shortcut's own, or all steps if it has none.
+        base: the base to accelerate; None builds the one that the shortcut names.
         num_steps: N; None takes that of the shortcut's trajectories.
-        device: None takes a GPU where there is one.
-        dtype: to run the shortcut in; None takes that of its file.
-        revision: of the shortcut's repository.
+        device: device to run on; None takes a GPU if there is one.
+        dtype: dtype that the shortcut runs in; None takes that of its file.
+        revision: revision of the shortcut's repository.
 
     Raises:
-        WeightsError: if something cannot be had or is damaged, the base is unknown, or the shortcut is for another one.
+        WeightsError: if a file is unavailable or damaged, the base is unknown, or the shortcut is for another one.
         ValueError: if the budget lies outside 1..N.
     """
     where, shortcut = _shortcut_at(source, dtype, revision)
@@ -217,16 +217,16 @@ def _shortcut_at(source: str | Path, dtype: Precision | None, revision: str | No
 
 
 def build_base(reference: BaseReference, folder: Path) -> MaskedImageModel:
-    """Build the base that ``reference`` names; a source that is no address counts from ``folder``.
+    """Build the base that ``reference`` names; a source that is not an address is relative to ``folder``.
 
     Raises:
-        WeightsError: if its name is unknown, an argument does not fit, or its weights cannot be had or are damaged.
+        WeightsError: if its name is unknown, an argument does not fit, or its weights are unavailable or damaged.
     """
     if reference.name not in BASES:
         named = (
-            f"its base is {reference.name!r}, and known are {', '.join(BASES)}" if reference.name else "names no base"
+            f"its base is {reference.name!r}, expected one of {', '.join(BASES)}" if reference.name else "names no base"
         )
-        raise WeightsError(f"{folder}: {named}; give the base itself: load(…, base=…)")
+        raise WeightsError(f"{folder}: {named}; pass the base itself: load(…, base=…)")
     source = reference.source
     if source.startswith("hf://"):
         source += f"@{reference.revision}" * bool(reference.revision)

@@ -1,4 +1,4 @@
-"""Where inputs are: in the current folder, in the project of the YAML in use, or shipped with this package."""
+"""Lookup of inputs: in the current folder, in the project of the YAML in use, or shipped with this package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_shortcut.files import is_remote
 
 SHIPPED = Path(__file__).parent / "shipped"
-"""Holds ``configs`` and ``checkpoints`` of the embedded defaults: links in a clone, copies in a wheel."""
+"""Folder of ``configs`` and ``checkpoints`` of the embedded defaults: links in a clone, copies in a wheel."""
 
 _CONFIGS = "configs"
 _projects: list[Path] = []
@@ -19,27 +19,27 @@ _projects: list[Path] = []
 def located(path: str | Path) -> Path:
     """Return where the input at relative ``path`` is.
 
-    The current folder comes first, then the projects that :func:`use_projects_of` was told, then :data:`SHIPPED`; where
-    it is not the current folder, the log says so. A path that is nowhere is returned as it is, for whoever reads it to
-    refuse it. Outputs are never looked for: they go to the current folder.
+    The current folder comes first, then the projects given to :func:`use_projects_of`, then :data:`SHIPPED`; inputs
+    from outside the current folder are logged. A path found nowhere is returned unchanged, for its reader to refuse.
+    Outputs are never looked for: they go to the current folder.
     """
     path = Path(path)
     if path.is_absolute() or path.exists():
         return path
     for project in (*_projects, SHIPPED):
         if (found := project / path).exists():
-            rank_zero_info(f"{path}: taken from {project}, it is not in {Path.cwd()}")
+            rank_zero_info(f"{path}: taken from {project}; it is not in {Path.cwd()}")
             return found
     return path
 
 
 def located_source(source: str) -> str:
-    """Return ``source`` itself where it is a URL, else where it is."""
+    """Return ``source`` itself if it is a URL, else its :func:`located` path."""
     return source if is_remote(source) else str(located(source))
 
 
 def use_projects_of(configs: Iterable[Path]) -> None:
-    """Look for inputs in the projects of the YAMLs ``configs`` from now on, and in those of no others.
+    """Look for inputs in the projects of the YAMLs ``configs`` from now on, and in no others.
 
     The project of a YAML is the folder that holds the ``configs`` it lies in, or else the YAML's own folder.
     """

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_shortcut.files import replacing
 from lit_shortcut.weights import WeightsError, load_tensors, read_pickle
+
+Module = TypeVar("Module", bound=nn.Module)
 
 STATE_KEYS = ("model_state_dict", "state_dict", "model")  # in MaskGIT's, Lightning's and LlamaGen's checkpoints
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # prefixes from distributed training and torch.compile
@@ -131,23 +133,35 @@ def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return bare if len(bare) == len(state) else state
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], names: Names, path: Path) -> None:
+def filled(
+    make: Callable[[], Module], state: dict[str, Tensor], names: Names, path: Path, but_for: Iterable[str] = ()
+) -> Module:
+    """Call ``make`` on the meta device and :func:`fill` the module it returns, so that weights are in memory once."""
+    with torch.device("meta"):
+        module = make()
+    fill(module, state, names, path, but_for)
+    return module
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], names: Names, path: Path, but_for: Iterable[str] = ()) -> None:
     """Load the published ``state`` into ``module``, freeze it and put it in eval mode.
 
-    Tensors are assigned, not copied: build ``module`` on the meta device to hold its weights only once. Shapes may
-    differ in dimensions of size 1, of which published files have more (1×1 convolutions, a batch of positions).
+    Tensors are assigned, not copied. Shapes may differ in dimensions of size 1, of which published files have more (1×1
+    convolutions, a batch of positions).
 
     Args:
         module: network with our names.
         state: tensors by published name.
         names: both spellings.
         path: origin of ``state``, for the message.
+        but_for: beginnings of published names to leave out.
 
     Raises:
         WeightsError: if tensors are missing, unknown or misshapen, naming all of them as in the file.
     """
     expected = module.state_dict()
-    found = {names.ours(name): tensor for name, tensor in state.items()}
+    left_out = tuple(but_for)
+    found = {names.ours(name): tensor for name, tensor in state.items() if not name.startswith(left_out)}
     problems = [
         *(
             f"{names.published(name)} is missing, expected {_shape(expected[name])}"

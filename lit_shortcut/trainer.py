@@ -51,9 +51,9 @@ class Trainer(L.Trainer):
             seed: of the first image, a 64-bit integer; the others count up.
             num_steps: N, steps of the decoding loop; the configuration's by default.
             budget: b, at how many of them the base runs; the configuration's by default.
-            compare: draw each picture by vanilla, too, beside it at the same seed.
+            compare: also draw each picture with vanilla at the same seed, beside it.
             output: folder for the pictures.
-            overwrite: delete what other settings drew there.
+            overwrite: delete pictures of other settings there.
         """
         if not isinstance(model, GenerateTask):
             raise MisconfigurationException(

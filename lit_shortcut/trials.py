@@ -8,8 +8,12 @@ from typing import Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_shortcut.weights import require_writable
 
-def is_trial(trainer: L.Trainer, stage: Literal["fit", "validate", "test", "predict"]) -> bool:
+Stage = Literal["fit", "validate", "test", "predict"]
+
+
+def is_trial(trainer: L.Trainer, stage: Stage) -> bool:
     """Return whether ``trainer`` leaves out batches, so that nothing that lasts should be written.
 
     In ``fit`` only ``fast_dev_run`` does: there a limit is the length of an epoch.
@@ -28,3 +32,15 @@ def is_trial(trainer: L.Trainer, stage: Literal["fit", "validate", "test", "pred
 def report_trial(place: Path) -> None:
     """Log that nothing is written to ``place``, since the run is a trial."""
     rank_zero_info(f"a trial run: nothing is written to {place}")
+
+
+def require_writable_file(trainer: L.Trainer, stage: Stage, path: Path) -> None:
+    """Check on the first rank that ``path`` can be written, or log that a trial run writes nothing there.
+
+    Raises:
+        OSError: naming the folder, if it cannot be created or written.
+    """
+    if is_trial(trainer, stage):
+        report_trial(path)
+    elif trainer.is_global_zero:
+        require_writable(path.parent)

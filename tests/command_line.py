@@ -39,6 +39,17 @@ def record_toy(folder: Path) -> Path:
     return folder / "runs" / "toy" / "trajectories"
 
 
+def run_verbs(folder: Path, name: str) -> Path:
+    """Record, train, validate and test in ``folder`` as ``configs/<name>`` says; returns ``folder``."""
+    (folder / "configs").symlink_to(CONFIGS)
+    lightning(folder, "predict", "--config", CONFIGS / name / "extract.yaml")
+    lightning(folder, "fit", "--config", CONFIGS / name / "fit.yaml")
+    checkpoint = f"runs/{name}/shortcut/last.ckpt"
+    lightning(folder, "validate", "--config", CONFIGS / name / "fit.yaml", "--ckpt_path", checkpoint)
+    lightning(folder, "test", "--config", CONFIGS / name / "evaluate.yaml")
+    return folder
+
+
 def fresh_process(target: Callable[..., object], *arguments: object) -> ForkServerProcess:
     """A process that has imported the command line and trained nothing: autograd's threads do not survive a fork."""
     context = multiprocessing.get_context("forkserver")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64
 
-from lit_shortcut.trajectory import shard_name
+from lit_shortcut.trajectory.card import shard_name
 
 Members = dict[str, bytes]
 _HEADER = 128  # bytes of numpy's

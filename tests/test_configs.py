@@ -15,7 +15,8 @@ import lit_shortcut.tasks.evaluation
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.evaluation.drawing import Drawn
-from lit_shortcut.trajectory import Card, check_shards
+from lit_shortcut.trajectory import Card
+from lit_shortcut.trajectory.index import check_shards
 from tests.command_line import CONFIGS, TOY, lightning
 from tests.wandb_offline import Run, read_run
 
@@ -234,7 +235,7 @@ def test_test_stores_every_row_and_writes_the_report(toy: Toy) -> None:
     text = (report / "report.md").read_text()
     for method, budget in (("vanilla", 6), ("shortcut", 2), ("hold", 2)):
         assert re.search(rf"\| {method} +\| 6 +\| {budget} ", text)
-    assert "10 images a row and seed, 2 seed(s)" in text
+    assert "10 images per row and seed, 2 seed(s)" in text
     assert "Fewer than 5,000 images" in text
     for name in ("pareto.png", "grids.png"):
         assert torchvision.io.read_image(str(report / name)).float().std() > 1
@@ -251,4 +252,4 @@ def test_change_of_the_number_of_images_measures_every_row_anew(toy: Toy) -> Non
     text = (toy.folder / "runs/toy/elsewhere/report.md").read_text()
     # rows of the third run seed, still of ten images, lie in the folder but are of another run
     assert (toy.folder / "runs/toy/elsewhere/rows/vanilla_n3_seed2.json").exists()
-    assert "6 images a row and seed, 2 seed(s)" in text
+    assert "6 images per row and seed, 2 seed(s)" in text

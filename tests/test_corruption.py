@@ -21,15 +21,9 @@ from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.cli import main
 from lit_shortcut.files import AccessError
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.trajectory import (
-    Card,
-    TrajectoryError,
-    load_interface,
-    problems,
-    read_shard,
-    save_interface,
-    shard_name,
-)
+from lit_shortcut.trajectory import Card, TrajectoryError, problems, read_shard
+from lit_shortcut.trajectory.card import shard_name
+from lit_shortcut.trajectory.interface_file import load_interface, save_interface
 from lit_shortcut.weights import WeightsError
 from tests.forged_shards import Members, edit_index, forge, replaced
 from tests.tiny_trajectories import interface, trajectories, write_set
@@ -273,7 +267,7 @@ def module(folder: Path, **arguments: Any) -> TrajectoryDataModule:
 def seen(made: TrajectoryDataModule) -> list[tuple[int, int]]:
     """Sample and step of each transition."""
     batches = [made.on_before_batch_transfer(batch, 0) for batch in made.train_dataloader()]
-    assert {len(batch.step) for batch in batches} == {9}
+    assert {len(batch.replaced) for batch in batches} == {9}
     decoded = [batch.decode() for batch in batches]
     return [
         (round(float(features)), int(step))

@@ -13,7 +13,8 @@ from lit_shortcut.bases.dimoo.published import published
 from lit_shortcut.networks.llada_shortcut import NAMES, LLaDAShortcutNet
 from lit_shortcut.published import save_published
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, check_shards
+from lit_shortcut.trajectory import Card
+from lit_shortcut.trajectory.index import check_shards
 from tests.command_line import CONFIGS, lightning
 from tests.published_dimoo import SPECIAL, make_checkpoint
 

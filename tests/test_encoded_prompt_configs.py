@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.trajectory import Card, load_interface, problems
+from lit_shortcut.trajectory import Card, problems
+from lit_shortcut.trajectory.interface_file import load_interface
 from tests import published_amused, published_meissonic
 from tests.command_line import CONFIGS, lightning
 

@@ -115,7 +115,7 @@ def test_same_settings_draw_into_the_same_folder_again(folder: Path) -> None:
 def test_pictures_of_other_settings_are_kept_unless_overwritten(folder: Path) -> None:
     pictures = generate(folder, "--labels", "1,2", "--budget", 2)
     before = files(pictures)
-    with pytest.raises(ValueError, match=r"runs/fashion/pictures: .*labels is \[1, 2\], not \[3\]"):
+    with pytest.raises(ValueError, match=r"runs/fashion/pictures: .*labels was \[1, 2\] and is \[3\]"):
         generate(folder, "--labels", "3", "--budget", 2)
     assert files(pictures) == before
     generate(folder, "--labels", "3", "--budget", 2, "--overwrite")

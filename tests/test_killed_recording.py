@@ -18,7 +18,8 @@ from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import RecordingTask
-from lit_shortcut.trajectory import Card, finished_shards, problems, read_shard
+from lit_shortcut.trajectory import Card, problems, read_shard
+from lit_shortcut.trajectory.index import finished_shards
 
 
 def _record(folder: Path) -> None:

@@ -162,7 +162,7 @@ def test_shortcut_of_another_number_of_steps_is_refused(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"base": {"name": "os"}}, "base is 'os', and known are fashion"),
+        ({"base": {"name": "os"}}, "base is 'os', expected one of fashion"),
         ({"base": {"name": ""}}, "names no base"),
         ({"base": {"source": "../nowhere"}}, "nowhere"),
         ({"base": {"arguments": {"size": 3}}}, "base.arguments of fashion"),

@@ -169,14 +169,14 @@ def test_space_gone_after_it_was_counted_is_an_error_and_no_broken_mapping(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full, raising=False)
-    with pytest.raises(TrajectoryError, match=r"no scratch file of 4e-06 GB can be made \(No space left on device\)"):
+    with pytest.raises(TrajectoryError, match=r"cannot make a scratch file of 4e-06 GB \(No space left on device\)"):
         HostRoom(0, tmp_path).make(torch.empty(0), (1000,))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_scratch_that_is_no_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "scratch").touch()
-    with pytest.raises(TrajectoryError, match=r"scratch: no scratch file of .* can be made \(File exists\)"):
+    with pytest.raises(TrajectoryError, match=r"scratch: cannot make a scratch file of .* \(File exists\)"):
         HostRoom(0, tmp_path / "scratch").make(torch.empty(0), (1000,))
 
 

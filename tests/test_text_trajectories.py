@@ -31,20 +31,9 @@ from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import RecordingTask, record
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.trajectory import (
-    FORMAT_VERSION,
-    Card,
-    Source,
-    TrajectoryError,
-    concatenated,
-    interface_fingerprint,
-    load_interface,
-    problems,
-    read_shard,
-    save_interface,
-    select,
-    write_shard,
-)
+from lit_shortcut.trajectory import FORMAT_VERSION, Card, Source, TrajectoryError, problems, read_shard, write_shard
+from lit_shortcut.trajectory.interface_file import interface_fingerprint, load_interface, save_interface
+from lit_shortcut.trajectory.transitions import concatenated, select
 from lit_shortcut.weights import WeightsError
 from tests.forged_shards import forge
 from tests.tiny_trajectories import adopt

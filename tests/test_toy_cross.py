@@ -9,22 +9,13 @@ import pytest
 
 from lit_shortcut.bases.toy_cross import CrossToyBase
 from lit_shortcut.trajectory import Card, problems, read_shard
-from tests.command_line import CONFIGS, lightning
-
-TOY_CROSS = CONFIGS / "toy_cross"
+from tests.command_line import run_verbs
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where predict, fit, validate and test ran."""
-    folder = tmp_path_factory.mktemp("toy_cross")
-    (folder / "configs").symlink_to(CONFIGS)
-    lightning(folder, "predict", "--config", TOY_CROSS / "extract.yaml")
-    lightning(folder, "fit", "--config", TOY_CROSS / "fit.yaml")
-    checkpoint = "runs/toy_cross/shortcut/last.ckpt"
-    lightning(folder, "validate", "--config", TOY_CROSS / "fit.yaml", "--ckpt_path", checkpoint)
-    lightning(folder, "test", "--config", TOY_CROSS / "evaluate.yaml")
-    return folder
+    return run_verbs(tmp_path_factory.mktemp("toy_cross"), "toy_cross")
 
 
 def test_set_has_prompts_and_no_text_rows(folder: Path) -> None:

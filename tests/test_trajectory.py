@@ -21,18 +21,15 @@ from lit_shortcut.trajectory import (
     Encoding,
     Source,
     TrajectoryError,
-    concatenated,
-    finished_shards,
-    interface_fingerprint,
-    load_interface,
     problems,
     read_shard,
-    require_finite,
-    save_interface,
-    select,
-    shard_name,
     write_shard,
 )
+from lit_shortcut.trajectory.card import shard_name
+from lit_shortcut.trajectory.encoding import require_finite
+from lit_shortcut.trajectory.index import finished_shards
+from lit_shortcut.trajectory.interface_file import interface_fingerprint, load_interface, save_interface
+from lit_shortcut.trajectory.transitions import concatenated, select
 from tests.forged_shards import edit_index
 from tests.tiny_trajectories import SPEC, adopt, card, interface, trajectories, transitions, write_set
 

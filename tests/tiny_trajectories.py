@@ -11,7 +11,9 @@ import torch
 
 from lit_shortcut.contracts import Conditions, TokenSpec, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.trajectory import FORMAT_VERSION, Card, interface_fingerprint, save_interface, select, write_shard
+from lit_shortcut.trajectory import FORMAT_VERSION, Card, write_shard
+from lit_shortcut.trajectory.interface_file import interface_fingerprint, save_interface
+from lit_shortcut.trajectory.transitions import select
 
 SPEC = TokenSpec(num_tokens=9, sequence_length=10, width=6, codebook_size=5, mask_id=5, num_classes=10)
 

@@ -10,6 +10,7 @@ from diffusers import UVit2DModel, VQModel
 from torch import Tensor, nn
 
 from lit_shortcut.bases.clip_text import CLIPText, EncodedBase, EncodedContext, TextEncoder
+from lit_shortcut.bases.frozen import seeded
 from lit_shortcut.bases.saved import (
     DIFFUSERS,
     TRANSFORMERS,
@@ -21,7 +22,7 @@ from lit_shortcut.bases.saved import (
     read_weights,
     take,
 )
-from lit_shortcut.bases.vq import VQDecoder, load_vqvae, patch_size, random_vqvae
+from lit_shortcut.bases.vq import decoder_of, load_vqvae, patch_size, random_vqvae
 from lit_shortcut.contracts import Clock, Context, ImageDecoder, TokenSpec
 from lit_shortcut.hub import local_folder
 from lit_shortcut.interface import TokenInterface
@@ -181,8 +182,7 @@ def random_weights(
         seed: seed of the weights.
     """
     own_dtype, resampled = getattr(torch, dtype), resolution != 256
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         transformer = UVit2DModel(
             sample_size=resolution // 16, downsample=resampled, upsample=resampled, num_hidden_layers=depth
         )
@@ -202,8 +202,6 @@ def _assembled(
     width: int | None = None,
     negative: str = "",
 ) -> AMUSEd:
-    patch = patch_size(vqvae)
-    default = transformer.config.sample_size * patch
-    height, width = (default if size is None else size for size in (height, width))
-    decoder = VQDecoder(vqvae, height // patch, width // patch)
-    return AMUSEd(transformer, decoder, text_encoder, height=height, width=width, patch_size=patch, negative=negative)
+    default = transformer.config.sample_size * patch_size(vqvae)
+    decoder, sizes = decoder_of(vqvae, height, width, default)
+    return AMUSEd(transformer, decoder, text_encoder, negative=negative, **sizes)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from lit_shortcut.bounds import require_at_least
@@ -53,6 +56,14 @@ class FrozenBase(nn.Module):
     def decode(self, tokens: Tensor) -> Tensor:
         """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
         return self.tokenizer.decode(tokens)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw random weights from ``seed``, on the CPU; what is drawn afterwards does not depend on them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:

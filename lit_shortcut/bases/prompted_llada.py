@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
+from lit_shortcut.bases.dimoo.prompt import PromptTokenizer
 from lit_shortcut.bases.frozen import FrozenBase
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import (
@@ -70,9 +71,11 @@ class PromptedLLaDA(FrozenBase, ABC):
     Args:
         transformer: the network that is accelerated.
         tokenizer: decodes image tokens to images.
+        prompt_tokenizer: maps text to token ids.
         special: ids of the tokens that are not text, a dataclass.
         image: tokens of an image and their places.
         max_prompt_tokens: longest prompt, special tokens included.
+        negative: prompt of the unconditional branch.
 
     Raises:
         ValueError: if a code or a special token lies outside the vocabulary.
@@ -82,14 +85,17 @@ class PromptedLLaDA(FrozenBase, ABC):
         self,
         transformer: LLaDA,
         tokenizer: ImageDecoder,
+        prompt_tokenizer: PromptTokenizer,
         *,
         special: Any,
         image: ImageTokens,
         max_prompt_tokens: int,
+        negative: str,
     ) -> None:
         require_at_least(1, max_prompt_tokens=max_prompt_tokens, codebook_size=image.codebook_size)
         super().__init__(transformer, tokenizer)
         self.special, self.image, self.max_prompt_tokens = special, image, max_prompt_tokens
+        self.prompt_tokenizer, self.negative = prompt_tokenizer, negative
         first, end = image.first_code, image.first_code + image.codebook_size
         vocab_size = transformer.wte.num_embeddings
         if end > vocab_size:
@@ -125,8 +131,13 @@ class PromptedLLaDA(FrozenBase, ABC):
         """Token ids of the prompt of the unconditional branch."""
 
     def identity(self) -> dict[str, Any]:
-        """Identity of the base, with its special tokens and the shape of the images."""
-        return super().identity() | {"special": asdict(self.special), "grid": list(self.spec.grid)}
+        """Identity of the base, with its prompts' tokens, the negative prompt and the shape of the images."""
+        return super().identity() | {
+            "special": asdict(self.special),
+            "grid": list(self.spec.grid),
+            "prompt_tokenizer": self.prompt_tokenizer.identity(),
+            "negative": self.negative,
+        }
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
         """Token ids of the prompts; the unconditional branch has a prompt of its own.

@@ -116,8 +116,7 @@ def take(module: nn.Module, state: dict[str, Tensor], folder: Path, but_for: Ite
     Raises:
         WeightsError: if tensors are missing, unknown or misshapen; all of them are named.
     """
-    left_out = tuple(but_for)
-    fill(module, {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}, Names([]), folder)
+    fill(module, state, Names([]), folder, but_for)
 
 
 def _single(stem: str, variant: Variant | None) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_shortcut.bases.class_tokens import ClassContext, class_context
+from lit_shortcut.bases.frozen import seeded
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Clock, Conditions, Context, TokenSpec
 from lit_shortcut.interface import TokenInterface
@@ -40,8 +41,7 @@ class ToyBase(nn.Module):
             num_classes=num_classes,
         )
         self.grid = grid
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.embedding = nn.Embedding(codebook_size + 1 + num_classes + 1, width)
             self.positions = nn.Parameter(torch.randn(grid * grid + 1, width))
             self.attention = Attention(width, num_heads=2)

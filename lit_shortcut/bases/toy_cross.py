@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from lit_shortcut.bases.frozen import seeded
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Clock, Conditions, Context, TokenSpec, require_prompts
 from lit_shortcut.interface import TokenInterface
@@ -50,8 +51,7 @@ class CrossToyBase(nn.Module):
         num_tokens = grid * grid
         self.spec = TokenSpec(num_tokens, num_tokens, width, codebook_size, codebook_size, num_classes=0)
         self.grid, self.negative = grid, negative
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.embedding = nn.Embedding(codebook_size + 1, width)
             self.positions = nn.Parameter(torch.randn(num_tokens, width))
             self.encoder = nn.Sequential(nn.Embedding(_BYTES, width), nn.Linear(width, width), nn.GELU())

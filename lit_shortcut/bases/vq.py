@@ -94,6 +94,21 @@ def random_vqvae() -> VQModel:
     return vqvae
 
 
+def decoder_of(vqvae: VQModel, height: int | None, width: int | None, default: int) -> tuple[VQDecoder, dict[str, int]]:
+    """Return the decoder to images of ``height`` × ``width`` pixels, and these sizes with the patch size for its base.
+
+    Args:
+        vqvae: the model.
+        height: height of the images in pixels; None takes ``default``.
+        width: width of the images in pixels, likewise.
+        default: side of the images in pixels.
+    """
+    height, width = (default if size is None else size for size in (height, width))
+    patch = patch_size(vqvae)
+    decoder = VQDecoder(vqvae, height // patch, width // patch)
+    return decoder, {"height": height, "width": width, "patch_size": patch}
+
+
 def patch_size(vqvae: VQModel) -> int:
     """Side in pixels of the square that a token of ``vqvae`` stands for."""
     return 2 ** (len(vqvae.config.block_out_channels) - 1)

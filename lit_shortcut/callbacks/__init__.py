@@ -1,1 +1,1 @@
-"""What happens beside a task: averages, recording, sampling, result rows."""
+"""Callbacks: weight averaging, recording, sampling, reports."""

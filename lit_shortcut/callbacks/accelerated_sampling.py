@@ -1,4 +1,4 @@
-"""During fit: full accelerated sampling with the current network, measured against vanilla in the same run."""
+"""Accelerated sampling during fit with the current network, measured against vanilla in the same run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
 from lit_shortcut.evaluation.drawing import draw, require_feasible, strip_of
-from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows
+from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, vanilla_row
 from lit_shortcut.evaluation.tally import Tally
 from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.loggers import carry_on, log_picture
@@ -32,23 +32,23 @@ _TRAINED = "shortcut"
 class AcceleratedSampling(L.Callback):
     """At the end of validation, draw each row and log metrics, latency, speed-up and an image grid.
 
-    With :class:`~lit_shortcut.callbacks.ema.ModuleEMA` the averaged network is sampled with, as in all of validation.
-    Images are drawn in the trainer's precision, as ``test`` draws them. Latency is that of the decoding loop,
-    synchronised and warmed up, without the image decoder, per image at the batch size of ``conditions``; vanilla is
-    timed in turns with the others. Logged under ``sampling/<name of the row>/…``; batch size and device of the timing
-    go to the loggers as hyperparameters ``sampling/latency_batch_size`` and ``sampling/latency_device``.
+    With :class:`~lit_shortcut.callbacks.ema.ModuleEMA` the averaged network is used, as in all of validation. Images
+    are drawn in the trainer's precision, as ``test`` draws them. Latency is that of the decoding loop without the image
+    decoder, per image at the batch size of ``conditions``, synchronised and after a warm-up; vanilla and the other rows
+    are timed in turns. Values are logged under ``sampling/<name of the row>/…``; batch size and device of the timing go
+    to the loggers as hyperparameters ``sampling/latency_batch_size`` and ``sampling/latency_device``.
 
     Args:
         base: the frozen model the trajectories come from; another one is refused.
         decoding: how tokens are drawn; its ``num_steps`` is vanilla's N, which the speed-up refers to.
         rows: ways to decode, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them. The method ``shortcut`` is
-            the network in training; vanilla is drawn beside them in any case.
+            the network being trained; vanilla is always drawn as well.
         conditions: what to generate.
         methods: other predictors by name.
         plans: plans by name, besides ``even`` and ``even_tokens``.
         metrics: measures of images by name.
-        every_n_validations: sample at every so many validations.
-        latency_rounds: times each row is timed; 0 leaves latency out.
+        every_n_validations: sample at every n-th validation.
+        latency_rounds: how often each row is timed; 0 leaves latency out.
         grid_images: images of each row shown side by side; 0 leaves the grid out.
 
     Raises:
@@ -74,7 +74,7 @@ class AcceleratedSampling(L.Callback):
         self.base, self.decoding, self.rows, self.conditions = base, decoding, rows, conditions
         self.methods, self.plans, self.metrics = methods or {}, plans, metrics or {}
         if _TRAINED in self.methods:
-            raise ValueError(f"methods must not name {_TRAINED!r}, which is the network in training")
+            raise ValueError(f"methods must not name {_TRAINED!r}, which is the network being trained")
         self.every_n_validations, self.latency_rounds = every_n_validations, latency_rounds
         self.grid_images = grid_images
         self.validations = 0
@@ -86,18 +86,18 @@ class AcceleratedSampling(L.Callback):
         return {"validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of validations."""
         self.validations = state_dict["validations"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse before anything is trained a base the trajectories do not come from, and rows that cannot be run."""
+        """Check, before training, that this base recorded the trajectories and that all rows can be run."""
         assert isinstance(pl_module, ShortcutTask)
         require_feasible(self.base, self._rows(pl_module.network), self.conditions)
         recorded = trainer.datamodule.card.base_fingerprint  # type: ignore[attr-defined]
         if recorded != self.base.fingerprint:
             raise ValueError(
                 f"the trajectories come from base {recorded}, but sampling would accelerate base "
-                f"{self.base.fingerprint}: give both the same weights"
+                f"{self.base.fingerprint}: use the same weights for both"
             )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -114,19 +114,19 @@ class AcceleratedSampling(L.Callback):
             self._sample(trainer, pl_module)
 
     def _rows(self, network: ShortcutNetwork) -> list[Row]:
-        """Return vanilla and all other rows."""
+        """Return vanilla, then all other rows."""
         rows = build_rows(self.rows, self.decoding, self.methods | {_TRAINED: Shortcut(network)}, self.plans)
-        (vanilla,) = build_rows([[self.decoding.num_steps]], self.decoding)
+        vanilla = vanilla_row(self.decoding)
         return [vanilla, *(row for row in rows if row.name != vanilla.name)]
 
     def _network(self, task: ShortcutTask) -> ShortcutNetwork:
-        """Return the network in the precision of this base, as it will run; training goes on in its own."""
+        """Return the network in the precision of the base, as it will run; training keeps its own."""
         dtype = self.base.interface.code_embedding.dtype
         if dtype == next(task.network.parameters()).dtype:
             return task.network
         if self.copy is None:
             self.copy = deepcopy(task.network).to(dtype).requires_grad_(False)
-            if task.network._compiled_call_impl is not None:  # which a copy lacks
+            if task.network._compiled_call_impl is not None:  # a copy is not compiled
                 self.copy.compile(fullgraph=True)
         self.copy.load_state_dict(task.network.state_dict())
         return self.copy.train(task.network.training)

@@ -15,7 +15,7 @@ from lit_shortcut.bounds import require_share
 
 
 class ModuleEMA(WeightAveraging):
-    """Average only ``pl_module.<module>``, with a warm-up so that short runs profit.
+    """Average only ``pl_module.<module>``, with a warm-up for the benefit of short runs.
 
     Lightning's ``EMAWeightAveraging`` copies the whole LightningModule (frozen teachers and, through the optimiser
     factory, the command line itself), and puts the raw weights back before the hooks that sample images run. This one
@@ -32,7 +32,7 @@ class ModuleEMA(WeightAveraging):
         require_share(decay=decay)
         super().__init__(use_buffers=False)
         self.decay, self.module, self.warmup = decay, module, warmup
-        self._updates = 0  # counted here, as torch's counter lies on the device
+        self._updates = 0  # counted here, since torch's counter is on the device
         self._raw: list[Tensor] = []  # weights put aside during validation
         self._raw_at_end: dict[str, Tensor] | None = None
 
@@ -59,7 +59,7 @@ class ModuleEMA(WeightAveraging):
             self._latest_update_step = trainer.global_step
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """No update by epoch."""
+        """Do nothing: updates follow steps."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the average in the module; a checkpoint saved from now on still has the raw weights."""
@@ -73,7 +73,7 @@ class ModuleEMA(WeightAveraging):
         """No swap here: other callbacks sample with the average in this hook."""
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the average in, unless nothing was averaged yet (Lightning issue 21724)."""
+        """Put the average in, unless nothing has been averaged yet (Lightning issue 21724)."""
         if self._has_average():
             self._raw = [parameter.detach().clone() for parameter in self._submodule(pl_module).parameters()]
             self._copy_average_to_current(pl_module)
@@ -140,7 +140,7 @@ class ModuleEMA(WeightAveraging):
         self._updates += 1
 
     def _pairs(self, pl_module: L.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parameters of the average and of the submodule."""
+        """Return pairs of parameters, of the average and of the submodule."""
         assert self._average_model is not None
         return zip(self._average_model.module.parameters(), self._submodule(pl_module).parameters(), strict=True)
 

@@ -14,8 +14,8 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.trials import is_trial, report_trial
-from lit_shortcut.weights import require_writable, save_module, update_manifest
+from lit_shortcut.trials import is_trial, require_writable_file
+from lit_shortcut.weights import save_module, update_manifest
 
 
 class ExportWeights(L.Callback):
@@ -24,8 +24,8 @@ class ExportWeights(L.Callback):
     Args:
         path: safetensors file; ``manifest.yaml`` beside it gets an entry.
         licence: SPDX identifier of the weights.
-        trained_on: the data, for the manifest.
-        dtype: of the stored weights; None keeps the network's. Weights are loaded in float32 all the same.
+        trained_on: name of the training data, for the manifest.
+        dtype: dtype of the stored weights; None keeps the network's. Weights are loaded in float32 all the same.
     """
 
     def __init__(
@@ -35,13 +35,9 @@ class ExportWeights(L.Callback):
         self.dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a place that cannot be written, before anything is trained; raises OSError."""
-        if stage != "fit" or not trainer.is_global_zero:
-            return
-        if is_trial(trainer, "fit"):
-            report_trial(self.path)
-        else:
-            require_writable(self.path.parent)
+        """Check, before anything is trained, that the file can be written; raise OSError if not."""
+        if stage == "fit":
+            require_writable_file(trainer, "fit", self.path)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file on the first rank, unless this was a trial run."""
@@ -52,40 +48,40 @@ class ExportWeights(L.Callback):
         update_manifest(weights, self.facts | _outcome(trainer), self.path.with_name("manifest.yaml"))
 
     def write(self, task: OptimizedTask) -> Path:
-        """Write ``task.network``; returns the file of its weights."""
+        """Write ``task.network``; return its weight file."""
         save_module(self.path, task.network, task.network_facts(), self.dtype)
         return self.path
 
 
 class ExportFolder(ExportWeights):
-    """As :class:`ExportWeights`, of a network that writes a folder in a format of its own.
+    """Like :class:`ExportWeights`, for a network that writes a folder in a format of its own.
 
     Args:
         path: folder for ``pl_module.network.save``; ``manifest.yaml`` beside it gets an entry.
         licence: SPDX identifier of the weights.
-        trained_on: the data, for the manifest.
+        trained_on: name of the training data, for the manifest.
     """
 
     def __init__(self, path: Path, licence: str, trained_on: str) -> None:
         super().__init__(path, licence, trained_on)
 
     def write(self, task: OptimizedTask) -> Path:
-        """Let ``task.network`` write itself; returns the file of its weights."""
+        """Let ``task.network`` save itself; return its weight file."""
         network: Any = task.network
         return network.save(self.path)
 
 
 class ExportShortcut(ExportWeights):
-    """As :class:`ExportWeights`, of a shortcut as a folder for :func:`lit_shortcut.load` and the hub.
+    """Like :class:`ExportWeights`, for a shortcut as a folder for :func:`lit_shortcut.load` and the hub.
 
     Args:
         path: folder for ``model.safetensors``, ``config.json`` and a model card; ``manifest.yaml`` beside it gets an
             entry.
         licence: SPDX identifier of the weights.
-        trained_on: the data, for configuration, card and manifest.
-        base: how to get the base: ``name``, ``source``, ``revision``, ``arguments``; the fingerprint is that of the
+        trained_on: name of the training data, for configuration, card and manifest.
+        base: where to get the base: ``name``, ``source``, ``revision``, ``arguments``; the fingerprint is that of the
             trajectories.
-        plan: that the shortcut is meant to be run under.
+        plan: name of the plan that the shortcut is meant for.
         budget: b of that plan; 0 leaves it to the user.
     """
 
@@ -103,7 +99,7 @@ class ExportShortcut(ExportWeights):
         self.origin = Origin(base or BaseReference(), 0, {}, plan, budget, licence, trained_on)
 
     def write(self, task: OptimizedTask) -> Path:
-        """Write the folder; returns the file of its weights."""
+        """Write the folder; return its weight file."""
         assert isinstance(task, ShortcutTask)
         recorded = Origin.of_metadata(task.network_facts())
         base = replace(self.origin.base, fingerprint=recorded.base.fingerprint)
@@ -113,6 +109,6 @@ class ExportShortcut(ExportWeights):
 
 
 def _outcome(trainer: L.Trainer) -> dict[str, Any]:
-    """How long the run was, and the validation metrics it ended with."""
+    """Return the number of optimiser steps and the last validation metrics."""
     metrics = {name: round(float(v), 6) for name, v in trainer.callback_metrics.items() if not name.startswith("train")}
     return {"optimizer_steps": trainer.global_step, "metrics": metrics}

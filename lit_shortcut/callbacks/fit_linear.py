@@ -12,8 +12,7 @@ from torch import Tensor
 from lit_shortcut.acceleration.linear import inner_products, save
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.trials import is_trial, report_trial
-from lit_shortcut.weights import require_writable
+from lit_shortcut.trials import is_trial, require_writable_file
 
 
 class FitLinear(L.Callback):
@@ -28,11 +27,8 @@ class FitLinear(L.Callback):
         self._products: Tensor | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a place that cannot be written."""
-        if is_trial(trainer, "validate"):
-            report_trial(self.path)
-        elif trainer.is_global_zero:
-            require_writable(self.path.parent)
+        """Check that the file can be written."""
+        require_writable_file(trainer, "validate", self.path)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int

@@ -16,6 +16,7 @@ from PIL import Image
 
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions
+from lit_shortcut.evaluation.identity import differences
 from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.pictures import Drawing, to_pil, write_png
@@ -30,16 +31,16 @@ _GRID = "grid.png"
 class ImageWriter(BasePredictionWriter):
     """Write ``000000.png``, …, one for each image, ``grid.png``, and ``settings.json``.
 
-    Each PNG's text chunks hold its prompt or label, its seed, and all it was drawn with. Pictures of vanilla, where it
-    is compared with, are ``000000_vanilla.png``, …, and stand at the left of the accelerated ones in the grid. Latency
-    and base passes are printed.
+    Each PNG's text chunks hold its prompt or label, its seed, and all settings it was drawn with. With
+    ``compare``, vanilla's pictures are ``000000_vanilla.png``, …, and stand to the left of the accelerated ones in the
+    grid. Latency and base passes are printed.
 
-    The same settings draw the same pictures into the same folder again; other pictures there are not overwritten.
+    The same settings redraw the same pictures in the same folder; pictures of other settings are not overwritten.
 
     Args:
-        folder: for the pictures; it is made.
+        folder: folder for the pictures, created if missing.
         overwrite: delete the pictures of other settings in ``folder``.
-        grid_images: pictures in the grid, at most; 0 leaves it out.
+        grid_images: largest number of pictures in the grid; 0 leaves it out.
     """
 
     def __init__(self, folder: Path, overwrite: bool = False, grid_images: int = 64) -> None:
@@ -48,7 +49,7 @@ class ImageWriter(BasePredictionWriter):
         self.folder, self.overwrite, self.grid_images = Path(folder), overwrite, grid_images
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that holds other results; raises ValueError."""
+        """Raise ValueError if the folder holds other results."""
         super().setup(trainer, pl_module, stage)
         assert isinstance(pl_module, GenerateTask)
         trainer.predict_loop.return_predictions = False
@@ -66,7 +67,7 @@ class ImageWriter(BasePredictionWriter):
         trainer.strategy.barrier("folder looked at")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the settings, and delete what is left of others; raises OSError if the folder cannot be written."""
+        """Write the settings, and delete pictures of other ones; raise OSError if the folder cannot be written."""
         if not trainer.is_global_zero or self.is_trial:
             return
         require_writable(self.folder)
@@ -98,7 +99,7 @@ class ImageWriter(BasePredictionWriter):
             self.drawn[name].append(drawing._replace(images=drawing.images[:0], tokens=drawing.tokens[:0]))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the grid and print. Not at ``on_predict_end``, which a rank without batches never reaches."""
+        """Write the grid and print a summary; not in ``on_predict_end``, which a rank without batches never reaches."""
         trainer.strategy.barrier("pictures written")
         if not trainer.is_global_zero or self.is_trial:
             return
@@ -120,8 +121,8 @@ class ImageWriter(BasePredictionWriter):
         if not others:
             return
         if not path.exists():
-            raise ValueError(f"{self.folder}: holds other results ({others[0]}, …); give another folder")
-        if changes := _changes(_read(path), json.loads(self.text)):
+            raise ValueError(f"{self.folder}: holds other results ({others[0]}, …); use another folder")
+        if changes := differences(_read(path), json.loads(self.text)):
             raise ValueError(
                 f"{self.folder}: holds pictures of other settings: {'; '.join(changes)}. Give another folder; "
                 "overwrite: true deletes these pictures"
@@ -134,7 +135,7 @@ class ImageWriter(BasePredictionWriter):
     def _latencies(self, task: GenerateTask) -> list[str]:
         lines, means = [], {}
         for name, batches in self.drawn.items():
-            if not batches:  # all of them were other ranks'
+            if not batches:  # all of them went to other ranks
                 continue
             passes = fmean(value for batch in batches for value in batch.full_steps.tolist())
             weights = [len(batch.full_steps) for batch in batches]
@@ -150,13 +151,13 @@ class ImageWriter(BasePredictionWriter):
 
 
 def _asked(data: Any) -> dict[str, Any]:
-    """What was asked for, of a data module of conditions."""
+    """Return what the data module ``data`` asks for."""
     asked = {name: getattr(data, name, ()) for name in ("prompts", "labels")}
     return {"num_images": data.num_images, "seed": data.seed} | {k: list(v) for k, v in asked.items() if v}
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Text chunks: the fields of the decoding and the acceleration by name, the base as one."""
+    """Return text chunks: the fields of decoding and acceleration by name, the base as one."""
     return {**settings["acceleration"], **settings["decoding"], "base": settings["base"], "Software": "lit-shortcut"}
 
 
@@ -164,24 +165,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not a settings file ({error}); give another folder") from error
+        raise ValueError(f"{path}: not a settings file ({error}); use another folder") from error
     return content
 
 
-def _changes(found: Any, expected: Any, key: str = "") -> list[str]:
-    """``key is found, not expected``, for each leaf that differs."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        names = [*found, *(name for name in expected if name not in found)]
-        return [
-            change
-            for name in names
-            for change in _changes(found.get(name), expected.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if found == expected else [f"{key} is {json.dumps(found)}, not {json.dumps(expected)}"]
-
-
 def _grid(images: list[Image.Image], per_cell: int, gap: int = 2) -> Image.Image:
-    """``images`` row by row, ``per_cell`` of them always side by side."""
+    """Tile ``images`` row by row, each ``per_cell`` of them side by side."""
     columns = ceil(sqrt(len(images) / per_cell)) * per_cell
     rows = ceil(len(images) / columns)
     width, height = (max(size) for size in zip(*(image.size for image in images), strict=True))

@@ -1,4 +1,4 @@
-"""``last.ckpt``: always the latest run's, written often enough for its length."""
+"""``last.ckpt``: the latest run's checkpoint, written at intervals that suit its length."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_shortcut.bounds import require_at_least
 
-_TIMES = 20  # in a run
-_MOST_STEPS = 1000  # between two
+_TIMES = 20  # checkpoints in a run
+_MOST_STEPS = 1000  # between two checkpoints
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Write ``last.ckpt`` twenty times in a run, every 1,000 steps at least, and at the end.
+    """Write ``last.ckpt`` twenty times in a run, at least every 1,000 steps, and at the end.
 
-    A run in a folder where another one wrote takes its place. ``--ckpt_path last`` goes on from there.
+    A later run in the same folder overwrites it. ``--ckpt_path last`` resumes from it.
 
     Args:
-        dirpath: folder.
-        every_n_train_steps: optimiser steps between two; None fits them to the run.
+        dirpath: folder of the checkpoint.
+        every_n_train_steps: optimiser steps between two checkpoints; None adapts them to the run.
     """
 
     def __init__(self, dirpath: Path, every_n_train_steps: int | None = None) -> None:
@@ -36,18 +36,18 @@ class LastCheckpoint(ModelCheckpoint):
         self._is_fitted = every_n_train_steps is None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """As Lightning does, without its warning that files are there: to take their place is what is meant."""
+        """Set up as Lightning does, without its warning about existing files: overwriting them is intended."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fit the interval to the run."""
+        """Adapt the interval to the run's length."""
         super().on_train_start(trainer, pl_module)
         if self._is_fitted:
             self._every_n_train_steps = int(max(1, min(_MOST_STEPS, trainer.estimated_stepping_batches // _TIMES)))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the end."""
+        """Write the run's final state."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))

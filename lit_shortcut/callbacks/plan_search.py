@@ -19,10 +19,9 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.trials import is_trial, report_trial
-from lit_shortcut.weights import require_writable
+from lit_shortcut.trials import is_trial, require_writable_file
 
-_TOLERANCE = 0.25  # full steps, between the mean wanted and the nearest there is
+_TOLERANCE = 0.25  # full steps, between the mean asked for and the nearest one found
 
 
 class PlanSearch(L.Callback):
@@ -32,11 +31,11 @@ class PlanSearch(L.Callback):
     budget.
 
     Args:
-        path: of the file.
-        budgets: b, full steps; below N.
-        predictor: in between; None takes the task's network.
-        adaptive: decide for each ``sample`` or ``batch``; None searches no thresholds.
-        max_gap: of the adaptive plans, steps without the base at most.
+        path: file to write.
+        budgets: numbers of full steps b, below N.
+        predictor: predictor at the other steps; None takes the task's network.
+        adaptive: whether adaptive plans decide for each ``sample`` or ``batch``; None searches no thresholds.
+        max_gap: largest number of consecutive steps without the base in an adaptive plan.
 
     Raises:
         ValueError: if there is no budget.
@@ -60,20 +59,17 @@ class PlanSearch(L.Callback):
         self._samples = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse budgets that the set's N does not allow, and a place that cannot be written."""
+        """Check that budgets are below the set's N, and that the file can be written."""
         assert isinstance(pl_module, ShortcutTask)
         num_steps = trainer.datamodule.card.num_steps  # type: ignore[attr-defined]
         if not all(1 <= budget < num_steps for budget in self.budgets):
             raise ValueError(f"budgets must lie in 1..{num_steps - 1}, below the set's steps; got {self.budgets}")
-        if is_trial(trainer, "validate"):
-            report_trial(self.path)
-        elif trainer.is_global_zero:
-            require_writable(self.path.parent)
+        require_writable_file(trainer, "validate", self.path)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int
     ) -> None:
-        """Add what every segment costs on this batch."""
+        """Add the cost of every segment on this batch."""
         assert isinstance(pl_module, ShortcutTask)
         if trainer.sanity_checking:
             return
@@ -128,11 +124,11 @@ class PlanSearch(L.Callback):
 
         threshold, mean = threshold_for(mean_full_steps, budget)
         if abs(mean - budget) > _TOLERANCE:
-            rank_zero_info(f"b = {budget}: no threshold does that, the nearest makes {mean:.2f} full steps in the mean")
+            rank_zero_info(f"b = {budget}: no threshold reaches it; the nearest takes {mean:.2f} full steps on average")
             return
         found.adaptive[str(budget)] = arguments | {"threshold": threshold}
         found.mean_full_steps[str(budget)] = mean
-        rank_zero_info(f"b = {budget}: threshold {threshold:.4g} makes {mean:.2f} full steps in the mean")
+        rank_zero_info(f"b = {budget}: threshold {threshold:.4g} takes {mean:.2f} full steps on average")
 
     def _of(self, pl_module: ShortcutTask) -> Predictor:
         return self.predictor or Shortcut(pl_module.network)

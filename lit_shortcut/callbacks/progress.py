@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, lines of text elsewhere, so that no log stays empty."""
+"""Progress of a run: a bar in a terminal, lines of text elsewhere, so that log files show it, too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def progress_bar() -> ProgressBar:
 
 
 class TerminalProgress(RichProgressBar):
-    """Lightning's bar, which of a run without ``max_epochs`` says the epoch and not ``Epoch 7/-2``."""
+    """Lightning's bar, which shows ``Epoch 7``, not ``Epoch 7/-2``, in a run without ``max_epochs``."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         unbounded = self.trainer.max_epochs in (None, -1)
@@ -26,11 +26,11 @@ class TerminalProgress(RichProgressBar):
 
 
 class PlainProgress(ProgressBar):
-    """Write a line when a stage begins and ends and every ``every_seconds`` between, on the first rank.
+    """Write a line when a stage begins and ends and every ``every_seconds`` in between, on the first rank.
 
     Args:
         every_seconds: least time between two lines.
-        clock: seconds that pass.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, every_seconds: float = 20.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,64 +48,42 @@ class PlainProgress(ProgressBar):
         self.is_enabled = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say how many steps there are."""
+        """Log the number of steps."""
         self._begin("fit", trainer.estimated_stepping_batches, "steps")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Say which step it is, with the metrics of a bar."""
+        """Log the number of this step, with the metrics that a bar would show."""
         shown = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
         metrics = "".join(f", {name} {value:.4g}" for name, value in shown.items() if isinstance(value, float))
         self._say("fit", trainer.global_step, trainer.estimated_stepping_batches, "steps", metrics)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say how many batches there are."""
+        """Log the number of batches."""
         self._begin("validate", sum(trainer.num_val_batches), "batches")
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Say which batch it is."""
-        self._of_loaders("validate", trainer.num_val_batches, batch_idx, dataloader_idx)
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *of: Any) -> None:
+        """Log the number of this batch."""
+        self._batch_ended("validate", trainer.num_val_batches, *of)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say how many batches there are."""
+        """Log the number of batches."""
         self._begin("test", sum(trainer.num_test_batches), "batches")
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Say which batch it is."""
-        self._of_loaders("test", trainer.num_test_batches, batch_idx, dataloader_idx)
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *of: Any) -> None:
+        """Log the number of this batch."""
+        self._batch_ended("test", trainer.num_test_batches, *of)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say how many batches there are."""
+        """Log the number of batches."""
         self._begin("predict", sum(trainer.num_predict_batches), "batches")
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Say which batch it is."""
-        self._of_loaders("predict", trainer.num_predict_batches, batch_idx, dataloader_idx)
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *of: Any) -> None:
+        """Log the number of this batch."""
+        self._batch_ended("predict", trainer.num_predict_batches, *of)
 
-    def _of_loaders(self, stage: str, counts: list[int | float], batch_idx: int, dataloader_idx: int) -> None:
+    def _batch_ended(
+        self, stage: str, counts: list[int | float], outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._say(stage, int(sum(counts[:dataloader_idx])) + batch_idx + 1, sum(counts), "batches")
 
     def _begin(self, stage: str, total: float, unit: str) -> None:
@@ -128,7 +106,7 @@ def _shown(total: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Return ``seconds`` as people read them.
+    """Format ``seconds`` for people.
 
     >>> _duration(42.4), _duration(754), _duration(7390)
     ('0:42', '12:34', '2:03:10')

@@ -1,4 +1,4 @@
-"""After each validation: what every method loses along the recorded trajectories, as a table."""
+"""Table, after each validation, of what every method loses along the recorded trajectories."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _TRAINED = "shortcut"
 class ReplayTable(L.Callback):
     """Total KL of the guided heads in nats an image, at the places each step committed, along recorded tokens.
 
-    Every method is rolled from the recorded features of its own full steps, with the control tokens that were recorded;
-    N and decoding are those of the set. Logged as ``val/kl/<row>`` and printed as a table.
+    Every method starts from the recorded features of its own full steps and sees the recorded control tokens; N and
+    decoding are those of the set. Logged as ``val/kl/<row>`` and printed as a table.
 
     Args:
-        budgets: of the even plan, for every method.
-        methods: predictors by name, beside ``shortcut``, the network being trained; hold and Taylor by default.
+        budgets: b of the even plan, for every method.
+        methods: predictors by name, besides ``shortcut``, the network being trained; hold and Taylor by default.
         rows: further rows, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them, with the set's N.
-        plans: plans by name, beside ``even`` and ``even_tokens``.
+        plans: plans by name, besides ``even`` and ``even_tokens``.
 
     Raises:
         ValueError: if a name is taken.
@@ -48,9 +48,9 @@ class ReplayTable(L.Callback):
         if methods is None:
             methods = {"hold": Hold(), "taylor_1": Taylor(1), "taylor_2": Taylor(2)}
         if _TRAINED in methods:
-            raise ValueError(f"methods must not name {_TRAINED!r}, which is the network in training")
+            raise ValueError(f"methods must not name {_TRAINED!r}, which is the network being trained")
         if not budgets and not rows:
-            raise ValueError("budgets must name at least one number of full steps where there are no rows")
+            raise ValueError("budgets must name at least one number of full steps if there are no rows")
         self.budgets, self.methods, self.rows, self.plans = budgets, methods, rows or [], plans
         self._sums: dict[str, Tensor] = {}  # KL, full steps, samples
 
@@ -92,7 +92,7 @@ class ReplayTable(L.Callback):
         self._sums = {}
         kl, full_steps = (sums[:, column] / sums[:, 2] for column in range(2))
         for name, value in zip(names, kl, strict=True):
-            pl_module.log(f"val/kl/{name}", value, sync_dist=True)  # equal already; Lightning warns
+            pl_module.log(f"val/kl/{name}", value, sync_dist=True)  # equal on all ranks; Lightning warns without
         lines = [
             f"{name:<28}{steps:>12.2f}{value:>14.3f}"
             for name, steps, value in zip(names, full_steps.tolist(), kl.tolist(), strict=True)

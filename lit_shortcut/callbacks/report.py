@@ -31,14 +31,14 @@ from lit_shortcut.trials import is_trial
 class Report(L.Callback):
     """Table (``report.md``, ``report.json``), Pareto plot (``pareto.png``) and grids (``grids.png``) of finished rows.
 
-    A page, ``report.html``, has all of them to hover over and click. They are written to the task's results folder, the
-    table is printed, and all go to the loggers. Of random weights there is the table only, with latencies only, and it
-    says so. A trial run prints the table and writes nothing. A
-    picture or a logger that fails is logged as an error and leaves the rest as it is.
+    A page, ``report.html``, has all of them to hover over and click. The files are written to the task's results folder
+    and sent to the loggers, and the table is printed. With random weights there is only the table, which then says that
+    it holds latencies only. A trial run prints the table and writes nothing. A picture or logger that fails is logged
+    as an error and does not affect the rest.
 
     Args:
         quality: the metric on the plot's vertical axis; with random weights there is none.
-        then: verb and arguments of the command to run next, which the last line printed shows.
+        then: verb and arguments of the command to run next, printed in the last line.
         step_share: share of a base pass that a shortcut step takes on a base of interest, such as 0.028 at MaskGIT's
             published size; the report computes what its rows would cost there.
 
@@ -52,7 +52,7 @@ class Report(L.Callback):
         self.quality, self.then, self.step_share = quality, then, step_share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a metric that is not measured, before anything is.
+        """Check, before anything is measured, that ``quality`` will be.
 
         Raises:
             ValueError: if the task has no metric named ``quality``.
@@ -62,7 +62,7 @@ class Report(L.Callback):
             raise ValueError(f"quality must be one of the metrics {sorted(pl_module.metrics)}, got {self.quality!r}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Collect, write, print, log; on the first rank."""
+        """Collect, write, print and log the report, on the first rank."""
         assert isinstance(pl_module, EvaluationTask)
         if not trainer.is_global_zero:
             return
@@ -117,7 +117,7 @@ class Report(L.Callback):
     def _pictures(
         self, trainer: L.Trainer, task: EvaluationTask, table: pd.DataFrame, higher_is_better: bool
     ) -> list[str]:
-        """Draw, write and log the pictures there are; returns their files' names."""
+        """Draw, write and log whatever pictures there are; return their file names."""
         written: list[str] = []
         folder = task.stored.folder
         if task.random_weights:
@@ -138,7 +138,7 @@ class Report(L.Callback):
     def _page(
         self, trainer: L.Trainer, task: EvaluationTask, table: pd.DataFrame, below: str, higher_is_better: bool
     ) -> list[str]:
-        """Write and log the page; returns its name."""
+        """Write and log the page; return its file name."""
         written: list[str] = []
         path = task.stored.folder / "report.html"
         with_images = bool(task.grid_images) and not task.random_weights
@@ -178,7 +178,7 @@ def _keep(trainer: L.Trainer, figure: plt.Figure, path: Path) -> str:
 
 
 def _log_pareto(trainer: L.Trainer, table: pd.DataFrame, metric: str) -> None:
-    """Log one point a row to W&B, with latency as the axis."""
+    """Log one point per row to W&B, with latency as the horizontal axis."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             run = logger.experiment

@@ -1,4 +1,4 @@
-"""Record what predict generates: a shard per batch, written in the background, gone on with after an interruption."""
+"""Record what predict generates: one shard per batch, written in the background; interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -20,17 +20,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_shortcut.background import Background
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import MaskedImageModel, Trajectories
+from lit_shortcut.evaluation.identity import differences
 from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import Asked, card_of
-from lit_shortcut.trajectory import (
-    ENCODINGS,
-    Card,
-    TrajectoryError,
-    finished_shards,
-    save_interface,
-    write_shard,
-)
+from lit_shortcut.trajectory import ENCODINGS, Card, TrajectoryError, write_shard
+from lit_shortcut.trajectory.index import finished_shards
+from lit_shortcut.trajectory.interface_file import save_interface
 from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
@@ -39,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class Recording(Protocol):
-    """What the LightningModule has: its ``predict_step`` returns the future of :class:`Trajectories` of ``base``."""
+    """A LightningModule whose ``predict_step`` returns a future of :class:`Trajectories` of ``base``."""
 
     base: MaskedImageModel
     decoding: Decoding
@@ -48,23 +44,23 @@ class Recording(Protocol):
 class TrajectoryWriter(BasePredictionWriter):
     """Write each predicted batch as one shard of a set of trajectories.
 
-    Shards are encoded and written while the next batches are generated. An error in it ends the run at most ``waiting``
-    batches later, or at the end; what was generated before is written all the same.
+    Shards are encoded and written while the next batches are generated. An error while writing ends the run at most
+    ``waiting`` batches later, or at the end; what was generated before it is still written.
 
-    Interrupted and started again, predict generates only the missing shards; their bytes are the same as without the
-    interruption. While it records, a second predict into the same folder is refused. The data module asks for
-    ``finished``, the batches whose shards are there already, and leaves them out.
+    Restarted after an interruption, predict generates only the missing shards, byte for byte the same as without the
+    interruption. While one predict records, a second one into the same folder is refused. The data module leaves out
+    the batches in ``finished``, whose shards exist already.
 
     A trial run (``fast_dev_run``, ``limit_predict_batches``) writes its shards to a temporary folder.
 
     Args:
-        folder: of the set.
-        encoding: of the recorded features: ``bfloat16``, ``float16``, ``float32``, or ``int8`` with a scale for each
+        folder: folder of the set.
+        encoding: how features are stored: ``bfloat16``, ``float16``, ``float32``, or ``int8`` with a scale for each
             row; or one registered with :func:`lit_shortcut.trajectory.register`.
-        overwrite: record again where ``folder`` holds a complete set, or another one; its shards are deleted first.
-        waiting: batches that are kept until they are written; more make generation wait. With the one that is
-            generated they take ``waiting`` + 1 times the ``memory_limit_gb`` of the recording task at most; those in
-            scratch files take as much of the disk and none of memory.
+        overwrite: record again if ``folder`` holds a complete set, or a different one; its shards are deleted first.
+        waiting: batches that may wait to be written before generation pauses. Together with the one being generated
+            they take at most ``waiting`` + 1 times the ``memory_limit_gb`` of the recording task; those in scratch
+            files take as much space on the disk and no memory.
     """
 
     def __init__(self, folder: Path, encoding: str = "bfloat16", overwrite: bool = False, waiting: int = 2) -> None:
@@ -78,7 +74,7 @@ class TrajectoryWriter(BasePredictionWriter):
         self._held = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look at what is finished, and write card and interface.
+        """Find the finished shards, and write card and interface.
 
         Raises:
             TrajectoryError: if the folder holds another set, another predict records into it, or the disk has too
@@ -112,7 +108,7 @@ class TrajectoryWriter(BasePredictionWriter):
             require_writable(self.folder)
             self._hold()
         replace = self._is_replaced()
-        trainer.strategy.barrier("looked at the set")  # before the first rank may delete what others look at
+        trainer.strategy.barrier("looked at the set")  # only then may the first rank delete anything
         if trainer.is_global_zero:
             self._prepare(module.base, replace)
         self.finished = trainer.strategy.broadcast(set(finished_shards(self.folder, self.card)))
@@ -129,7 +125,7 @@ class TrajectoryWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Queue the batch as the shard of its number; wait where ``waiting`` batches are before it."""
+        """Queue the batch as the shard of its number; wait if ``waiting`` batches are ahead of it."""
         assert self.jobs is not None
         assert batch_indices is not None
         (index,) = batch_indices
@@ -140,7 +136,7 @@ class TrajectoryWriter(BasePredictionWriter):
         """Write what was generated before the run failed."""
         try:
             if self.jobs is not None:
-                _log.warning("%s: finished shards remain valid; the same command goes on with the others", self.folder)
+                _log.warning("%s: finished shards remain valid; the same command resumes with the others", self.folder)
             self._finish()
         except (TrajectoryError, OSError) as error:
             if error is not exception:
@@ -149,7 +145,7 @@ class TrajectoryWriter(BasePredictionWriter):
             self._held.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Log what is recorded. Not at ``on_predict_end``, which a rank without batches never reaches."""
+        """Log what was recorded; not in ``on_predict_end``, which a rank without batches never reaches."""
         if stage != "predict":
             return
         with self._held:
@@ -165,7 +161,7 @@ class TrajectoryWriter(BasePredictionWriter):
                 rank_zero_info(f"{self.folder}: {samples} of {self.card.num_samples} trajectories, {size:.3g} GB")
 
     def _finish(self) -> None:
-        """Write all shards that wait."""
+        """Write all shards in the queue."""
         jobs, self.jobs = self.jobs, None
         if jobs is not None:
             try:
@@ -178,13 +174,13 @@ class TrajectoryWriter(BasePredictionWriter):
             self._held.enter_context(exclusive(self.folder, wait=False))
         except BlockingIOError as error:
             raise TrajectoryError(
-                f"{self.folder}: another predict is recording into it; wait for its end or take another folder"
+                f"{self.folder}: another predict is recording into it; wait until it ends or use another folder"
             ) from error
         except OSError as error:
-            _log.warning("%s: cannot be locked (%s); start no second predict into it", self.folder, error)
+            _log.warning("%s: cannot be locked (%s); do not start a second predict into it", self.folder, error)
 
     def _is_replaced(self) -> bool:
-        """Whether what lies in the folder is to be deleted first."""
+        """Return whether the contents of the folder are to be deleted first."""
         if not (self.folder / "card.json").exists():
             if any(self.folder.glob("shard-*")) and not self.overwrite:
                 raise TrajectoryError(f"{self.folder}: holds shards without a card; overwrite: true deletes them")
@@ -197,13 +193,8 @@ class TrajectoryWriter(BasePredictionWriter):
             raise
         if self.overwrite:
             return found != self.card or len(finished_shards(self.folder, self.card)) == self.card.num_shards
-        before, after = _flat(asdict(found)), _flat(asdict(self.card))
-        changes = [
-            f"{name} is {before.get(name)}, not {after.get(name)}"
-            for name in dict.fromkeys([*after, *before])
-            if before.get(name) != after.get(name)
-        ]
-        if changes and any(self.folder.glob("shard-*")):  # only a card is left by a run that failed before its first
+        changes = differences(asdict(found), asdict(self.card))
+        if changes and any(self.folder.glob("shard-*")):  # a run that failed before its first shard leaves only a card
             raise TrajectoryError(
                 f"{self.folder}: holds another set: {'; '.join(changes)}. Take another folder; "
                 "overwrite: true deletes this set"
@@ -226,7 +217,7 @@ class TrajectoryWriter(BasePredictionWriter):
         needed, free = missing * self.card.sample_bytes / _GB, shutil.disk_usage(self.folder).free / _GB
         size = f"{missing} trajectories of {self.card.num_samples}, about {needed:.3g} GB"
         if needed > free:
-            raise TrajectoryError(f"{self.folder}: {size} to record, but {free:.3g} GB free on the disk")
+            raise TrajectoryError(f"{self.folder}: {size} to record, but only {free:.3g} GB free on the disk")
         rank_zero_info(f"{self.folder}: recording {size}; {free:.3g} GB free")
         self.card.write(self.folder)
         save_interface(self.folder, base.interface)
@@ -234,11 +225,3 @@ class TrajectoryWriter(BasePredictionWriter):
 
 def _write(folder: Path, index: int, recorded: Future[Trajectories], card: Card) -> None:
     write_shard(folder, index, recorded.result(), card)
-
-
-def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``facts`` without nesting: ``base.fingerprint`` for what ``base`` holds under ``fingerprint``."""
-    flat: dict[str, Any] = {}
-    for name, value in facts.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -17,7 +17,7 @@ _BEST = {
 class WandbAxes(L.Callback):
     """Plot training and sampling metrics over optimiser steps, and keep the best value in the run's summary.
 
-    Does nothing where W&B is not among the loggers.
+    Does nothing if W&B is not among the loggers.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's inputs and outputs come from, as artifacts on W&B."""
+"""Lineage of a run's inputs and outputs, as artifacts on W&B."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _SET = "trajectories"
 
 
 class WandbLineage(L.Callback):
-    """Log the card of the set and the exported network as artifacts, and say which of them a run used.
+    """Log the card of the set and the exported network as artifacts, and record which of them a run used.
 
     An artifact's name ends in the fingerprint of what it holds, so that ``test`` finds the shortcut that ``fit`` logged
-    wherever its file lies now. What a run uses is looked up online only; offline it stands in the run's configuration,
-    under ``uses``. Does nothing where W&B is not among the loggers.
+    wherever its file is now. What a run uses is listed in its configuration under ``uses`` and, online, linked as an
+    artifact. Does nothing if W&B is not among the loggers.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the set's card, and use it."""
+        """Log the set's card, and mark it as used."""
         card: Any = getattr(getattr(trainer, "datamodule", None), "card", None)
         if card is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -41,7 +41,7 @@ class WandbLineage(L.Callback):
             _use(trainer, [name])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Log the network that this run exported. Not at ``on_fit_end``, where the export may come later."""
+        """Log the network that this run exported; not in ``on_fit_end``, since the export may come later."""
         if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ class WandbLineage(L.Callback):
                     log_artifact(trainer, f"{_SHORTCUT}-{fingerprint(tensors)}", "model", [callback.path], metadata)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Use the shortcuts of all rows."""
+        """Mark the shortcuts of all rows as used."""
         if not isinstance(pl_module, EvaluationTask) or not trainer.is_global_zero:
             return
         accelerations = [row.acceleration for row in pl_module.rows if isinstance(row.acceleration, Accelerated)]

@@ -106,6 +106,12 @@ def build_rows(
     return built
 
 
+def vanilla_row(decoding: Decoding) -> Row:
+    """Return the row that runs the base at every step of ``decoding``."""
+    (row,) = build_rows([[decoding.num_steps]], decoding)
+    return row
+
+
 def modules_of(rows: Iterable[Row]) -> nn.ModuleList:
     """Return the accelerations that are modules, for a task to hold and so move their networks."""
     return nn.ModuleList(row.acceleration for row in rows if isinstance(row.acceleration, nn.Module))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_shortcut.bounds import require_at_least
@@ -90,18 +89,16 @@ class ClassifierTask(OptimizedTask):
     Args:
         classifier: the network to train.
         num_classes: number of classes.
-        optimizer: makes the optimiser from parameters.
-        scheduler: makes the learning-rate schedule, by the step.
+        **optimization: optimiser and schedule, as :class:`~lit_shortcut.tasks.optimized.OptimizedTask` takes them.
     """
 
     def __init__(
         self,
         classifier: FashionCNN,
         num_classes: int = 10,
-        optimizer: OptimizerCallable = AdamW,
-        scheduler: LRSchedulerCallable | None = None,
+        **optimization: Any,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(**optimization)
         self.network = classifier
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 

@@ -10,12 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
@@ -164,18 +162,16 @@ class ClipTask(OptimizedTask):
     Args:
         clip: the network to train.
         class_prompts: a prompt for each class, in the order of the labels.
-        optimizer: makes the optimiser from parameters.
-        scheduler: makes the learning-rate schedule, by the step.
+        **optimization: optimiser and schedule, as :class:`~lit_shortcut.tasks.optimized.OptimizedTask` takes them.
     """
 
     def __init__(
         self,
         clip: SmallCLIP,
         class_prompts: list[str],
-        optimizer: OptimizerCallable = AdamW,
-        scheduler: LRSchedulerCallable | None = None,
+        **optimization: Any,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(**optimization)
         self.network: SmallCLIP = clip
         self.class_prompts = class_prompts
         self.accuracy = MulticlassAccuracy(len(class_prompts), average="micro")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import AdamW
 
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
@@ -31,8 +29,7 @@ class MaskedTokensTask(OptimizedTask, Generic[Images]):
         tokenizer: frozen; turns images into tokens.
         condition_drop: share of samples whose condition is dropped, for guidance.
         label_smoothing: smoothing of the cross-entropy's targets.
-        optimizer: makes the optimiser from parameters.
-        scheduler: makes the learning-rate schedule, by the step.
+        **optimization: optimiser and schedule, as :class:`~lit_shortcut.tasks.optimized.OptimizedTask` takes them.
     """
 
     def __init__(
@@ -40,10 +37,9 @@ class MaskedTokensTask(OptimizedTask, Generic[Images]):
         tokenizer: ImageTokenizer,
         condition_drop: float,
         label_smoothing: float,
-        optimizer: OptimizerCallable,
-        scheduler: LRSchedulerCallable | None,
+        **optimization: Any,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(**optimization)
         self.tokenizer, self.condition_drop, self.label_smoothing = tokenizer, condition_drop, label_smoothing
 
     @abstractmethod
@@ -83,8 +79,7 @@ class MaskedModelingTask(MaskedTokensTask[LabelledImages]):
         tokenizer: frozen; turns images into tokens.
         class_drop: share of samples whose class is replaced by the dropped class, for guidance.
         label_smoothing: smoothing of the cross-entropy's targets.
-        optimizer: makes the optimiser from parameters.
-        scheduler: makes the learning-rate schedule, by the step.
+        **optimization: optimiser and schedule, as :class:`~lit_shortcut.tasks.optimized.OptimizedTask` takes them.
     """
 
     def __init__(
@@ -93,11 +88,10 @@ class MaskedModelingTask(MaskedTokensTask[LabelledImages]):
         tokenizer: ImageTokenizer,
         class_drop: float = 0.1,
         label_smoothing: float = 0.1,
-        optimizer: OptimizerCallable = AdamW,
-        scheduler: LRSchedulerCallable | None = None,
+        **optimization: Any,
     ) -> None:
         require_share(class_drop=class_drop, label_smoothing=label_smoothing)
-        super().__init__(tokenizer, class_drop, label_smoothing, optimizer, scheduler)
+        super().__init__(tokenizer, class_drop, label_smoothing, **optimization)
         self.network: MaskGITTransformer = transformer.train().requires_grad_(True)  # loaded weights come frozen
 
     def logits(self, codes: Tensor, is_masked: Tensor, batch: LabelledImages, is_dropped: Tensor) -> Tensor:
@@ -114,8 +108,7 @@ class PromptedMaskedModelingTask(MaskedTokensTask[CaptionedImages]):
         base: its transformer is trained; its tokenizer, which turns images into tokens, stays frozen.
         prompt_drop: share of samples whose caption is replaced by the unconditional prompt, for guidance.
         label_smoothing: smoothing of the cross-entropy's targets.
-        optimizer: makes the optimiser from parameters.
-        scheduler: makes the learning-rate schedule, by the step.
+        **optimization: optimiser and schedule, as :class:`~lit_shortcut.tasks.optimized.OptimizedTask` takes them.
 
     Raises:
         ValueError: if the base's tokenizer cannot encode images.
@@ -126,14 +119,13 @@ class PromptedMaskedModelingTask(MaskedTokensTask[CaptionedImages]):
         base: DiMOO,
         prompt_drop: float = 0.1,
         label_smoothing: float = 0.0,
-        optimizer: OptimizerCallable = AdamW,
-        scheduler: LRSchedulerCallable | None = None,
+        **optimization: Any,
     ) -> None:
         if not hasattr(base.tokenizer, "encode"):
             raise ValueError(f"the base's tokenizer must encode images; {type(base.tokenizer).__name__} only decodes")
         tokenizer = cast(ImageTokenizer, base.tokenizer)
         require_share(prompt_drop=prompt_drop, label_smoothing=label_smoothing)
-        super().__init__(tokenizer, prompt_drop, label_smoothing, optimizer, scheduler)
+        super().__init__(tokenizer, prompt_drop, label_smoothing, **optimization)
         self.base = base
         self.network: LLaDA = base.transformer.train().requires_grad_(True)  # the base froze it
 

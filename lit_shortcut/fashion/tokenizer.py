@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW
 from vector_quantize_pytorch import FSQ
 
 from lit_shortcut.bounds import require_at_least
@@ -113,8 +112,7 @@ class TokenizerTask(OptimizedTask):
     Args:
         tokenizer: the network to train.
         metrics: metrics of the reconstructions, by the name ``test`` logs them under.
-        optimizer: makes the optimiser from parameters.
-        scheduler: makes the learning-rate schedule, by the step.
+        **optimization: optimiser and schedule, as :class:`~lit_shortcut.tasks.optimized.OptimizedTask` takes them.
     """
 
     def __init__(
@@ -122,10 +120,9 @@ class TokenizerTask(OptimizedTask):
         tokenizer: FSQTokenizer,
         *,
         metrics: dict[str, ImageMetric] | None = None,
-        optimizer: OptimizerCallable = AdamW,
-        scheduler: LRSchedulerCallable | None = None,
+        **optimization: Any,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(**optimization)
         self.network: FSQTokenizer = tokenizer
         self.metrics = metrics or {}
 

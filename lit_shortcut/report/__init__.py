@@ -1,1 +1,1 @@
-"""Finished rows to a Markdown table, a Pareto plot, grids of images and a JSON file."""
+"""Reports of finished rows: a Markdown table, a Pareto plot, grids of images, a JSON file and a page."""

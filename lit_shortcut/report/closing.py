@@ -20,14 +20,14 @@ def closing(
     page: Path | None = None,
     command: str = "",
 ) -> str:
-    """Return three lines, or fewer: best shortcut row, page, next command; what is unknown has no line.
+    """Return up to three lines: best shortcut row, page, next command; anything unknown has no line.
 
     Args:
         table: made by :func:`~lit_shortcut.report.table.collect`.
         shortcuts: names of the rows with a shortcut.
         reference: name of the vanilla row that speed-ups refer to.
-        quality: the metric that decides which row is best; None where no images were drawn.
-        higher_is_better: of ``quality``.
+        quality: the metric that decides which row is best; None if no images were drawn.
+        higher_is_better: whether a higher ``quality`` is better.
         page: file of the report's page.
         command: what to run next.
     """
@@ -39,9 +39,9 @@ def closing(
 def _best_shortcut(
     table: pd.DataFrame, shortcuts: Collection[str], reference: str, quality: str, *, higher_is_better: bool
 ) -> str:
-    """Compare the shortcut of best quality among those faster than the reference with it, and at equal latency.
+    """Compare the best shortcut that is faster than the reference with it, and with vanilla at a similar latency.
 
-    Where no shortcut is faster, it is the best of all. Empty where nothing was measured to compare.
+    If no shortcut is faster, the best of all is taken. The text is empty if nothing comparable was measured.
     """
     needed = ["latency_ms", "speedup", quality]
     if not {*needed} <= {*table.columns}:

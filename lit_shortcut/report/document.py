@@ -1,4 +1,4 @@
-"""The report's text, and all of it as JSON."""
+"""The report's text, and the whole report as JSON."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pandas as pd
 from lit_shortcut.report.provenance import command, commit, versions
 from lit_shortcut.report.table import dominated
 
-FEW_IMAGES = 5_000  # below, a Fréchet distance depends visibly on their number
+FEW_IMAGES = 5_000  # below this, a Fréchet distance depends visibly on their number
 
-_RANDOM = "Random weights: latency only. No images were drawn, and no figure of quality comes from here."
+_RANDOM = "Random weights: latency only. No images were drawn, so this says nothing about quality."
 
 
 def notes(
@@ -29,16 +29,16 @@ def notes(
     shortcuts: Collection[str] = (),
     step_share: float | None = None,
 ) -> str:
-    """Return what stands below the table, in Markdown: how it was measured, and which rows dominate others.
+    """Return the text below the table, in Markdown: how rows were measured, and which dominate others.
 
     Args:
         table: made by :func:`~lit_shortcut.report.table.collect`.
-        quality: the metric that rows are compared by; None where no images were drawn.
-        latency: what was stored of one row's; None if latency was not measured.
-        higher_is_better: of ``quality``.
+        quality: the metric that rows are compared by; None if no images were drawn.
+        latency: the stored latency of one row; None if latency was not measured.
+        higher_is_better: whether a higher ``quality`` is better.
         num_steps: N of the vanilla that speed-ups refer to.
-        precision: the trainer's.
-        incomplete: names of rows without a latency of their own.
+        precision: the trainer's precision.
+        incomplete: names of the rows whose latency is missing.
         shortcuts: names of the rows with a shortcut.
         step_share: share of a base pass that a shortcut step takes on another base, to compute what the rows would cost
             there; None leaves that out.
@@ -47,12 +47,13 @@ def notes(
     if "images" in table:
         images, seeds = (sorted(set(table[name].dropna().astype(int))) for name in ("images", "seeds"))
         lines += [
-            f"{_several(images)} images a row and seed, {_several(seeds)} seed(s); ± is a 95 % interval of the mean "
-            "over seeds (Student's t). b are base passes for an image as counted: the mean, and 5–95 % where they vary."
+            f"{_several(images)} images per row and seed, {_several(seeds)} seed(s); ± is a 95 % interval of the mean "
+            "over seeds (Student's t). b is the counted number of base passes per image: the mean, and 5–95 % where it "
+            "varies."
         ]
         if max(images, default=0) < FEW_IMAGES:
             lines += [
-                f"Fewer than {FEW_IMAGES:,} images: distances are biased upwards, compare these rows with one another."
+                f"Fewer than {FEW_IMAGES:,} images: distances are biased upwards; compare these rows with one another."
             ]
     else:
         lines += [_RANDOM]
@@ -63,7 +64,9 @@ def notes(
             f"the base, timed beside it. Speed-ups refer to vanilla at N = {num_steps}."
         ]
         if incomplete:
-            lines += [f"No latency was measured of {', '.join(incomplete)} as they are now; latency_rounds does so."]
+            lines += [
+                f"No latency was measured for {', '.join(incomplete)} under these settings; latency_rounds does so."
+            ]
         if step_share is not None and (costs := _costs(table, shortcuts, step_share)):
             lines += [
                 f"Computed, not measured: where a shortcut step takes {step_share:.1%} of a base pass, b + (N − b) · "

@@ -1,4 +1,4 @@
-"""Images of all rows under one another."""
+"""Grids of images, one row below the other."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lit_shortcut.evaluation.rows import Row
 
 
 def grids(images: Mapping[str, Tensor], captions: Sequence[str] = ()) -> Figure:
-    """Show strips of images under one another, each with its name at the left; columns share seed and condition.
+    """Show strips of images under one another, each with its name on the left; columns share seed and condition.
 
     ``images`` maps a row's name to uint8 (3, H, W), as :func:`torchvision.utils.make_grid` lays them out. ``captions``,
-    one a column, stand under the last strip; they are any text.
+    one per column, stand below the last strip; they may be any text.
     """
     captions = [textwrap.fill(caption, width=max(8, 150 // len(captions))) for caption in captions]
     room = 0.15 * max((caption.count("\n") + 1 for caption in captions), default=0)  # inches

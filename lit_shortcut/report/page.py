@@ -1,4 +1,4 @@
-"""The report as a page to look at: one HTML file that needs no network."""
+"""The report as a page: one HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def page(
     notes: str = "",
     provenance: Mapping[str, object],
 ) -> str:
-    """Return the report as HTML: plot, images of the row that is clicked beside vanilla's, sortable table, provenance.
+    """Return the report as HTML: plot, images of the clicked row beside vanilla's, sortable table, provenance.
 
     Args:
         table: made by :func:`~lit_shortcut.report.table.collect`.
-        reference: name of the row that others are shown beside.
+        reference: name of the row that is shown beside the others.
         quality: the metric on the plot's vertical axis; without it, or without latencies, there is no plot.
-        higher_is_better: of ``quality``.
+        higher_is_better: whether a higher ``quality`` is better.
         strips: PNG file of each row's images side by side, at equal seeds.
         prompts: texts of the strips' columns.
-        notes: below the table, as :func:`~lit_shortcut.report.document.notes` writes them.
-        provenance: what made the figures, by name.
+        notes: text below the table, made by :func:`~lit_shortcut.report.document.notes`.
+        provenance: facts about how the figures were made, by name.
     """
     pictures = {name: _data_uri(path) for name, path in strips.items()}
     heights = [_height(path) for path in strips.values()]
@@ -129,7 +129,7 @@ def _trace(lines: pd.DataFrame, metric: str, **style: Any) -> go.Scatter:
 
 
 def _hovers(points: pd.DataFrame) -> list[str]:
-    """Return, for each row, its name and all that was measured of it."""
+    """Return the hover text of each row: its name and everything measured."""
     measured = for_people(points).drop(columns=["method", "N", "plan", "decoding"], errors="ignore")
     hovers = []
     for line, cells in zip(points.to_dict("records"), measured.to_dict("records"), strict=True):
@@ -145,7 +145,7 @@ def _label(line: Mapping[str, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return ``text`` so that plotly shows it as it is; it knows no entity for quotes."""
+    """Escape ``text`` for plotly, which knows no entities for quotes."""
     return html.escape(text, quote=False)
 
 
@@ -155,7 +155,7 @@ def _height(path: Path) -> int:
 
 
 def _data_uri(path: Path) -> str:
-    """Return the PNG at ``path`` as it is, or where it is higher than a page shows it, reduced as a JPEG."""
+    """Return the PNG at ``path`` unchanged or, if it is higher than a page shows it, reduced to a JPEG."""
     with Image.open(path) as picture:
         if picture.height <= _MOST_PIXELS:
             return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

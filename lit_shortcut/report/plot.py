@@ -22,8 +22,8 @@ FAINT = 0.35
 def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figure:
     """Plot ``metric`` against latency, with intervals over seeds.
 
-    Each method has a line through the best of its points, whatever their plan and decoding: those that no other of its
-    own beats in both. The others are faint.
+    Each method has a line through the best of its points, whatever their plan and decoding: those that none of its
+    others beats in both. The others are faint.
 
     Raises:
         ValueError: if ``table`` has no such metric.
@@ -31,7 +31,7 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
     if metric not in metric_names(table):
         raise ValueError(f"the plot's metric must be one of {metric_names(table)}, got {metric!r}")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    corners = cycle([(5, 5, "left"), (-5, -12, "right"), (-5, 5, "right"), (5, -12, "left")])  # points; line by line
+    corners = cycle([(5, 5, "left"), (-5, -12, "right"), (-5, 5, "right"), (5, -12, "left")])  # offsets in points
     colours = cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
     for name, lines in table.dropna(subset=["latency_ms", metric]).groupby("method", sort=False):
         best = front(lines, metric, higher_is_better=higher_is_better)
@@ -49,7 +49,7 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
 
 
 def point_label(line: Mapping[Any, Any]) -> str:
-    """Return what stands at a point: N of vanilla; else N, base passes, and the plan if it is not the even one."""
+    """Return the label of a point: N for vanilla; else N, base passes, and the plan if it is not the even one."""
     if line["method"] == VANILLA:
         return f"N={line['N']}"
     return f"({line['N']}, {shown_passes(line)}) {_own_plan(line)}".rstrip()
@@ -61,7 +61,7 @@ def variant(line: Mapping[Any, Any]) -> str:
 
 
 def front(lines: pd.DataFrame, metric: str, *, higher_is_better: bool) -> list[str]:
-    """Return names of the rows that no other is better than at no more latency, the fastest first."""
+    """Return the names of the rows that no other row beats at equal or lower latency, fastest first."""
     sign, names, best = -1 if higher_is_better else 1, [], float("inf")
     for _, line in lines.assign(_rank=sign * lines[metric]).sort_values(["latency_ms", "_rank"]).iterrows():
         if sign * line[metric] < best:

@@ -29,9 +29,9 @@ def command() -> str:
 
 
 def commit(source: Path = Path(__file__)) -> str | None:
-    """Return the git commit of the checkout that tracks ``source``, with ``-dirty`` behind it where files differ.
+    """Return the git commit of the checkout that tracks ``source``, with ``-dirty`` appended if files differ.
 
-    None where there is no git or no such checkout, as in an installed wheel.
+    None if there is no git or no such checkout, as in an installed wheel.
     """
     git = shutil.which("git")
     if git is None or _git(git, source, "ls-files", "--error-unmatch", source.name) is None:

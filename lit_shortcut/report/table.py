@@ -20,17 +20,17 @@ def collect(
 ) -> pd.DataFrame:
     """Return one line for each of ``rows``, in that order, with means and 95 % intervals over run ``seeds``.
 
-    Columns: ``name``, ``method``, ``N``, ``budget`` as asked for, ``plan``, ``decoding`` (what a row has of its own),
-    and where there is any value: ``images``, ``seeds``; base passes ``b``, ``b_low`` and ``b_high`` (mean, 5 % and
-    95 % of the images); ``latency_ms``, ``latency_iqr_ms``, ``passes``, ``speedup``, ``memory_mb``; for each metric its
-    mean under its name and half an interval under ``<name>_interval`` (NaN with one seed). What was not measured of a
+    Columns: ``name``, ``method``, ``N``, ``budget`` as asked for, ``plan``, ``decoding`` (the row's own settings), and
+    if there is any value: ``images``, ``seeds``; base passes ``b``, ``b_low`` and ``b_high`` (mean, 5 % and 95 % of the
+    images); ``latency_ms``, ``latency_iqr_ms``, ``passes``, ``speedup``, ``memory_mb``; for each metric its
+    mean under its name and half an interval under ``<name>_interval`` (NaN with one seed). Anything not measured for a
     row is NaN.
 
     Args:
-        results: of an evaluation.
+        results: stored results of an evaluation.
         rows: ways to decode.
-        seeds: run seeds that count.
-        loops: what the latency of each row depends on now, by its name; a latency measured under anything else is left
+        seeds: run seeds to average over.
+        loops: what each row's latency depends on now, by row name; latencies measured under anything else are left
             out.
         reference: name of the row that speed-ups refer to.
     """
@@ -89,7 +89,7 @@ def shown_passes(line: Mapping[str, Any]) -> str:
 
 
 def for_people(table: pd.DataFrame) -> pd.DataFrame:
-    """Return ``table`` as text: units in the header, intervals behind ±, and a dash where nothing was measured."""
+    """Return ``table`` as text: units in the header, intervals after ±, and a dash where nothing was measured."""
     shown = table[["method", "N"]].copy()
     shown["b"] = [shown_passes(line) for line in table.to_dict("records")]
     if set(table["plan"]) - {"", "even"}:

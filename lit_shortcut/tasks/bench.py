@@ -8,28 +8,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pandas as pd
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
-from lit_shortcut.acceleration.accelerated import Predictor
-from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel
-from lit_shortcut.evaluation.drawing import require_feasible
 from lit_shortcut.evaluation.identity import dtype_of
-from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, modules_of
+from lit_shortcut.evaluation.rows import Row
 from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of
-from lit_shortcut.sampling import Decoding, sample
-from lit_shortcut.trials import is_trial
-from lit_shortcut.weights import require_writable
+from lit_shortcut.sampling import sample
+from lit_shortcut.tasks.comparison import ComparisonTask
+from lit_shortcut.trials import is_trial, require_writable_file
 
 
-class BenchTask(L.LightningModule):
+class BenchTask(ComparisonTask):
     """Time of base, predictor, head, token choice and rest in each of ``rows``, on the first batch of the conditions.
 
     Rows are run in turns, round by round, after one run of each to warm up. ``test`` prints a table a row and writes
@@ -37,49 +32,27 @@ class BenchTask(L.LightningModule):
 
     Args:
         base: the frozen model.
-        rows: ways to decode, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them.
-        decoding: how tokens are drawn.
-        methods: predictors by name.
-        plans: plans by name, besides ``even`` and ``even_tokens``.
         path: JSON file to write.
         rounds: timed runs of each row.
-        random_weights: label the weights as random; only sizes matter here.
-        compiled: run base and predictors' networks through ``torch.compile``.
-        compile_mode: ``reduce-overhead`` replays CUDA graphs, for plans that are fixed before a run.
+        **comparison: arguments of :class:`~lit_shortcut.tasks.comparison.ComparisonTask`.
     """
 
     def __init__(
         self,
         base: MaskedImageModel,
         *,
-        rows: list[RowEntry],
-        decoding: Decoding | None = None,
-        methods: dict[str, Predictor] | None = None,
-        plans: dict[str, NamedPlan] | None = None,
         path: Path = Path("runs/bench.json"),
         rounds: int = 3,
-        random_weights: bool = False,
-        compiled: bool = False,
-        compile_mode: Mode = "default",
+        **comparison: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(base, **comparison)
         require_at_least(1, rounds=rounds)
-        assert isinstance(base, nn.Module)
-        self.base: MaskedImageModel = base
-        self.rows, self.path, self.rounds = build_rows(rows, decoding or Decoding(), methods, plans), path, rounds
-        self.random_weights, self.compiled, self.compile_mode = random_weights, compiled, compile_mode
-        self.methods = modules_of(self.rows)
+        self.path, self.rounds = path, rounds
 
     def setup(self, stage: str) -> None:
         """Check up front that everything can be run and written."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        require_feasible(self.base, self.rows, data)
-        require_writable(self.path.parent)
-
-    def on_test_start(self) -> None:
-        """Compile networks if ``compiled``."""
-        if self.compiled:
-            compile_networks(self.base, self.methods, self.compile_mode)
+        super().setup(stage)
+        require_writable_file(self.trainer, "test", self.path)
 
     def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure on the first batch; skip the others."""
@@ -93,16 +66,15 @@ class BenchTask(L.LightningModule):
         measured = {
             row.name: parts_of(list(laps)) for row, laps in zip(self.rows, zip(*rounds, strict=True), strict=True)
         }
-        facts, where = self.facts(batch), f"written to {self.path}"
-        if is_trial(self.trainer, "test"):
-            where = f"a trial run: nothing is written to {self.path}"
-        elif self.trainer.is_global_zero:
+        facts = self.facts(batch)
+        said = ", ".join(f"{name} {value}" for name, value in facts.items())
+        tables = "\n\n".join(f"{name}\n{_table(parts)}" for name, parts in measured.items())
+        rank_zero_info(f"\n{tables}\n\n{said}")
+        if self.trainer.is_global_zero and not is_trial(self.trainer, "test"):
             rows = {name: [part._asdict() for part in parts] for name, parts in measured.items()}
             with replacing(self.path) as aside:
                 aside.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-        said = ", ".join(f"{name} {value}" for name, value in facts.items())
-        tables = "\n\n".join(f"{name}\n{_table(parts)}" for name, parts in measured.items())
-        rank_zero_info(f"\n{tables}\n\n{said}\n{where}")
+            rank_zero_info(f"written to {self.path}")
 
     def facts(self, batch: Conditions) -> dict[str, Any]:
         """Return everything the figures depend on, and the peak of memory."""

@@ -6,28 +6,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
-from lit_shortcut.acceleration.accelerated import Predictor
-from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel
-from lit_shortcut.evaluation.drawing import draw, require_feasible
+from lit_shortcut.evaluation.drawing import draw
 from lit_shortcut.evaluation.identity import loop_identities, row_identity
 from lit_shortcut.evaluation.results import Results
-from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, modules_of
+from lit_shortcut.evaluation.rows import Row, vanilla_row
 from lit_shortcut.evaluation.tally import Tally
 from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import device_name
-from lit_shortcut.sampling import Decoding
+from lit_shortcut.tasks.comparison import ComparisonTask
 from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
 
 
-class EvaluationTask(L.LightningModule):
+class EvaluationTask(ComparisonTask):
     """Vanilla and accelerated generation with a frozen base, side by side; nothing is trained.
 
     ``test`` draws each batch of conditions for every row that is not finished yet and feeds the row's metrics; after
@@ -37,20 +33,13 @@ class EvaluationTask(L.LightningModule):
 
     Args:
         base: the frozen model.
-        decoding: how tokens are drawn; its ``num_steps`` is the vanilla that speed-ups refer to.
-        methods: predictors by name.
-        plans: plans by name, besides ``even`` and ``even_tokens``.
-        rows: ways to decode, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them; one of them is vanilla at
-            ``decoding.num_steps``.
         metrics: image metrics by the name they are logged under.
         results: folder for finished rows.
         latency_rounds: times each row is timed; 0 leaves latency out.
         latency_batch_size: images decoded at once when timing.
         grid_images: images kept of each row for side-by-side grids; 0 leaves grids out.
-        random_weights: the weights are random, at published sizes: ``test`` measures latency only, draws no images and
-            gives no figure of quality.
-        compiled: run base and predictors' networks through ``torch.compile``.
-        compile_mode: ``reduce-overhead`` replays CUDA graphs, for plans that are fixed before a run.
+        **comparison: arguments of :class:`~lit_shortcut.tasks.comparison.ComparisonTask`. One of the rows is vanilla at
+            ``decoding.num_steps``, which speed-ups refer to. With ``random_weights`` only latency is measured.
 
     Raises:
         ValueError: if a row is malformed or given twice, the reference is missing, or a number is too small; or if
@@ -61,33 +50,21 @@ class EvaluationTask(L.LightningModule):
         self,
         base: MaskedImageModel,
         *,
-        rows: list[RowEntry],
-        decoding: Decoding | None = None,
-        methods: dict[str, Predictor] | None = None,
-        plans: dict[str, NamedPlan] | None = None,
         metrics: dict[str, ImageMetric] | None = None,
         results: Path = Path("runs/results"),
         latency_rounds: int = 5,
         latency_batch_size: int = 32,
         grid_images: int = 20,
-        random_weights: bool = False,
-        compiled: bool = False,
-        compile_mode: Mode = "default",
+        **comparison: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(base, **comparison)
         require_at_least(0, latency_rounds=latency_rounds, grid_images=grid_images)
         require_at_least(1, latency_batch_size=latency_batch_size)
-        if random_weights and not latency_rounds:
+        if self.random_weights and not latency_rounds:
             raise ValueError("latency_rounds must be at least 1 for random weights, which have a latency only; got 0")
-        assert isinstance(base, nn.Module)
-        self.base: MaskedImageModel = base
-        self.decoding = decoding or Decoding()
-        self.rows, self.metrics, self.results = build_rows(rows, self.decoding, methods, plans), metrics or {}, results
-        self.methods = modules_of(self.rows)
+        self.metrics, self.results, self.grid_images = metrics or {}, results, grid_images
         self.latency_rounds, self.latency_batch_size = latency_rounds, latency_batch_size
-        self.grid_images, self.random_weights = grid_images, random_weights
-        self.compiled, self.compile_mode = compiled, compile_mode
-        (self.reference,) = build_rows([[self.decoding.num_steps]], self.decoding)
+        self.reference = vanilla_row(self.decoding)
         if self.reference.name not in (names := [row.name for row in self.rows]):
             raise ValueError(f"rows must hold {self.reference.name}, which speed-up refers to; got {names}")
         self.stored = Results(results)
@@ -96,8 +73,7 @@ class EvaluationTask(L.LightningModule):
     @property
     def run_seeds(self) -> list[int]:
         """Return the run seeds of each row."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return list(data.run_seeds)
+        return list(self.conditions.run_seeds)
 
     def setup(self, stage: str) -> None:
         """Check rows and conditions before anything is run.
@@ -106,8 +82,7 @@ class EvaluationTask(L.LightningModule):
             ValueError: if the base does not know a condition, or a row cannot be run.
             OSError: if the results' folder cannot be written.
         """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        require_feasible(self.base, self.rows, data)
+        super().setup(stage)
         if is_trial(self.trainer, "test"):
             self.trial_folder = TemporaryDirectory()
             self.stored = Results(Path(self.trial_folder.name))
@@ -117,16 +92,14 @@ class EvaluationTask(L.LightningModule):
 
     def on_test_start(self) -> None:
         """Compile networks if ``compiled``, and find the finished rows."""
-        if self.compiled:
-            compile_networks(self.base, self.methods, self.compile_mode)
+        super().on_test_start()
         self.loops = loop_identities(
             self.base,
             self.rows,
             precision=str(self.trainer.precision),
             compiled=self.compiled and self.compile_mode,
         )
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        asked = data.identity()
+        asked = self.conditions.identity()
         self.identities = {row.name: row_identity(self.loops[row.name], asked, self.metrics) for row in self.rows}
         self.unfinished: dict[int, list[str]] = self.trainer.strategy.broadcast(self._unfinished())
 
@@ -189,9 +162,8 @@ class EvaluationTask(L.LightningModule):
         return left
 
     def _tally(self, row: Row, seed: int) -> Tally:
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        key = {"seed": seed, "rank": rank, "world_size": world_size, "batch_size": data.batch_size}
+        key = {"seed": seed, "rank": rank, "world_size": world_size, "batch_size": self.conditions.batch_size}
         key |= self.identities[row.name]
         path = self.stored.unfinished_path(row, seed, rank)
         return Tally(self.metrics, row.decoding.num_steps, self.device, path, key)

@@ -24,10 +24,10 @@ class GenerateTask(L.LightningModule):
     Args:
         base: the frozen model.
         decoding: how tokens are drawn.
-        shortcut: computes the features of the steps that the base leaves out; None is vanilla only.
+        shortcut: computes the features of the steps that the base skips; None allows only vanilla.
         plan: which steps the base computes.
-        budget: b, at how many; None is all of them, vanilla.
-        compare: draw each picture by vanilla, too.
+        budget: b, the number of those steps; None is all steps, vanilla.
+        compare: also draw each picture with vanilla.
         compiled: run base and shortcut through ``torch.compile``.
     """
 

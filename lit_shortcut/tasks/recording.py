@@ -22,7 +22,8 @@ from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.evaluation.drawing import require_known
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.tasks.room import HostRoom, Room, room_of
-from lit_shortcut.trajectory import FORMAT_VERSION, Card, interface_fingerprint
+from lit_shortcut.trajectory import FORMAT_VERSION, Card
+from lit_shortcut.trajectory.interface_file import interface_fingerprint
 
 SCRATCH = Path("runs/scratch")
 

@@ -10,8 +10,8 @@ from torch import nn
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.metrics.reference import FeatureStatistics
-from lit_shortcut.trials import is_trial, report_trial
-from lit_shortcut.weights import require_writable, update_manifest
+from lit_shortcut.trials import is_trial, require_writable_file
+from lit_shortcut.weights import update_manifest
 
 
 class ReferenceTask(L.LightningModule):
@@ -50,10 +50,7 @@ class ReferenceTask(L.LightningModule):
         """
         if self.trainer.world_size > 1:
             raise ValueError(f"reference statistics are made on one device, got {self.trainer.world_size}")
-        if is_trial(self.trainer, "predict"):
-            report_trial(self.path)
-        else:
-            require_writable(self.path.parent)
+        require_writable_file(self.trainer, "predict", self.path)
 
     def predict_step(self, batch: LabelledImages, batch_idx: int) -> int:
         """Take in one batch; returns the number of images so far."""

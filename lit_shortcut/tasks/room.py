@@ -1,4 +1,4 @@
-"""Where the features of a batch are kept while it is recorded: beside the base, or in the host's memory or a file."""
+"""Storage of a batch's features while it is recorded: beside the base, in the host's memory or in a file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lit_shortcut.contracts import Trajectories
 from lit_shortcut.trajectory import TrajectoryError
 
 _GB = 1e9
-_STEPS_AHEAD = 3  # steps whose features wait on the device for their copy
-_BUFFERS, _BUFFER_BYTES = 4, 2**24  # of the ring; a buffer is large enough for the full pace of a bus
+_STEPS_AHEAD = 3  # steps whose features wait on the device to be copied
+_BUFFERS, _BUFFER_BYTES = 4, 2**24  # of the ring; a buffer is large enough for a bus's full bandwidth
 
 
 class Room:
-    """Keeps features on the device that computes them."""
+    """Storage of features on the device that computes them."""
 
     def make(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor of ``shape`` and the dtype of ``like``, to be filled by :meth:`put`."""
@@ -39,12 +39,12 @@ class Room:
 
 
 class HostRoom(Room):
-    """Keeps features in the host's memory, or in a file where a batch takes too much of it.
+    """Storage of features in the host's memory, or in a file if a batch takes too much of it.
 
     Args:
         memory_limit_gb: features of a batch that take more (10⁹ bytes) go to a file.
-        scratch: folder of the files, on a disk. They have no name and go with their last use, however the process
-            ends: their pages are the system's to write out and to drop.
+        scratch: folder of the files, on a disk. They have no name and vanish after their last use, however the process
+            ends; the system writes out and drops their pages as it needs memory.
     """
 
     def __init__(self, memory_limit_gb: float, scratch: Path) -> None:
@@ -68,7 +68,7 @@ class HostRoom(Room):
         return _mapped(shape, like.dtype, self._scratch)
 
     def finished(self, trajectories: Trajectories) -> Future[Trajectories]:
-        """Return the future of ``trajectories``, whose features were :meth:`put` here, all in the host's memory."""
+        """Return a future of ``trajectories``, whose features were :meth:`put` here, all in the host's memory."""
         done: Future[Trajectories] = Future()
         done.set_result(apply_to_collection(trajectories, Tensor, Tensor.cpu))
         return done
@@ -78,16 +78,16 @@ class HostRoom(Room):
 
 
 class HostRing(HostRoom):
-    """A :class:`HostRoom` that a GPU fills beside what it computes: nobody waits for a copy but a thread.
+    """A :class:`HostRoom` that a GPU fills while it computes: only a thread waits for copies.
 
-    The thread takes features off the device on a stream of its own, piece by piece through a ring of pinned buffers.
-    :meth:`put` waits only where the copies are ``_STEPS_AHEAD`` (3) behind.
+    The thread copies features from the device on a stream of its own, piece by piece through a ring of pinned buffers.
+    :meth:`put` waits only if the copies are ``_STEPS_AHEAD`` (3) steps behind.
 
     Memory, whatever the size of a batch: features of 3 steps on the device, G × B × S × C each, and 64 MiB of pinned
     memory for the ring on the host, beside the batches themselves.
 
     Args:
-        device: that computes.
+        device: the device that computes.
         memory_limit_gb: as in :class:`HostRoom`.
         scratch: as in :class:`HostRoom`.
     """
@@ -97,13 +97,13 @@ class HostRing(HostRoom):
         self._device, self._backend = device, torch.get_device_module(device)
         self._stream = self._backend.Stream(device)
         is_cuda = self._backend is torch.cuda
-        self._waiting = {"blocking": True} if is_cuda else {}  # the thread sleeps and does not spin
+        self._waiting = {"blocking": True} if is_cuda else {}  # the thread sleeps instead of spinning
         self._ring = [torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(_BUFFERS)]
         self._jobs: Background[Any] = Background()
-        self._copies: list[Future[None]] = []  # of the batch that is recorded
+        self._copies: list[Future[None]] = []  # of the batch being recorded
 
     def put(self, target: Tensor, source: Tensor) -> None:
-        """Queue the copy of ``source``, which nobody may change any more, to ``target``.
+        """Queue a copy of ``source``, which must not change any more, to ``target``.
 
         Raises:
             RuntimeError: if an earlier copy failed.
@@ -112,19 +112,19 @@ class HostRing(HostRoom):
         self._copies.append(self._jobs.submit(self._copy, target, source, self._event()))
 
     def finished(self, trajectories: Trajectories) -> Future[Trajectories]:
-        """Return the future of ``trajectories``, whose features were :meth:`put` here, all in the host's memory."""
+        """Return a future of ``trajectories``, whose features were :meth:`put` here, all in the host's memory."""
         copies, self._copies = self._copies, []
         return self._jobs.submit(self._finish, trajectories, self._event(), copies)
 
     def close(self) -> None:
-        """Wait for all copies; an error of one that nobody saw is raised."""
+        """Wait for all copies; raise the error of any that failed."""
         try:
             deque(self._jobs.results(), maxlen=0)
         finally:
             self._jobs.close()
 
     def _event(self) -> Any:
-        """What the device reaches once it has done all that it was asked so far, on the stream in use."""
+        """Return an event that the device reaches after all work queued so far on the current stream."""
         event = self._backend.Event(**self._waiting)
         event.record(self._backend.current_stream(self._device))
         return event
@@ -171,7 +171,7 @@ def _without_waiting(tensor: Tensor) -> Tensor:
 
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path) -> Tensor:
-    """A tensor mapped from a file in ``scratch`` that has no name; errors as in :meth:`HostRoom.make`."""
+    """Return a tensor mapped from a nameless file in ``scratch``; errors as in :meth:`HostRoom.make`."""
     size = prod(shape) * dtype.itemsize
     try:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -182,10 +182,10 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path) -> Tensor
                 f"{free / _GB:.3g} GB free: record fewer images at once, or name a folder on another disk"
             )
         with NamedTemporaryFile(dir=scratch, prefix="features-") as file:
-            if hasattr(os, "posix_fallocate"):  # a page that finds the disk full would end the process
+            if hasattr(os, "posix_fallocate"):  # writing a page to a full disk would kill the process
                 os.posix_fallocate(file.fileno(), 0, size)
             return torch.from_file(file.name, shared=True, size=prod(shape), dtype=dtype).view(shape)
     except OSError as error:
         raise TrajectoryError(
-            f"{scratch}: no scratch file of {size / _GB:.3g} GB can be made ({error.strerror or error})"
+            f"{scratch}: cannot make a scratch file of {size / _GB:.3g} GB ({error.strerror or error})"
         ) from error

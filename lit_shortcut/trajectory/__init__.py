@@ -18,13 +18,9 @@ own digest and the interface's fingerprint. So every byte that reaches a trainin
 sets cannot be mixed. Nothing is pickled.
 """
 
-from lit_shortcut.trajectory.card import FORMAT_VERSION, Card, TrajectoryError, shard_name
-from lit_shortcut.trajectory.encoding import ENCODINGS, Encoding, Parts, register, require_finite
-from lit_shortcut.trajectory.index import check_shards, finished_shards
-from lit_shortcut.trajectory.interface_file import interface_fingerprint, load_interface, save_interface
-from lit_shortcut.trajectory.reading import Head, Shard, room_for
+from lit_shortcut.trajectory.card import FORMAT_VERSION, Card, TrajectoryError
+from lit_shortcut.trajectory.encoding import ENCODINGS, Encoding, register
 from lit_shortcut.trajectory.source import Source, read_shard
-from lit_shortcut.trajectory.transitions import EncodedTransition, concatenated, select
 from lit_shortcut.trajectory.verification import problems
 from lit_shortcut.trajectory.writing import write_shard
 
@@ -32,25 +28,11 @@ __all__ = [
     "ENCODINGS",
     "FORMAT_VERSION",
     "Card",
-    "EncodedTransition",
     "Encoding",
-    "Head",
-    "Parts",
-    "Shard",
     "Source",
     "TrajectoryError",
-    "check_shards",
-    "concatenated",
-    "finished_shards",
-    "interface_fingerprint",
-    "load_interface",
     "problems",
     "read_shard",
     "register",
-    "require_finite",
-    "room_for",
-    "save_interface",
-    "select",
-    "shard_name",
     "write_shard",
 ]

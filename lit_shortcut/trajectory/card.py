@@ -8,6 +8,7 @@ from functools import cached_property
 from hashlib import sha256
 from math import prod
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any
 
 from lit_shortcut.contracts import TokenSpec
@@ -17,7 +18,7 @@ from lit_shortcut.trajectory.encoding import ENCODINGS, Encoding
 FORMAT_VERSION = 3
 _CARD = "card.json"
 _MOST_SHARDS = 10**7  # their order takes 80 MB
-_BLOCK, _HEADERS, _OTHERS = 512, 640, 8192  # bytes: a tar block, headers before an array, a sample's other members
+_HEADERS, _OTHERS = 640, 8192  # bytes: headers before an array, a sample's other members
 
 
 class TrajectoryError(ValueError):
@@ -105,7 +106,7 @@ class Card:
         """Return the bytes of one trajectory on disk, rounded up by a few kB."""
         stored = self.encoder.members(self.spec["sequence_length"], self.spec["width"])
         sizes = (dtype.itemsize * prod(shape) for dtype, shape in stored.values())
-        step = sum(-(-(size + _HEADERS) // _BLOCK) * _BLOCK for size in sizes)
+        step = sum(-(-(size + _HEADERS) // BLOCKSIZE) * BLOCKSIZE for size in sizes)
         return self.branches * self.num_steps * step + 6 * self.spec["num_tokens"] + _OTHERS
 
     @cached_property

@@ -92,16 +92,13 @@ class Int8(Encoding):
         return parts["npy"].float().mul_(parts["scales.npy"][..., None])
 
 
-ENCODINGS: dict[str, Encoding] = {}
+_KNOWN = (Int8(), Plain(torch.bfloat16), Plain(torch.float16), Plain(torch.float32))
+ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _KNOWN}
 
 
 def register(encoding: Encoding) -> None:
     """Add ``encoding`` to ``ENCODINGS`` under its name."""
     ENCODINGS[encoding.name] = encoding
-
-
-for _known in (Int8(), Plain(torch.bfloat16), Plain(torch.float16), Plain(torch.float32)):
-    register(_known)
 
 
 def require_finite(name: str, values: Tensor) -> None:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from safetensors.torch import save
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
-from lit_shortcut.files import fetch, is_remote, whole
+from lit_shortcut.files import read_bytes, whole
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.trajectory.card import Card, TrajectoryError, locate
-from lit_shortcut.weights import fingerprint, load_tensors
+from lit_shortcut.weights import WeightsError, fingerprint
 
 _INTERFACE = "interface.safetensors"
 
 
 def interface_fingerprint(interface: TokenInterface) -> str:
     """Return a digest that only equal interfaces share; the card of a set holds it."""
-    return _fingerprint(interface.kind, interface.to_tensors())
+    return f"{interface.kind}:{fingerprint(interface.to_tensors())}"
 
 
 def save_interface(folder: Path, interface: TokenInterface) -> None:
@@ -33,23 +32,17 @@ def load_interface(source: str | Path, card: Card) -> TokenInterface:
 
     Raises:
         WeightsError: if the file is missing or damaged.
+        AccessError: if it cannot be fetched.
         TrajectoryError: if it does not hold the interface named by the card.
     """
-    where = locate(source, _INTERFACE)
-    with TemporaryDirectory() as scratch:
-        path = Path(where)
-        if is_remote(where):
-            path = Path(scratch) / _INTERFACE
-            fetch(where, path)
-        tensors, metadata = load_tensors(path)
-    kind = metadata.get("kind", "")
-    if (found := _fingerprint(kind, tensors)) != card.interface:
-        raise TrajectoryError(f"{where}: expected the interface {card.interface} named by the card, found {found}")
+    where, (kind, _, digest) = locate(source, _INTERFACE), card.interface.partition(":")
+    try:
+        tensors = load(read_bytes(where))
+    except (FileNotFoundError, SafetensorError) as error:
+        raise WeightsError(f"{where}: not a readable safetensors file ({error})") from error
+    if (found := fingerprint(tensors)) != digest:
+        raise TrajectoryError(f"{where}: expected the interface {digest} named by the card, found {found}")
     try:
         return TokenInterface.from_tensors(kind, tensors)
     except ValueError as error:
         raise TrajectoryError(f"{where}: {error}") from error
-
-
-def _fingerprint(kind: str, tensors: dict[str, Tensor]) -> str:
-    return f"{kind}:{fingerprint(tensors)}"

@@ -17,19 +17,12 @@ from lit_shortcut.trajectory.encoding import ENCODINGS, Parts
 class EncodedTransition(NamedTuple):
     """A :class:`Transition` as it leaves the loader, encoded: ``features`` (B, 1 + R, S, …) before it, then targets.
 
-    ``replaced`` (B,) marks windows read in place of damaged ones.
+    ``others`` holds all its other fields. ``replaced`` (B,) marks windows read in place of damaged ones.
     """
 
     encoding: str
     features: Parts
-    control: Control
-    masked_share: Tensor
-    is_masked: Tensor
-    step: Tensor
-    gap: Tensor
-    prefix: Prefix | None
-    prefix_size: PrefixSize | None
-    num_masked: tuple[int, ...]
+    others: Transition
     replaced: Tensor
 
     @classmethod
@@ -58,17 +51,16 @@ class EncodedTransition(NamedTuple):
         positions[is_real] = is_now.nonzero()[:, -1]
         codes = tokens.long()[:, None].expand(-1, window, -1).gather(2, positions).where(is_real, 0)
         control = Control(codes, positions, None if bool(is_real.all()) else is_real)
-        share, none = is_masked.float().mean(-1), torch.zeros(len(step), dtype=torch.bool)
+        share, none = is_masked.float().mean(-1), torch.empty(0)
         size = None if prefix is None else PrefixSize.of(prefix.lengths.tolist(), prefix.num_control.tolist())
         num_masked = tuple(is_masked.sum((0, 2)).tolist())
-        return cls(encoding, features, control, share, is_masked, step, gap, prefix, size, num_masked, none)
+        others = Transition(none, control, share, none, is_masked, step, gap, prefix, size, num_masked)
+        return cls(encoding, features, others, torch.zeros(len(step), dtype=torch.bool))
 
     def decode(self) -> Transition:
         """Decode the features on the device they are on."""
         features = ENCODINGS[self.encoding].decode(self.features)
-        before, targets = features[:, 0], features[:, 1:]
-        others = self.is_masked, self.step, self.gap, self.prefix, self.prefix_size, self.num_masked
-        return Transition(before, self.control, self.masked_share, targets, *others)
+        return self.others._replace(features=features[:, 0], targets=features[:, 1:])
 
 
 def select(
@@ -83,16 +75,15 @@ def select(
     other tensors, which are small and best kept on the CPU; so are windows.
     """
     row, branch, step = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
-    features, prefix = trajectories.features, None
-    if trajectories.prefix is not None:  # rows that are padding everywhere are left out, other padding is set to 0
-        frame = features.shape[3] - trajectories.prefix.control.shape[-2]
-        prefix = Prefix(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.prefix))
-        prefix = prefix._replace(control=prefix.control[:, : int(prefix.num_control.max())])
-        features = features[:, :, :, : frame + int(prefix.lengths.max())]
     gap = torch.ones_like(step) if gaps is None else torch.tensor(gaps, device=step.device)
     targets = (step + gap)[:, None] + torch.arange(window, device=step.device)
-    features = features[row[:, None], branch[:, None], torch.cat([step[:, None], targets], dim=1)]
-    if prefix is not None:
+    steps = torch.cat([step[:, None], targets], dim=1)
+    features, prefix = trajectories.features[row[:, None], branch[:, None], steps], None
+    if trajectories.prefix is not None:  # rows that are padding everywhere are left out, other padding is set to 0
+        frame = features.shape[2] - trajectories.prefix.control.shape[-2]
+        prefix = Prefix(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.prefix))
+        prefix = prefix._replace(control=prefix.control[:, : int(prefix.num_control.max())])
+        features = features[:, :, : frame + int(prefix.lengths.max())]
         is_real = torch.arange(features.shape[2], device=step.device) < frame + prefix.lengths.to(step.device)[:, None]
         features = features.where(is_real[:, None, :, None].to(features.device), 0)
     tokens, committed_at = trajectories.tokens[row], trajectories.committed_at[row]

@@ -23,8 +23,6 @@ from lit_shortcut.trajectory.encoding import require_finite
 from lit_shortcut.trajectory.index import Index, Member, checksum, step_ending
 
 _AT_ONCE = 2**22  # bytes of features encoded together, at least one step
-_BLOCK = 512  # bytes that a tar's members are padded to
-_UNSIGNED = {1: torch.uint8, 2: torch.uint16}  # for dtypes that numpy lacks, by their size in bytes
 
 
 def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card) -> None:
@@ -51,7 +49,7 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
                 try:
                     for ending, header, content in _members(trajectories, row, card):
                         tar.write({"__key__": key, ending: header + content})
-                        end = tar.tarstream.offset - -(len(header) + len(content)) % _BLOCK
+                        end = tar.tarstream.offset - -(len(header) + len(content)) % tarfile.BLOCKSIZE
                         samples[key][ending] = (end - len(content), len(content), checksum(content))
                 except ValueError as error:
                     raise TrajectoryError(f"{path}: sample {key}: {error}") from error
@@ -107,18 +105,11 @@ def _members(trajectories: Trajectories, row: int, card: Card) -> Iterator[tuple
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Return ``tensor`` in a dtype that numpy has."""
-    dtype = _in_numpy(tensor.dtype)
-    return (tensor if dtype == tensor.dtype else tensor.contiguous().view(dtype)).numpy()
-
-
-@lru_cache
-def _in_numpy(dtype: torch.dtype) -> torch.dtype:
+    """Return ``tensor`` in numpy, as unsigned integers if numpy lacks its dtype."""
     try:
-        torch.empty(0, dtype=dtype).numpy()
+        return tensor.numpy()
     except TypeError:
-        return _UNSIGNED[dtype.itemsize]
-    return dtype
+        return tensor.contiguous().view(torch.uint8).numpy().view(f"u{tensor.itemsize}")
 
 
 def _npy(array: np.ndarray[Any, Any]) -> tuple[bytes, bytes]:

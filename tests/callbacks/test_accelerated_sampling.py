@@ -220,7 +220,7 @@ def test_grid_shows_vanilla_and_every_plan(recorded: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"base": ToyBase(seed=1)}, "come from base .*, but sampling would accelerate base .*: give both the same"),
+        ({"base": ToyBase(seed=1)}, "come from base .*, but sampling would accelerate base .*: use the same weights"),
         ({"rows": [[6, 2, "shortcut"], [6, 7, "shortcut"]]}, r"budget must lie in 1\.\.6.*got 7"),
         ({"rows": [[6, 2, "hold"]]}, r"'hold'; known are shortcut"),
         ({"rows": [[17, 2, "shortcut"]]}, r"num_steps must lie in 1\.\.16.*got 17"),

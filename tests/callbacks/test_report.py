@@ -65,7 +65,7 @@ def test_report_says_what_was_measured_and_how(tmp_path: Path) -> None:
         ["hold", "5", "2"],
     ]
     assert {row[-1] for row in rows[1:]} == {"6.000 ± 0.000"}
-    for part in ("6 images a row and seed, 2 seed(s)", "N = 5", "of 1 rounds in turns, batch 2", "precision 32-true"):
+    for part in ("6 images per row and seed, 2 seed(s)", "N = 5", "of 1 rounds in turns, batch 2", "precision 32-true"):
         assert part in text
     assert "dominates" not in text  # all distances are equal
     for name in ("grids.png", "pareto.png", "report.html"):
@@ -138,7 +138,7 @@ def test_latencies_are_those_of_the_present_networks(tmp_path: Path) -> None:
     held = next(line for line in text.splitlines() if line.startswith("| hold"))
     assert held.count("–") == 3
     assert "nan" not in text
-    assert "No latency was measured of hold_n5_b2" in text
+    assert "No latency was measured for hold_n5_b2" in text
 
 
 def test_random_weights_have_latencies_and_no_quality(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_random_weights_have_latencies_and_no_quality(tmp_path: Path) -> None:
     assert [row[:3] for row in rows] == [["vanilla", "5", "5"], ["vanilla", "3", "3"], ["hold", "5", "2"]]
     assert rows[0][5] == "1.00×"
     assert "Random weights: latency only" in text
-    assert "images a row" not in text
+    assert "images per row" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"latency.json", "report.md", "report.json", "report.html"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Random weights: latency only" in page
@@ -167,7 +167,7 @@ def test_few_images_are_warned_of_and_many_are_not(tmp_path: Path, monkeypatch: 
 
 def test_rows_of_earlier_run_seeds_do_not_enter(tmp_path: Path) -> None:
     measure(tmp_path, run_seeds=[0, 1])
-    assert "4 images a row and seed, 1 seed(s)" in measure(tmp_path, run_seeds=[0], num_images=4)
+    assert "4 images per row and seed, 1 seed(s)" in measure(tmp_path, run_seeds=[0], num_images=4)
 
 
 def test_quality_that_is_no_metric_is_refused_before_anything_is_run(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Context, Trajectories
 from lit_shortcut.files import exclusive
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, TrajectoryError, finished_shards, load_interface, read_shard
+from lit_shortcut.trajectory import Card, TrajectoryError, read_shard
+from lit_shortcut.trajectory.index import finished_shards
+from lit_shortcut.trajectory.interface_file import load_interface
 from lit_shortcut.trajectory.writing import _Hashing
 from tests.tiny_trajectories import SPEC, interface, trajectories
 
@@ -130,7 +132,8 @@ def test_complete_set_is_left_alone(tmp_path: Path, said: list[str]) -> None:
 def test_other_set_is_refused_and_each_difference_named(tmp_path: Path) -> None:
     predict(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(TrajectoryError, match="encoding is bfloat16, not float32; seed is 0, not 5") as caught:
+    changes = "encoding was 'bfloat16' and is 'float32'; seed was 0 and is 5"
+    with pytest.raises(TrajectoryError, match=changes) as caught:
         predict(tmp_path, encoding="float32", seed=5)
     assert "overwrite: true" in str(caught.value)
     assert contents(tmp_path) == before
@@ -168,7 +171,7 @@ def test_shards_without_a_card_are_not_mixed_with_new_ones(tmp_path: Path) -> No
 def test_too_little_disk_is_said_before_anything_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     module = Recorder()
-    with pytest.raises(TrajectoryError, match=r"11 trajectories of 11, about .* GB to record, but 1e-06 GB free"):
+    with pytest.raises(TrajectoryError, match=r"11 trajectories of 11, about .* GB to record, but only 1e-06 GB free"):
         predict(tmp_path / "set", module)
     assert module.batches == 0
     assert contents(tmp_path / "set") == {".lock": b""}
@@ -314,7 +317,7 @@ def test_difference_of_the_base_is_named_by_its_key(tmp_path: Path) -> None:
     predict(tmp_path)
     module = Recorder()
     module.base.fingerprint = "feedfeedfeedfeed"
-    with pytest.raises(TrajectoryError, match=r"base\.fingerprint is 0123456789abcdef, not feedfeedfeedfeed"):
+    with pytest.raises(TrajectoryError, match=r"base\.fingerprint was '0123456789abcdef' and is 'feedfeedfeedfeed'"):
         predict(tmp_path, module)
 
 
@@ -327,7 +330,7 @@ def test_other_precision_is_another_set(tmp_path: Path) -> None:
         enable_progress_bar=False,
         callbacks=[TrajectoryWriter(tmp_path)],
     )
-    with pytest.raises(TrajectoryError, match="precision is 32-true, not bf16-mixed"):
+    with pytest.raises(TrajectoryError, match="precision was '32-true' and is 'bf16-mixed'"):
         trainer.predict(Recorder(), datamodule=ClassLabels(11, batch_size=3))
 
 

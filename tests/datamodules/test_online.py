@@ -23,7 +23,8 @@ from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories, Transition
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import RecordingTask, record
-from lit_shortcut.trajectory import TrajectoryError, concatenated, select
+from lit_shortcut.trajectory import TrajectoryError
+from lit_shortcut.trajectory.transitions import concatenated, select
 from tests.tiny_trajectories import transitions
 
 DECODING = Decoding(num_steps=5)

@@ -61,7 +61,7 @@ def order(module: TrajectoryDataModule) -> list[list[tuple[int, int, float]]]:
 def test_epoch_has_as_many_batches_as_transitions_fill(folder: Path) -> None:
     batches = list(make(folder).train_dataloader())
     assert len(batches) == len(make(folder).train_dataloader()) == 15 * 2 * 3 // 8
-    assert {len(batch.step) for batch in batches} == {8}
+    assert {len(batch.replaced) for batch in batches} == {8}
     assert len(make(folder, world_size=2).train_dataloader()) == 15 * 2 * 3 // 16
     assert len(make(folder, window=2).train_dataloader()) == 15 * 2 * 2 // 8
     assert len(make(folder, max_gap=2).train_dataloader()) == 15 * 2 * (3 + 2) // 8
@@ -474,4 +474,4 @@ def test_batches_made_ahead_are_pinned_where_there_is_a_gpu(folder: Path, monkey
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
     batch = next(iter(make(folder, num_workers=1).train_dataloader()))
     assert batch.features["npy"].shape in pinned
-    assert batch.control.tokens.shape in pinned
+    assert batch.others.control.tokens.shape in pinned

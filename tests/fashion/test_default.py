@@ -21,7 +21,9 @@ from lit_shortcut.fashion.tokenizer import FSQTokenizer
 from lit_shortcut.metrics.distances import FrechetDistance
 from lit_shortcut.metrics.images import ClassAgreement
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.trajectory import Card, check_shards, load_interface, read_shard
+from lit_shortcut.trajectory import Card, read_shard
+from lit_shortcut.trajectory.index import check_shards
+from lit_shortcut.trajectory.interface_file import load_interface
 from tests.command_line import CONFIGS, lightning
 from tests.metrics.asked import asked
 

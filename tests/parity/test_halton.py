@@ -17,9 +17,9 @@ from lit_shortcut.contracts import Conditions
 from lit_shortcut.decoding.halton import halton_order, rolled_starts
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.decoding.temperature import TemperatureCourse
-from lit_shortcut.decoding.unmasking import guide
 from lit_shortcut.sampling import Decoding, Order, sample
 from lit_shortcut.weights import load_tensors, save_tensors
+from tests.parity.greedy import require_same_run
 
 GOLDEN, META = load_tensors(Path(__file__).with_name("halton_tiny.safetensors"))
 NUM_TOKENS = META["grid"] ** 2
@@ -122,12 +122,7 @@ def test_greedy_runs_equal_the_reference_token_for_token(base: MaskGIT, run: str
     )
     conditions = Conditions(torch.arange(len(labels)), seeds, labels)
     steps = list(sample(base, conditions, decoding, Vanilla()))
-    golden = (GOLDEN[f"greedy.{run}.{what}"] for what in ("predicted", "still_masked"))
-    for step, predicted, masked in zip(steps, *golden, strict=True):
-        logits = guide(base.interface.logits(step.features), decoding.guidance)
-        assert torch.equal(logits.argmax(-1), predicted)
-        assert torch.equal(step.tokens == base.spec.mask_id, masked.bool())
-    assert torch.equal(steps[-1].tokens, GOLDEN[f"greedy.{run}.tokens"])
+    require_same_run(base, steps, GOLDEN, run, lambda step: decoding.guidance)
 
 
 def test_images_equal_the_reference(base: MaskGIT, decoder: CodeDecoder) -> None:

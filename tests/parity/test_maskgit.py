@@ -14,11 +14,11 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.contracts import Acceleration, Conditions
-from lit_shortcut.decoding.unmasking import guide
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.published import MASKGIT, SHORTCUT, fill
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.weights import load_tensors
+from tests.parity.greedy import require_same_run
 
 FILE = Path(__file__).with_name("maskgit_tiny.safetensors")
 GOLDEN, META = load_tensors(FILE)
@@ -85,13 +85,5 @@ def test_greedy_runs_equal_the_reference_token_for_token(
     decoding = Decoding(num_steps=num_steps, guidance=META["cfg_w"], temperature=0, confidence_noise=0)
     acceleration: Acceleration = Vanilla() if budget is None else Accelerated(Even(budget), Shortcut(network))
     steps = list(sample(base, Conditions(labels, labels, labels), decoding, acceleration))
-    for step, predicted, masked in zip(
-        steps, GOLDEN[f"greedy.{run}.predicted"], GOLDEN[f"greedy.{run}.still_masked"], strict=True
-    ):
-        logits = guide(
-            base.interface.logits(step.features), decoding.guidance * decoding.progress(step.state.clock.step)
-        )
-        assert torch.equal(logits.argmax(-1), predicted)
-        assert torch.equal(step.tokens == base.spec.mask_id, masked.bool())
-    assert torch.equal(steps[-1].tokens, GOLDEN[f"greedy.{run}.tokens"])
+    require_same_run(base, steps, GOLDEN, run, lambda step: decoding.guidance * decoding.progress(step))
     assert sum(step.is_full for step in steps) == (budget or num_steps)

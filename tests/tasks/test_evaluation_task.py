@@ -118,7 +118,7 @@ def test_interrupted_test_loses_no_finished_batch_and_ends_with_the_same_bytes(
 def test_change_of_what_values_depend_on_measures_every_row_again(
     tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{TASK}.compile_networks", lambda base, *_: None)
+    monkeypatch.setattr("lit_shortcut.tasks.comparison.compile_networks", lambda base, *_: None)
     measure(tmp_path)
     monkeypatch.setattr(f"{TASK}.draw", again := Interrupt(0))
     measure(tmp_path)
@@ -243,7 +243,7 @@ def test_precision_reaches_the_shortcut_network_too(tmp_path: Path) -> None:
 
 def test_networks_are_compiled_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[MaskedImageModel] = []
-    monkeypatch.setattr(f"{TASK}.compile_networks", lambda base, *_: compiled.append(base))
+    monkeypatch.setattr("lit_shortcut.tasks.comparison.compile_networks", lambda base, *_: compiled.append(base))
     measure(tmp_path, ROWS[:1])
     assert compiled == []
     task = measure(tmp_path, ROWS[:1], compiled=True)

@@ -21,14 +21,9 @@ from lit_shortcut.metrics.functional import head_kl, masked_mse
 from lit_shortcut.metrics.places import diagnostics
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.trajectory import (
-    Card,
-    concatenated,
-    read_shard,
-    save_interface,
-    select,
-    write_shard,
-)
+from lit_shortcut.trajectory import Card, read_shard, write_shard
+from lit_shortcut.trajectory.interface_file import save_interface
+from lit_shortcut.trajectory.transitions import concatenated, select
 from lit_shortcut.weights import WeightsError, load_module_with_metadata
 from tests.reads import Reads
 from tests.tiny_trajectories import SPEC, card, interface, trajectories, transitions, write_set

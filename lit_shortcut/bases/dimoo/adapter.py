@@ -59,8 +59,16 @@ class DiMOO(PromptedLLaDA):
         image = ImageTokens(
             grid, codebook_size, special.first_code, special.mask, frame.ids(special), frame.row_offsets()
         )
-        super().__init__(transformer, tokenizer, special=special, image=image, max_prompt_tokens=max_prompt_tokens)
-        self.prompt_tokenizer, self.template, self.negative = prompt_tokenizer, template, negative
+        super().__init__(
+            transformer,
+            tokenizer,
+            prompt_tokenizer,
+            special=special,
+            image=image,
+            max_prompt_tokens=max_prompt_tokens,
+            negative=negative,
+        )
+        self.template = template
         known = prompt_tokenizer.encode("", UNCONDITION)
         if special.uncondition not in known:
             raise ValueError(
@@ -70,12 +78,8 @@ class DiMOO(PromptedLLaDA):
         self.unconditional_ids()  # raises if the negative prompt is too long
 
     def identity(self) -> dict[str, Any]:
-        """Identity of the base, with its prompt tokenizer, the template and the negative prompt."""
-        return super().identity() | {
-            "prompt_tokenizer": self.prompt_tokenizer.identity(),
-            "template": self.template,
-            "negative": self.negative,
-        }
+        """Identity of the base, with the template."""
+        return super().identity() | {"template": self.template}
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of ``prompt`` in the template; raises ValueError if there are too many."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import SpecialTokens, TextTokenizer, Utf8Tokenizer
+from lit_shortcut.bases.prompted_llada import PromptedLLaDA
 from lit_shortcut.bases.saved import TRANSFORMERS, Precision, read_json, read_weights
 from lit_shortcut.bases.vq import VQDecoder
 from lit_shortcut.hub import local_folder
-from lit_shortcut.published import Names, fill, unwrapped
+from lit_shortcut.published import Names, filled, unwrapped
 from lit_shortcut.weights import WeightsError
+
+Base = TypeVar("Base", bound=PromptedLLaDA)
 
 PATCH_SIZE = 16
 VOCAB_SIZE = 134_548  # 126,356 of text and special tokens, 8,192 codes; what the release of MIGM-Shortcut sets
@@ -89,13 +92,8 @@ def random_weights(
     height: int = 1024,
     width: int = 1024,
     *,
-    feature_width: int = 4096,
-    num_heads: int = 32,
-    mlp_width: int = 12288,
     vocab_size: int = VOCAB_SIZE,
-    dtype: Precision = "bfloat16",
-    device: str = "cpu",
-    seed: int = 0,
+    **transformer: Any,
 ) -> DiMOO:
     """The base at published sizes with random weights: for latency and memory, never for quality.
 
@@ -106,46 +104,58 @@ def random_weights(
         depth: transformer blocks; a base with fewer than published fits anywhere.
         height: height of the images in pixels, a multiple of 16.
         width: width of the images in pixels, a multiple of 16.
-        feature_width: C.
-        num_heads: attention heads.
-        mlp_width: hidden width of the SwiGLUs.
         vocab_size: number of text tokens and codes.
-        dtype: dtype of the transformer's weights.
-        device: device of the weights; on ``meta`` they have only shapes and take no memory.
-        seed: seed of the weights.
+        **transformer: other arguments of :func:`random_transformer`.
 
     Raises:
         ValueError: if height or width is not a multiple of 16, or sizes do not fit one another.
     """
-    transformer = random_transformer(vocab_size, feature_width, depth, num_heads, mlp_width, dtype, device, seed)
     special = SpecialTokens()
-    base = DiMOO(
-        transformer,
-        NoDecoder(),
-        Utf8Tokenizer(special.uncondition),
-        special=special,
-        height=height,
-        width=width,
-        patch_size=PATCH_SIZE,
-        template="{}",
+    return as_random(
+        DiMOO(
+            random_transformer(vocab_size, depth, **transformer),
+            NoDecoder(),
+            Utf8Tokenizer(special.uncondition),
+            special=special,
+            height=height,
+            width=width,
+            patch_size=PATCH_SIZE,
+            template="{}",
+        )
     )
+
+
+def as_random(base: Base) -> Base:
+    """Label ``base`` as random, and move it to the device of its transformer."""
     base.label = "random-"
-    return base.to(device)
+    return base.to(base.transformer.wte.weight.device)
 
 
 def random_transformer(
     vocab_size: int,
-    width: int,
     depth: int,
-    num_heads: int,
-    mlp_width: int,
-    dtype: Precision,
-    device: str,
-    seed: int,
+    *,
+    feature_width: int = 4096,
+    num_heads: int = 32,
+    mlp_width: int = 12288,
+    dtype: Precision = "bfloat16",
+    device: str = "cpu",
+    seed: int = 0,
 ) -> LLaDA:
-    """A transformer of these sizes with random weights on ``device``; on ``meta`` it has only shapes."""
+    """A transformer with random weights.
+
+    Args:
+        vocab_size: number of text tokens and codes.
+        depth: transformer blocks.
+        feature_width: C.
+        num_heads: attention heads.
+        mlp_width: hidden width of the SwiGLUs.
+        dtype: dtype of the weights.
+        device: device of the weights; on ``meta`` they have only shapes and take no memory.
+        seed: seed of the weights.
+    """
     with torch.device("meta"):
-        transformer = LLaDA(vocab_size, width, depth, num_heads, mlp_width).to(getattr(torch, dtype))
+        transformer = LLaDA(vocab_size, feature_width, depth, num_heads, mlp_width).to(getattr(torch, dtype))
     if device != "meta":
         transformer.to_empty(device=device)
         with torch.random.fork_rng():
@@ -173,10 +183,7 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> LLaDA:
     sizes, state = read_sizes(folder / "config.json"), unwrapped(read_weights(folder, TRANSFORMERS, dtype=dtype))
     if (table := state.get(f"{_PREFIX}wte.weight")) is not None:
         sizes["vocab_size"] = len(table)  # the release overrides its configuration's value
-    with torch.device("meta"):
-        transformer = LLaDA(**sizes).to(dtype)
-    fill(transformer, state, Names([(_PREFIX, "")]), folder)
-    return transformer
+    return filled(lambda: LLaDA(**sizes).to(dtype), state, Names([(_PREFIX, "")]), folder)
 
 
 def read_sizes(path: Path) -> dict[str, Any]:

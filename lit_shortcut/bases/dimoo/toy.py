@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import SpecialTokens, Utf8Tokenizer
+from lit_shortcut.bases.frozen import seeded
 from lit_shortcut.bounds import require_at_least
 
 SPECIAL = SpecialTokens(  # after the 256 bytes
@@ -32,8 +32,7 @@ class GreyShades(nn.Module):
 def toy_dimoo(grid: int = 4, width: int = 16, seed: int = 0) -> DiMOO:
     """Prompts in bytes, ``grid``² tokens of 8 codes, 2 pixels a side each; features are ``width`` wide."""
     require_at_least(1, grid=grid, width=width)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         vocab_size = SPECIAL.first_code + _CODES
         transformer = LLaDA(vocab_size, width, depth=2, num_heads=2, mlp_width=2 * width)
     return DiMOO(

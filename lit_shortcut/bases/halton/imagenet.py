@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from lit_shortcut.bases.frozen import seeded
 from lit_shortcut.bases.halton.llamagen import llamagen_decoder, load_llamagen
 from lit_shortcut.bases.halton.transformer import HaltonTransformer, swiglu_width
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
@@ -49,8 +48,7 @@ def random_weights(size: Size = "large", resolution: Resolution = 384, seed: int
 
     Its fingerprint begins with ``random-``, also in cards and result rows.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         base = MaskGIT(HaltonTransformer(**imagenet_sizes(size, resolution)), llamagen_decoder())
     base.fingerprint = f"random-{base.fingerprint}"
     return base

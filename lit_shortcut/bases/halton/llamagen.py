@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lit_shortcut.bases.code_decoder import CodeDecoder, attention_pairs
-from lit_shortcut.published import Names, fill, load_state
+from lit_shortcut.published import Names, filled, load_state
 
 NAMES = Names(
     [
@@ -55,8 +53,4 @@ def load_llamagen(path: Path, **sizes: Any) -> CodeDecoder:
     Raises:
         WeightsError: if the file is missing, damaged, or not of these sizes.
     """
-    with torch.device("meta"):
-        decoder = llamagen_decoder(**sizes)
-    state = {name: tensor for name, tensor in load_state(path).items() if not name.startswith(_UNUSED)}
-    fill(decoder, state, NAMES, path)
-    return decoder
+    return filled(lambda: llamagen_decoder(**sizes), load_state(path), NAMES, path, _UNUSED)

@@ -13,8 +13,7 @@ from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import attend, split_heads
 from lit_shortcut.networks.llada import RMSNorm
-from lit_shortcut.published import Names, fill, load_state
-from lit_shortcut.weights import load_module
+from lit_shortcut.published import Names, filled, load_state
 
 _EPS = 1e-5
 
@@ -170,11 +169,6 @@ class HaltonTransformer(nn.Module):
         )
 
     @classmethod
-    def load(cls, path: Path) -> HaltonTransformer:
-        """Load the frozen network at ``path``; raises :class:`~lit_shortcut.weights.WeightsError` if it fails."""
-        return load_module(cls, path)
-
-    @classmethod
     def load_published(cls, path: Path, **sizes: Any) -> HaltonTransformer:
         """Load the published checkpoint at ``path``, frozen; its weights are in memory only once.
 
@@ -190,10 +184,7 @@ class HaltonTransformer(nn.Module):
         is_tied = head is not None and embedding is not None and torch.equal(head, embedding)
         if is_tied:
             del state["head.weight"]
-        with torch.device("meta"):
-            transformer = cls(**sizes, is_tied=is_tied)
-        fill(transformer, state, NAMES, path)
-        return transformer
+        return filled(lambda: cls(**sizes, is_tied=is_tied), state, NAMES, path)
 
 
 def swiglu_width(width: int) -> int:

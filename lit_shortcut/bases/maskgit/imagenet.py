@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
+from lit_shortcut.bases.frozen import seeded
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.bases.maskgit.vqgan import VQGAN
@@ -43,8 +42,7 @@ def random_weights(grid: int = 32, size: Size = "base", seed: int = 0) -> MaskGI
 
     Its fingerprint begins with ``random-``, also in cards and result rows.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         base = MaskGIT(MaskGITTransformer(**imagenet_sizes(grid, size)), VQGAN())
     base.fingerprint = f"random-{base.fingerprint}"
     return base

@@ -11,7 +11,7 @@ from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention, feed_forward
 from lit_shortcut.networks.deepening import deepened
-from lit_shortcut.published import MASKGIT, fill, load_state
+from lit_shortcut.published import MASKGIT, filled, load_state
 from lit_shortcut.weights import load_module
 
 _OUTER_EPS = 1e-12  # in the layer norms of the first and last block; those inside the layers keep torch's 1e-5
@@ -141,7 +141,4 @@ class MaskGITTransformer(nn.Module):
         Raises:
             WeightsError: if the file is missing, damaged, or not of these sizes.
         """
-        with torch.device("meta"):
-            transformer = cls(**sizes)
-        fill(transformer, load_state(path), MASKGIT, path)
-        return transformer
+        return filled(lambda: cls(**sizes), load_state(path), MASKGIT, path)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lit_shortcut.bases.code_decoder import taming_pairs
 from lit_shortcut.bounds import require_at_least
-from lit_shortcut.published import Names, fill, load_state
+from lit_shortcut.published import Names, filled, load_state
 from lit_shortcut.weights import WeightsError
 
-_TRAINING_ONLY = "loss."  # discriminator and perceptual loss, also in the checkpoint
+_TRAINING_ONLY = ("loss.",)  # discriminator and perceptual loss, also in the checkpoint
 
 
 class VQGAN(nn.Module):
@@ -99,13 +99,10 @@ class VQGAN(nn.Module):
             WeightsError: if a file is missing or damaged, or the weights do not fit the configuration.
         """
         sizes = read_sizes(folder / "model.yaml")
-        with torch.device("meta"):
-            vqgan = cls(**sizes)
         converted = folder / "last.safetensors"
         path = converted if converted.exists() else folder / "last.ckpt"
-        state = {name: t for name, t in load_state(path).items() if not name.startswith(_TRAINING_ONLY)}
-        fill(vqgan, state, vqgan_names(len(sizes["multipliers"])), path)
-        return vqgan
+        names = vqgan_names(len(sizes["multipliers"]))
+        return filled(lambda: cls(**sizes), load_state(path), names, path, _TRAINING_ONLY)
 
 
 def read_sizes(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lit_shortcut.bases.clip_text import CLIPText
+from lit_shortcut.bases.frozen import seeded
 from lit_shortcut.bases.meissonic.adapter import NEGATIVE, Meissonic
 from lit_shortcut.bases.meissonic.transformer import MeissonicTransformer
 from lit_shortcut.bases.saved import (
@@ -20,7 +21,7 @@ from lit_shortcut.bases.saved import (
     read_weights,
     take,
 )
-from lit_shortcut.bases.vq import VQDecoder, load_vqvae, patch_size, random_vqvae
+from lit_shortcut.bases.vq import decoder_of, load_vqvae, random_vqvae
 from lit_shortcut.hub import local_folder
 from lit_shortcut.weights import WeightsError
 
@@ -76,10 +77,8 @@ def published(
     if text_encoder is not None:
         text_folder, variant = local_folder(text_encoder, file_patterns("", TRANSFORMERS, None)), None
     text = CLIPText.load(text_folder, folder / "tokenizer", variant, own_dtype, widths)
-    patch, default = patch_size(vqvae), _DEFAULT_PIXELS[transformer.stride]
-    height, width = (default if size is None else size for size in (height, width))
-    decoder = VQDecoder(vqvae, height // patch, width // patch)
-    return Meissonic(transformer, decoder, text, height=height, width=width, patch_size=patch, negative=negative)
+    decoder, sizes = decoder_of(vqvae, height, width, _DEFAULT_PIXELS[transformer.stride])
+    return Meissonic(transformer, decoder, text, negative=negative, **sizes)
 
 
 def random_weights(
@@ -104,14 +103,12 @@ def random_weights(
         seed: seed of the weights.
     """
     own_dtype, resampled = getattr(torch, dtype), resolution != _DEFAULT_PIXELS[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         transformer = MeissonicTransformer(depth, single_depth, downsample=resampled, upsample=resampled)
         text = CLIPText.random(1024, text_depth, num_heads=16, activation="gelu", dtype=own_dtype)
         vqvae = random_vqvae()
-    patch = patch_size(vqvae)
-    decoder = VQDecoder(vqvae, resolution // patch, resolution // patch)
-    base = Meissonic(transformer.to(own_dtype), decoder, text, height=resolution, width=resolution, patch_size=patch)
+    decoder, sizes = decoder_of(vqvae, None, None, resolution)
+    base = Meissonic(transformer.to(own_dtype), decoder, text, negative=NEGATIVE, **sizes)
     base.label = "random-"
     return base
 

@@ -90,16 +90,20 @@ class MMaDA(PromptedLLaDA):
             frame=torch.tensor([special.soi, special.eoi]),
             row_offsets=torch.tensor([*range(1, num_tokens + 1), 0, num_tokens + 1]),
         )
-        super().__init__(transformer, tokenizer, special=special, image=image, max_prompt_tokens=max_text_tokens + 1)
-        self.prompt_tokenizer, self.max_text_tokens, self.negative = prompt_tokenizer, max_text_tokens, negative
+        super().__init__(
+            transformer,
+            tokenizer,
+            prompt_tokenizer,
+            special=special,
+            image=image,
+            max_prompt_tokens=max_text_tokens + 1,
+            negative=negative,
+        )
+        self.max_text_tokens = max_text_tokens
 
     def identity(self) -> dict[str, Any]:
-        """Identity of the base, with its prompt tokenizer, the longest text and the negative prompt."""
-        return super().identity() | {
-            "prompt_tokenizer": self.prompt_tokenizer.identity(),
-            "max_text_tokens": self.max_text_tokens,
-            "negative": self.negative,
-        }
+        """Identity of the base, with the longest text."""
+        return super().identity() | {"max_text_tokens": self.max_text_tokens}
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of ``prompt`` between t2i, bos and eos; longer texts are cut with a warning, as the base does."""

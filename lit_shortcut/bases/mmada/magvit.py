@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_shortcut.bases.code_decoder import CodeDecoder, taming_pairs
-from lit_shortcut.published import Names, fill, load_state
+from lit_shortcut.published import Names, filled, load_state
 from lit_shortcut.weights import WeightsError
 
 FILES = ("pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
@@ -44,12 +44,10 @@ def load_magvit(folder: Path, bits: int = 13, **sizes: Any) -> CodeDecoder:
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
         raise WeightsError(f"{folder}: no weights; expected one of {', '.join(FILES)}")
-    with torch.device("meta"):
-        decoder = magvit_decoder(bits, **sizes)
-    state = {name: tensor for name, tensor in load_state(path).items() if not name.startswith(_UNUSED)}
     pairs = [("decoder.post_quant_conv.", "post_quant_conv."), ("quantize.embedding", "codes.weight")]
     num_levels = len(sizes.get("multipliers", _SIZES["multipliers"]))
-    fill(decoder, state, Names(pairs + taming_pairs(num_levels)), path)
+    names = Names(pairs + taming_pairs(num_levels))
+    decoder = filled(lambda: magvit_decoder(bits, **sizes), load_state(path), names, path, _UNUSED)
     if not torch.equal(decoder.codes.weight, bits_of_codes(bits)):
         raise WeightsError(f"{path}: quantize.embedding: expected the bits of each code as -1 and 1, highest first")
     return decoder

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lit_shortcut.bases.dimoo.prompt import TextTokenizer, Utf8Tokenizer
-from lit_shortcut.bases.dimoo.published import PATCH_SIZE, NoDecoder, load_transformer, random_transformer
+from lit_shortcut.bases.dimoo.published import PATCH_SIZE, NoDecoder, as_random, load_transformer, random_transformer
 from lit_shortcut.bases.mmada.adapter import MMaDA, MMaDATokens
 from lit_shortcut.bases.mmada.magvit import FILES as VQ_FILES
 from lit_shortcut.bases.mmada.magvit import load_magvit
@@ -80,13 +81,8 @@ def random_weights(
     depth: int = 32,
     size: int = 512,
     *,
-    feature_width: int = 4096,
-    num_heads: int = 32,
-    mlp_width: int = 12288,
     vocab_size: int = VOCAB_SIZE,
-    dtype: Precision = "bfloat16",
-    device: str = "cpu",
-    seed: int = 0,
+    **transformer: Any,
 ) -> MMaDA:
     """The base at published sizes with random weights: for latency and memory, never for quality.
 
@@ -95,19 +91,12 @@ def random_weights(
     Args:
         depth: transformer blocks; a base with fewer than published fits anywhere.
         size: side of the images in pixels, a multiple of 16.
-        feature_width: C.
-        num_heads: attention heads.
-        mlp_width: hidden width of the SwiGLUs.
         vocab_size: number of text tokens and codes.
-        dtype: dtype of the transformer's weights.
-        device: device of the weights; on ``meta`` they have only shapes and take no memory.
-        seed: seed of the weights.
+        **transformer: other arguments of :func:`~lit_shortcut.bases.dimoo.published.random_transformer`.
 
     Raises:
         ValueError: if ``size`` is not a multiple of 16, or sizes do not fit one another.
     """
-    transformer = random_transformer(vocab_size, feature_width, depth, num_heads, mlp_width, dtype, device, seed)
+    network = random_transformer(vocab_size, depth, **transformer)
     text = Utf8Tokenizer(uncondition=-1)
-    base = MMaDA(transformer, NoDecoder(), text, height=size, width=size, patch_size=PATCH_SIZE)
-    base.label = "random-"
-    return base.to(device)
+    return as_random(MMaDA(network, NoDecoder(), text, height=size, width=size, patch_size=PATCH_SIZE))
