@@ -36,7 +36,7 @@ class PlainProgress(ProgressBar):
     def __init__(self, every_seconds: float = 20.0, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self.every_seconds, self.clock, self.is_enabled = every_seconds, clock, True
-        self.started: dict[str, float] = {}
+        self.started: dict[str, tuple[float, int]] = {}  # time, and what was done before
         self.said = 0.0
 
     def enable(self) -> None:
@@ -49,7 +49,7 @@ class PlainProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the number of steps."""
-        self._begin("fit", trainer.estimated_stepping_batches, "steps")
+        self._begin("fit", trainer.estimated_stepping_batches, "steps", before=trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Log the number of this step, with the metrics that a bar would show."""
@@ -86,8 +86,10 @@ class PlainProgress(ProgressBar):
     ) -> None:
         self._say(stage, int(sum(counts[:dataloader_idx])) + batch_idx + 1, sum(counts), "batches")
 
-    def _begin(self, stage: str, total: float, unit: str) -> None:
-        self.started[stage] = self.said = self.clock()
+    def _begin(self, stage: str, total: float, unit: str, before: int = 0) -> None:
+        """Start the clock of ``stage``, of which ``before`` was done by an earlier run."""
+        self.said = self.clock()
+        self.started[stage] = self.said, before
         if self.is_enabled and not self.trainer.sanity_checking:
             rank_zero_info(f"{stage}: {_shown(total)} {unit}")
 
@@ -96,8 +98,9 @@ class PlainProgress(ProgressBar):
         is_due = done >= total or now - self.said >= self.every_seconds
         if not is_due or not self.is_enabled or self.trainer.sanity_checking:
             return
-        self.said, passed = now, now - self.started[stage]
-        left = f", {_duration(passed / done * (total - done))} left" if done < total < float("inf") else ""
+        start, before = self.started[stage]
+        self.said, passed, own = now, now - start, max(1, done - before)
+        left = f", {_duration(passed / own * (total - done))} left" if done < total < float("inf") else ""
         rank_zero_info(f"{stage}: {done} of {_shown(total)} {unit}, {_duration(passed)} passed{left}{metrics}")
 
 

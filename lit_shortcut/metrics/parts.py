@@ -14,6 +14,8 @@ from torch import Tensor
 from lit_shortcut.contracts import Acceleration, Clock, Conditions, Context, FeatureFn, MaskedImageModel, State
 from lit_shortcut.metrics.latency import synchronize
 
+_OUTSIDE = ("head", "token choice", "rest")
+
 
 class Laps:
     """Seconds and calls by part. Each lap counts for the part that ran since the previous lap.
@@ -145,6 +147,21 @@ def parts_of(rounds: list[Laps]) -> list[Part]:
     names = [name for name in rounds[0].seconds if name != "rest"]
     parts = [_part(name, rounds) for name in names]
     return [*sorted(parts, key=lambda part: -part.ms), _part("rest", rounds)]
+
+
+def summary(parts: list[Part]) -> str:
+    """Say what share of a run the base takes and what share no network, and what a predictor's step costs.
+
+    With b base passes of t in a run of T, the base's share is b·t / T.
+    """
+    base, *_ = (part for part in parts if part.name == "base")
+    outside = sum(part.share for part in parts if part.name in _OUTSIDE)
+    said = [f"base {base.share:.1%}", f"outside the networks (head, token choice, rest) {outside:.2%}"]
+    for part in parts:
+        if part.calls and part.name not in ("base", *_OUTSIDE):
+            step = part.ms / part.calls / (base.ms / base.calls)
+            said.append(f"a step of {part.name} takes {step:.1%} of a base pass")
+    return "; ".join(said)
 
 
 def _part(name: str, rounds: list[Laps]) -> Part:

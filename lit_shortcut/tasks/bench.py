@@ -18,7 +18,7 @@ from lit_shortcut.evaluation.identity import dtype_of
 from lit_shortcut.evaluation.rows import Row
 from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import device_name
-from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of
+from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of, summary
 from lit_shortcut.sampling import sample
 from lit_shortcut.tasks.comparison import ComparisonTask
 from lit_shortcut.trials import is_trial, require_writable_file
@@ -68,7 +68,7 @@ class BenchTask(ComparisonTask):
         }
         facts = self.facts(batch)
         said = ", ".join(f"{name} {value}" for name, value in facts.items())
-        tables = "\n\n".join(f"{name}\n{_table(parts)}" for name, parts in measured.items())
+        tables = "\n\n".join(f"{name}\n{_table(parts)}\n\n{summary(parts)}" for name, parts in measured.items())
         rank_zero_info(f"\n{tables}\n\n{said}")
         if self.trainer.is_global_zero and not is_trial(self.trainer, "test"):
             rows = {name: [part._asdict() for part in parts] for name, parts in measured.items()}

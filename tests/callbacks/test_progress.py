@@ -64,6 +64,17 @@ def test_steps_are_counted_over_epochs_and_validation_has_lines_of_its_own(said:
     ]
 
 
+def test_time_left_after_a_resume_counts_only_what_this_run_did(tmp_path: Path, said: Callable[[], list[str]]) -> None:
+    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_model_summary": False}
+    quiet |= {"enable_checkpointing": False, "max_epochs": -1, "limit_train_batches": 20, "limit_val_batches": 0}
+    first = L.Trainer(**quiet, max_steps=20, callbacks=[PlainProgress(1000, Ticks())])
+    first.fit(BoringModel())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    again = L.Trainer(**quiet, max_steps=40, callbacks=[PlainProgress(10, Ticks())])
+    again.fit(BoringModel(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert said()[3] == "fit: 30 of 40 steps, 0:10 passed, 0:10 left"
+
+
 def test_bar_is_for_terminals_and_lines_are_for_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     for is_terminal, kind in ((True, TerminalProgress), (False, PlainProgress)):
         monkeypatch.setattr("sys.stdout.isatty", lambda answer=is_terminal: answer)

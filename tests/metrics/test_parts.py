@@ -11,7 +11,7 @@ from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Acceleration, Clock, Conditions, Context, MaskedImageModel, State
-from lit_shortcut.metrics.parts import Laps, TimedAcceleration, TimedBase, parts_of
+from lit_shortcut.metrics.parts import Laps, Part, TimedAcceleration, TimedBase, parts_of, summary
 from lit_shortcut.sampling import Decoding, generate, sample
 
 CPU = torch.device("cpu")
@@ -118,3 +118,16 @@ def test_parts_are_medians_and_shares_are_taken_within_their_round() -> None:
     assert [part.calls for part in parts] == [4, 0, 0]
     assert [part.ms for part in parts] == pytest.approx([3200, 600, 200])
     assert [part.share for part in parts] == pytest.approx([0.8, 0.15, 0.05])
+
+
+def test_summary_gives_shares_and_the_cost_of_a_step() -> None:
+    parts = [
+        Part("base", 4, 80.0, 0.8),
+        Part("hold", 8, 8.0, 0.08),
+        Part("head", 12, 10.0, 0.1),
+        Part("rest", 0, 2, 0.02),
+    ]
+    said = summary(parts)
+    assert "base 80.0%" in said
+    assert "12.00%" in said
+    assert "hold takes 5.0% of a base pass" in said
