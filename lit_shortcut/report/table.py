@@ -104,8 +104,9 @@ def for_people(table: pd.DataFrame) -> pd.DataFrame:
     if "memory_mb" in table:
         shown["memory MB"] = _cells(table, "{:.0f}", "memory_mb")
     for name in metric_names(table):
-        several = _cells(table, "{:.3f} ± {:.3f}", name, f"{name}_interval")
-        one = _cells(table, "{:.3f}", name)
+        form = f"{{:.{_decimals(table[name])}f}}"
+        several = _cells(table, f"{form} ± {form}", name, f"{name}_interval")
+        one = _cells(table, form, name)
         shown[name] = [both if both != _ABSENT else mean for both, mean in zip(several, one, strict=True)]
     return shown.astype(str)
 
@@ -114,6 +115,16 @@ def markdown(table: pd.DataFrame) -> str:
     """Return :func:`for_people` in Markdown."""
     text: str = for_people(table).to_markdown(index=False, disable_numparse=True)
     return text
+
+
+def _decimals(values: pd.Series) -> int:
+    """Return how many decimals show three digits of the largest of ``values``, at least 3.
+
+    >>> _decimals(pd.Series([0.52, 12.3])), _decimals(pd.Series([0.00031, -0.00002])), _decimals(pd.Series([0.0]))
+    (3, 6, 3)
+    """
+    largest = values.abs().max()
+    return max(3, 2 - math.floor(math.log10(largest))) if largest > 0 else 3
 
 
 def _cells(table: pd.DataFrame, form: str, *columns: str) -> list[str]:
