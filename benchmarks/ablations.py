@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import auto_cli
@@ -18,10 +18,12 @@ from jsonargparse import auto_cli
 from benchmarks.table import Table
 from lit_shortcut.files import replacing
 
+_PLACES = {"network": "model.network", "data": "data"}
+
 
 def main(
     base: str,
-    variants: dict[str, dict[str, Any]],
+    variants: dict[str, dict[Literal["network", "data"], dict[str, Any]]],
     num_steps: int,
     budgets: list[int],
     max_steps: int,
@@ -34,7 +36,7 @@ def main(
 
     Args:
         base: folder of configs; its ``extract.yaml`` must have been run.
-        variants: arguments of the shortcut network that differ from ``fit.yaml``'s, by name.
+        variants: by name, the arguments of network and datamodule that differ from ``fit.yaml``'s.
         num_steps: N of the recorded set.
         budgets: base passes of the rows.
         max_steps: optimiser steps of each variant.
@@ -56,7 +58,12 @@ def main(
 
 
 def _fit(
-    base: str, name: str, changes: dict[str, Any], budgets: list[int], max_steps: int, folder: Path
+    base: str,
+    name: str,
+    changes: dict[Literal["network", "data"], dict[str, Any]],
+    budgets: list[int],
+    max_steps: int,
+    folder: Path,
 ) -> dict[str, float]:
     """Train one variant unless it is there; returns the metrics of its validation."""
     own = folder / name
@@ -75,7 +82,11 @@ def _fit(
             f"--trainer.val_check_interval={max_steps}",
             "--trainer.logger=false",
             "--trainer.enable_checkpointing=false",
-            *(f"--model.network.init_args.{key}={json.dumps(value)}" for key, value in changes.items()),
+            *(
+                f"--{_PLACES[part]}.init_args.{key}={json.dumps(value)}"
+                for part, values in changes.items()
+                for key, value in values.items()
+            ),
         )
     manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
     metrics: dict[str, float] = manifest[f"{name}/model.safetensors"]["metrics"]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
 from lit_shortcut.sampling import Decoding
 
-DECODING = Decoding(num_steps=8, guidance=1.5, confidence_noise=9.0)
+
+def decoding() -> Decoding:
+    """How it draws tokens; the working directory is the project's."""
+    return Decoding.from_values(yaml.safe_load(Path("configs/parts/fashion_decoding.yaml").read_text()))
 
 
 def base() -> MaskGIT:

@@ -42,7 +42,7 @@ def measure() -> Table:
     with TemporaryDirectory() as scratch:
         exact = Path(scratch) / "float32"
         trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(exact, "float32")])
-        task = RecordingTask(fashion.base(), decoding=fashion.DECODING)
+        task = RecordingTask(fashion.base(), decoding=fashion.decoding())
         trainer.predict(task, datamodule=ClassLabels(NUM_IMAGES, SHARD, seed=1), return_predictions=False)
         errors, sizes = {}, {}
         for dtype in ("float32", "bfloat16", "int8"):
@@ -91,11 +91,14 @@ def _trained(folder: Path, exact: Path) -> dict[str, float]:
     def adamw(parameters: Any) -> AdamW:
         return AdamW(parameters, lr=1e-3, weight_decay=1e-2)
 
-    network: nn.Module = ShortcutNet(width=128, num_heads=1, bottleneck_ratio=2.0, grid=14, reach=3)
+    network: nn.Module = ShortcutNet(
+        width=128, num_heads=1, bottleneck_ratio=2.0, grid=14, reach=3, rows="masked", anchored=True
+    )
     losses: dict[str, Loss] = {"mse": MaskedMSE(), "kl": HeadKL()}
     task = ShortcutTask(network, losses=losses, optimizer=adamw, scheduler=scheduled)  # type: ignore[arg-type]
     trainer = L.Trainer(**QUIET, max_steps=STEPS, limit_val_batches=0, gradient_clip_val=1.0)
-    trainer.fit(task, datamodule=TrajectoryDataModule(str(folder), 64, validation_shards=VALIDATION_SHARDS))
+    recorded = TrajectoryDataModule(str(folder), 64, max_gap=6, validation_shards=VALIDATION_SHARDS)
+    trainer.fit(task, datamodule=recorded)
     judge = L.Trainer(**QUIET)
     data = TrajectoryDataModule(str(exact), validation_shards=VALIDATION_SHARDS)
     (measured,) = judge.validate(task, datamodule=data, verbose=False)

@@ -37,7 +37,7 @@ class _Sampling(RecordingTask):
 def measure() -> Table:
     """Predict the same images with and without recording, in turns, by the clock and by the processors' time."""
     base = fashion.base()
-    sampling, recording = _Sampling(base, decoding=fashion.DECODING), RecordingTask(base, decoding=fashion.DECODING)
+    sampling, recording = _Sampling(base, decoding=fashion.decoding()), RecordingTask(base, decoding=fashion.decoding())
     wall: dict[str, float] = {}
     with TemporaryDirectory() as scratch:
         runs: dict[str, Callable[[], object]] = {PLAIN: partial(_predict, sampling)}

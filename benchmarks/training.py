@@ -63,7 +63,8 @@ class Size:
 SIZES = (
     Size(  # configs/fashion/fit.yaml
         "fashion default",
-        {"width": 128, "num_heads": 1, "bottleneck_ratio": 2.0, "grid": 14, "reach": 3},
+        {"width": 128, "num_heads": 1, "bottleneck_ratio": 2.0, "grid": 14, "reach": 3}
+        | {"rows": "masked", "anchored": True},
         num_tokens=196,
         codebook_size=64,
         num_steps=8,

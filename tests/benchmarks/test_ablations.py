@@ -13,7 +13,10 @@ from benchmarks import ablations
 from tests.command_line import CONFIGS, lightning, record_toy
 
 ROOT = CONFIGS.parent
-VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "blind": {"uses_control": False}}
+VARIANTS: Any = {
+    "plain": {},
+    "blind": {"network": {"uses_control": False, "anchored": True}, "data": {"max_gap": 2}},
+}
 
 
 @pytest.mark.parametrize("base", ["fashion", "fashion_text"])
@@ -23,7 +26,7 @@ def test_variants_of_the_defaults_fit_their_networks(base: str) -> None:
     module, _, name = network["class_path"].rpartition(".")
     made: Any = getattr(importlib.import_module(module), name)
     for changes in asked["variants"].values():
-        made(**network["init_args"] | changes)
+        made(**network["init_args"] | changes.get("network", {}))
 
 
 def test_variants_are_trained_and_compared_in_one_table(
