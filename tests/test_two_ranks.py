@@ -78,9 +78,17 @@ def test_ranks_record_different_samples_which_together_are_the_set_of_one_proces
     assert sorted(drawn) == [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7]]
 
 
-def test_two_ranks_train_as_one_of_twice_the_batch(trained: Path, tmp_path: Path) -> None:
+NETWORK = "--model.network.init_args"
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [("--data.window=2",), ("--data.max_gap=3", f"{NETWORK}.anchored=true", f"{NETWORK}.rows=masked")],
+    ids=["window", "gaps"],
+)
+def test_two_ranks_train_as_one_of_twice_the_batch(trained: Path, tmp_path: Path, steps: tuple[str, ...]) -> None:
     shutil.copytree(trained / SET, tmp_path / SET)
-    long = ("--trainer.max_steps=20", "--trainer.val_check_interval=5", "--data.window=2", f"--model.losses={LOSSES}")
+    long = ("--trainer.max_steps=20", "--trainer.val_check_interval=5", *steps, f"--model.losses={LOSSES}")
     command = ("fit", "--config", TOY / "fit.yaml", *long, "--data.validation_shards=1", "--trainer.callbacks=null")
     one = logged(tmp_path, tmp_path / "one", *command, "--data.batch_size=8")
     two = logged(tmp_path, tmp_path / "two", *command, "--data.batch_size=4", *TWO)
