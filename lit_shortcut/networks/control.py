@@ -63,7 +63,7 @@ def advance(
     rows = ALL_ROWS
     if options.rows == "masked":
         assert masked is not None
-        rows = _rows(interface, masked)
+        rows = _rows(interface, masked, features.shape[-2])
     tokens = embedded.tokens.to(features)
     predicted: Tensor = network(features, tokens, masked_share, embedded.is_real, embedded.places, rows, gap)
     return predicted
@@ -113,23 +113,23 @@ def embed_control(interface: TokenInterface, control: Control, layout: Layout | 
     committed = interface.embed(control.tokens, control.positions)
     if layout is None:
         return EmbeddedControl(committed, control.is_real, Places(rows=None, control=control.positions))
-    prefix = layout.control
+    prefix, index = layout.control, control.positions[..., None].expand(-1, -1, layout.rows.shape[-1])
     return EmbeddedControl(
         tokens=torch.cat([prefix.tokens.to(committed.dtype), committed], dim=1),
         is_real=_joined(prefix, control),
         places=Places(
             rows=layout.rows,
-            control=torch.cat([prefix.places.control, RowsAt(control.positions).take(layout.rows)], dim=1),
+            control=torch.cat([prefix.places.control, layout.rows.gather(1, index)], dim=1),
             is_real=layout.is_real,
         ),
     )
 
 
-def _rows(interface: TokenInterface, masked: Tensor) -> Rows:
-    """Return the rows of ``masked`` tokens, (B, M) or a mask (B, L)."""
+def _rows(interface: TokenInterface, masked: Tensor, num_rows: int) -> Rows:
+    """Return the rows, of ``num_rows`` (S), of ``masked`` tokens, (B, M) or a mask (B, L)."""
     if masked.dtype != torch.bool:
         if interface.num_rows == interface.num_tokens:
-            return RowsAt(masked)
+            return RowsAt(masked, num_rows)
         is_masked = torch.zeros(len(masked), interface.num_tokens, dtype=torch.bool, device=masked.device)
         masked = is_masked.scatter(1, masked, True)
     return RowsWhere(interface.masked_rows(masked))

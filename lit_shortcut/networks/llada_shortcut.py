@@ -39,6 +39,8 @@ class CrossAndSelf(nn.Module):
 
     def forward(
         self,
+        own: Tensor,
+        own_by: Rotation,
         x: Tensor,
         by: Rotation,
         control: tuple[Tensor, Rotation] | None,
@@ -46,18 +48,17 @@ class CrossAndSelf(nn.Module):
         is_real: Tensor | None,
         rows: Rows = ALL_ROWS,
     ) -> Tensor:
-        """Map (B, S, c) to (B, S, c) given ``control`` (B, K, c), each with its rotation and padding.
+        """Map ``own``, ``rows`` of (B, S, c), given ``control`` (B, K, c), each with its rotation and padding.
 
-        Only ``rows`` change; all rows are attended to.
+        All rows are attended to; those that do not change are as in ``x`` (B, S, c).
         """
-        own, own_by = rows.take(x), Rotation(*(rows.take(part[:, 0])[:, None] for part in by))
         if self.cross_attn is not None:
             own = self.cross_attn(own, own_by, control_is_real, memory=control)
         if rows is ALL_ROWS:
             own = self.self_attn(own, by, is_real)
         else:
             own = self.self_attn(own, own_by, is_real, memory=(rows.put(x, own), by))
-        return rows.put(x, own)
+        return own
 
 
 class LLaDAShortcutNet(ShortcutNetwork):
@@ -154,7 +155,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         return torch.cat(by, dim=-1).squeeze(1)
 
     def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
-        """Apply the blocks to ``x`` (B, S, c) given ``control`` (B, K, c).
+        """Apply the blocks to ``rows`` of ``x`` (B, S, c), and return them.
 
         Raises:
             ValueError: if there are no ``places``.
@@ -162,7 +163,8 @@ class LLaDAShortcutNet(ShortcutNetwork):
         if places is None or places.rows is None:
             raise ValueError("LLaDAShortcutNet rotates rows by their places, but the base's interface has none")
         by, control_by = (Rotation(*part[:, None].chunk(2, dim=-1)) for part in (places.rows, places.control))
+        own, own_by = rows.take(x), Rotation(*(rows.take(part[:, 0])[:, None] for part in by))
         memory = (control, control_by)
         for block in self.blocks:
-            x = block(x, by, memory, is_real, places.is_real, rows)
-        return x
+            own = block(own, own_by, x, by, memory, is_real, places.is_real, rows)
+        return own

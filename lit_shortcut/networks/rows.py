@@ -29,21 +29,24 @@ ALL_ROWS = Rows()
 
 
 class RowsAt(Rows):
-    """The rows at ``index`` (B, M), all different; only M rows are computed."""
+    """The rows at ``index`` (B, M), all different, of ``num_rows`` (S); only M rows are computed.
 
-    def __init__(self, index: Tensor) -> None:
-        self.index = index
+    Rows are copied whole, by their places in the flattened batch: on a CPU gather and scatter, which look up every
+    single value, take 5 to 30 times as long.
+    """
+
+    def __init__(self, index: Tensor, num_rows: int) -> None:
+        self.shape = index.shape
+        first = num_rows * torch.arange(len(index), device=index.device)[:, None]
+        self.index = (first + index).flatten()
 
     def take(self, x: Tensor) -> Tensor:
         """Return the rows (B, M, c) at ``index``."""
-        return x.gather(1, self._index(x))
+        return x.flatten(0, 1).index_select(0, self.index).view(*self.shape, x.shape[-1])
 
     def put(self, x: Tensor, taken: Tensor) -> Tensor:
         """Return ``x`` (B, S, c) with ``taken`` (B, M, c) at ``index``."""
-        return x.scatter(1, self._index(x), taken)
-
-    def _index(self, x: Tensor) -> Tensor:
-        return self.index[..., None].expand(-1, -1, x.shape[-1])
+        return x.flatten(0, 1).index_copy(0, self.index, taken.flatten(0, 1)).view_as(x)
 
 
 class RowsWhere(Rows):

@@ -41,17 +41,17 @@ class Block(nn.Module):
         self.self_norm, self.self_attention = nn.LayerNorm(width), Attention(width, num_heads)
         self.self_mlp_norm, self.self_mlp = nn.LayerNorm(width), feed_forward(width, 4 * width)
 
-    def forward(self, x: Tensor, control: Tensor, is_real: Tensor | None, rows: Rows = ALL_ROWS) -> Tensor:
-        """Map (B, S, c) to (B, S, c) given ``control`` (B, K, c), which is padding where ``is_real`` (B, K) is false.
+    def forward(self, own: Tensor, x: Tensor, control: Tensor, is_real: Tensor | None, rows: Rows = ALL_ROWS) -> Tensor:
+        """Map ``own``, ``rows`` of (B, S, c), given ``control`` (B, K, c), padding where ``is_real`` (B, K) is false.
 
-        Only ``rows`` change; all rows are attended to.
+        All rows are attended to; those that do not change are as in ``x`` (B, S, c).
         """
-        own = rows.take(x)
         if self.uses_control:
             own = own + self.cross_attention(self.cross_norm(own), control, is_real)
             own = own + self.cross_mlp(self.cross_mlp_norm(own))
         own = own + self.self_attention(self.self_norm(own), rows.put(x, own))
-        return rows.put(x, own + self.self_mlp(self.self_mlp_norm(own)))
+        refined: Tensor = own + self.self_mlp(self.self_mlp_norm(own))
+        return refined
 
 
 class ShortcutNetwork(nn.Module, ABC):
@@ -112,7 +112,7 @@ class ShortcutNetwork(nn.Module, ABC):
         x = self.narrow_features(features)
         if self.options.uses_control:
             control = self.narrow_control(control)
-        x = self.last(rows.take(self.refine(x, control, is_real, places, rows)))
+        x = self.last(self.refine(x, control, is_real, places, rows))
         if self.options.uses_time:
             time = self.time_mlp(sinusoids(_TIME_SCALE * masked_share).to(x.dtype))
             if self.options.anchored:
@@ -129,9 +129,9 @@ class ShortcutNetwork(nn.Module, ABC):
 
     @abstractmethod
     def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
-        """Apply the blocks to ``x`` (B, S, c) given ``control`` (B, K, c), padding where ``is_real`` (B, K) is false.
+        """Apply the blocks to ``rows`` of ``x`` (B, S, c), and return them.
 
-        Only ``rows`` change.
+        ``control`` (B, K, c) is padding where ``is_real`` (B, K) is false.
         """
 
 
@@ -227,7 +227,7 @@ class ShortcutNet(ShortcutNetwork):
         return network
 
     def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
-        """Apply the blocks to ``x`` (B, S, c) given ``control`` (B, K, c); only a neighbourhood needs ``places``.
+        """Apply the blocks to ``rows`` of ``x`` (B, S, c), and return them; only a neighbourhood needs ``places``.
 
         Raises:
             ValueError: if there is a neighbourhood and no ``places``.
@@ -237,9 +237,10 @@ class ShortcutNet(ShortcutNetwork):
                 raise ValueError("a ShortcutNet with a reach needs the places of its control tokens")
             near = self.neighbourhood(control, places.control, is_real)
             x = x + F.pad(near, (0, 0, 0, x.shape[1] - near.shape[1]))
+        own = rows.take(x)
         for block in self.blocks:
-            x = block(x, control, is_real, rows)
-        return x
+            own = block(own, x, control, is_real, rows)
+        return own
 
 
 def published_sizes(state: dict[str, Tensor], inner: int) -> dict[str, Any]:

@@ -209,17 +209,22 @@ def test_chosen_rows_are_predicted_alike_by_index_and_by_mask_and_others_stay(
     features, control, _ = inputs()
     index = torch.tensor([[4, 0], [1, 2], [3, 4]])
     mask = torch.zeros(BATCH, SEQUENCE - 1, dtype=torch.bool).scatter(1, index, value=True)
-    found = run(network, features, control, RowsAt(index))
+    found = run(network, features, control, RowsAt(index, SEQUENCE))
     torch.testing.assert_close(run(network, features, control, RowsWhere(mask)), found, rtol=1e-4, atol=1e-5)
     chosen = torch.nn.functional.pad(mask, (0, 1))
     assert torch.equal(found[~chosen], features[~chosen])
     assert ((found - features)[chosen].abs().amax(-1) > 1e-3).all()
     moved = features.clone()
     moved[~chosen] += 1
-    assert (run(network, moved, control, RowsAt(index)) - found)[chosen].abs().amin() > 0  # they are still attended to
+    assert (run(network, moved, control, RowsAt(index, SEQUENCE)) - found)[
+        chosen
+    ].abs().amin() > 0  # they are still attended to
     everything = torch.arange(SEQUENCE).expand(BATCH, -1).flip(1)
     torch.testing.assert_close(
-        run(network, features, control, RowsAt(everything)), run(network, features, control), rtol=1e-4, atol=1e-5
+        run(network, features, control, RowsAt(everything, SEQUENCE)),
+        run(network, features, control),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
