@@ -82,9 +82,9 @@ class Pipeline:
         self.base, self.decoding, self.shortcut = base, decoding or Decoding(), shortcut
         self.plan: PlanName = plan
         self.budget = None if budget == self.decoding.num_steps else budget
-        row_of(shortcut, plan, self.budget, self.decoding)
         if isinstance(shortcut, Shortcut):
-            shortcut.require_fit(base)
+            shortcut.require_fit(base)  # before the number of steps: another base is the better explanation
+        row_of(shortcut, plan, self.budget, self.decoding)
 
     @property
     def device(self) -> torch.device:

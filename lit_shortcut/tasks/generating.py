@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.compilation import compile_networks
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import require_feasible
 from lit_shortcut.evaluation.rows import Row
@@ -49,6 +50,8 @@ class GenerateTask(L.LightningModule):
         self.plan: PlanName = plan
         self.budget, self.compare, self.compiled = budget, compare, compiled
         self.on_step: Callable[[], None] | None = None
+        if isinstance(shortcut, Shortcut):
+            shortcut.require_fit(base)  # before the number of steps: another base is the better explanation
         row_of(shortcut, plan, budget, self.decoding)  # a budget outside 1..N is refused here
 
     @property
