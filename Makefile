@@ -68,6 +68,7 @@ base-fashion: # tokenizer, classifier, reference statistics, base
 	$(RUN) test --config configs/fashion/reconstructions.yaml
 	$(RUN) fit --config configs/fashion/base.yaml
 	$(RUN) fit --config configs/fashion/base_sharpen.yaml
+	$(RUN) fit --config configs/fashion/base_deep.yaml
 
 base-fashion_text: # texts and their tokenizer, base, CLIP
 	$(VENV)/bin/python -m lit_shortcut.fashion.captions checkpoints/fashion_text

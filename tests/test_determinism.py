@@ -84,6 +84,7 @@ def test_same_seed_trains_the_same_weights_and_another_seed_others(recorded: Pat
         )
         size = (
             "--data.batch_size=8",
+            "--data.max_gap=3",
             "--data.validation_shards=1",
             "--trainer.logger=false",
             "--trainer.accelerator=cpu",

@@ -42,9 +42,9 @@ def default() -> MaskGIT:
 
 @pytest.fixture(scope="module")
 def images(default: MaskGIT) -> dict[int, torch.Tensor]:
-    """Forty images each, drawn in 8 steps and in 2."""
+    """Forty images each, drawn in 12 steps and in 2."""
     (conditions,) = ClassLabels(40, batch_size=40, seed=77).loader()
-    rows = build_rows([[8], [2]], DECODING)
+    rows = build_rows([[12], [2]], DECODING)
     return {row.decoding.num_steps: draw(default, conditions, row).images for row in rows}
 
 
@@ -75,7 +75,7 @@ def test_shipped_files_are_small() -> None:
 
 def test_most_images_are_taken_for_the_class_asked_for(images: dict[int, torch.Tensor]) -> None:
     agreement = ClassAgreement(FashionCNN.load(SHIPPED / "classifier.safetensors"))
-    agreement.update(images[8], asked(labels()))
+    agreement.update(images[12], asked(labels()))
     assert float(agreement.compute()) > 0.7
 
 
@@ -87,12 +87,12 @@ def test_more_steps_come_closer_to_real_images(images: dict[int, torch.Tensor]) 
         )
         distance.update(drawn, asked(labels()))
         distances[num_steps] = float(distance.compute())
-    assert distances[8] < distances[2]
+    assert distances[12] < distances[2]
 
 
 def test_images_differ_from_one_another_within_a_class(images: dict[int, torch.Tensor]) -> None:
-    assert images[8].shape == (40, 3, 28, 28)
-    assert len(images[8].flatten(1).unique(dim=0)) == 40
+    assert images[12].shape == (40, 3, 28, 28)
+    assert len(images[12].flatten(1).unique(dim=0)) == 40
 
 
 def test_command_records_the_default_base(default: MaskGIT, tmp_path: Path) -> None:
