@@ -22,7 +22,8 @@ PICTURES = (
     "0,7",
     "--batch_size=1",
 )
-BENCH = ("--config", CONFIGS / "fashion/bench.yaml", "--trainer.accelerator=cpu")
+SMALL = ("--data.num_images=2", "--data.batch_size=2", "--model.rounds=1")
+BENCH = ("--config", CONFIGS / "fashion/bench.yaml", "--trainer.accelerator=cpu", *SMALL)
 DEV, FEW = "--trainer.fast_dev_run=true", "--trainer.limit_{}_batches=1"
 
 
