@@ -32,7 +32,7 @@ def main(
 ) -> None:
     """Train a shortcut for each variant on the recorded set of ``base``, evaluate all side by side, print one table.
 
-    What is trained or measured already is kept. The working directory is the project's.
+    What the same arguments trained or measured already is kept. The working directory is the project's.
 
     Args:
         base: folder of configs; its ``extract.yaml`` must have been run.
@@ -65,29 +65,32 @@ def _fit(
     max_steps: int,
     folder: Path,
 ) -> dict[str, float]:
-    """Train one variant unless it is there; returns the metrics of its validation."""
-    own = folder / name
-    if not (own / "model.safetensors").exists():
-        export = {"path": str(own), "licence": "Apache-2.0", "trained_on": f"trajectories of {base}"}
-        callbacks = [
-            {"class_path": "lit_shortcut.callbacks.ema.ModuleEMA", "init_args": {"decay": 0.999}},
-            {"class_path": "lit_shortcut.callbacks.replay_table.ReplayTable", "init_args": {"budgets": budgets}},
-            {"class_path": "lit_shortcut.callbacks.export.ExportShortcut", "init_args": export},
-        ]
-        run(
-            "fit",
-            f"--config=configs/{base}/fit.yaml",
-            f"--trainer.callbacks={json.dumps(callbacks)}",
-            f"--trainer.max_steps={max_steps}",
-            f"--trainer.val_check_interval={max_steps}",
-            "--trainer.logger=false",
-            "--trainer.enable_checkpointing=false",
-            *(
-                f"--{_PLACES[part]}.init_args.{key}={json.dumps(value)}"
-                for part, values in changes.items()
-                for key, value in values.items()
-            ),
-        )
+    """Train one variant unless the same command has done so; returns the metrics of its validation."""
+    own, asked = folder / name, folder / f"{name}.json"
+    export = {"path": str(own), "licence": "Apache-2.0", "trained_on": f"trajectories of {base}"}
+    callbacks = [
+        {"class_path": "lit_shortcut.callbacks.ema.ModuleEMA", "init_args": {"decay": 0.999}},
+        {"class_path": "lit_shortcut.callbacks.replay_table.ReplayTable", "init_args": {"budgets": budgets}},
+        {"class_path": "lit_shortcut.callbacks.export.ExportShortcut", "init_args": export},
+    ]
+    words = [
+        "fit",
+        f"--config=configs/{base}/fit.yaml",
+        f"--trainer.callbacks={json.dumps(callbacks)}",
+        f"--trainer.max_steps={max_steps}",
+        f"--trainer.val_check_interval={max_steps}",
+        "--trainer.logger=false",
+        "--trainer.enable_checkpointing=false",
+        *(
+            f"--{_PLACES[part]}.init_args.{key}={json.dumps(value)}"
+            for part, values in changes.items()
+            for key, value in values.items()
+        ),
+    ]
+    if not asked.exists() or json.loads(asked.read_text()) != words:
+        run(*words)
+        with replacing(asked) as aside:
+            aside.write_text(json.dumps(words))
     manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
     metrics: dict[str, float] = manifest[f"{name}/model.safetensors"]["metrics"]
     return metrics

@@ -53,3 +53,5 @@ def test_variants_are_trained_and_compared_in_one_table(
     assert verbs == ["fit", "fit", "test"]
     measure()
     assert verbs[3:] == ["test"]  # trained variants are kept
+    measure(max_steps=5)
+    assert verbs[4:] == ["fit", "fit", "test"]
