@@ -18,12 +18,16 @@ from datamodules.conditions import InTurn, sample_seed
 from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
 from datamodules.windows import Order, require_spans, spans
+from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
+from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
-from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
+from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import card_of, record
+from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import Card, TrajectoryError
 from lit_shortcut.trajectory.encoding import require_finite
 from lit_shortcut.trajectory.transitions import concatenated, select
@@ -94,6 +98,11 @@ class OnlineDataModule(L.LightningDataModule):
     generated. If it fits within ``device_memory_gb``, features stay on the device and batches are made there; otherwise
     they are kept in the host's memory.
 
+    With ``on_policy_budget`` the network in training draws the tokens of each training pool, as it is when the pool is
+    generated, and the base's features on those tokens are the targets: it learns from the states that it will meet. The
+    cost is the same, as the base runs at every step either way. A resumed run draws the pool it stopped in with the
+    weights it stopped with.
+
     Args:
         base: the frozen model.
         decoding: settings that tokens are drawn with.
@@ -107,6 +116,8 @@ class OnlineDataModule(L.LightningDataModule):
         dtype: dtype of the features in the pool.
         device_memory_gb: GB (10⁹ bytes) that pools may take on the device; a pool stays there if two fit,
             never at 0.
+        on_policy_budget: b, full steps of the runs that the network in training draws tokens in, evenly spaced; None
+            lets the base draw them all. Validation is always on the base's own tokens.
         seed: seed of the order.
 
     Raises:
@@ -128,6 +139,7 @@ class OnlineDataModule(L.LightningDataModule):
         max_gap: int = 1,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         device_memory_gb: float = 4.0,
+        on_policy_budget: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -147,7 +159,11 @@ class OnlineDataModule(L.LightningDataModule):
         self.batch_size, self.pool_images, self.seed = batch_size, pool_images, seed
         self.window, self.max_gap = window, max_gap
         require_at_least(0, device_memory_gb=device_memory_gb)
-        self.dtype, self.device_memory_gb = dtype, device_memory_gb
+        if on_policy_budget is not None and not 1 <= on_policy_budget <= decoding.num_steps:
+            raise ValueError(
+                f"on_policy_budget must lie in 1..{decoding.num_steps}, the number of steps; got {on_policy_budget}"
+            )
+        self.dtype, self.device_memory_gb, self.on_policy_budget = dtype, device_memory_gb, on_policy_budget
         self._pool = lru_cache(maxsize=1)(self._draw_pool)
 
     @cached_property
@@ -186,6 +202,7 @@ class OnlineDataModule(L.LightningDataModule):
             "pool_images": self.pool_images,
             "window": self.window,
             "max_gap": self.max_gap,
+            "on_policy_budget": self.on_policy_budget or 0,
             "seed": self.seed,
         }
         return EpochLoader(batches, len(batches), partial(epoch_of, self), layout)
@@ -227,11 +244,12 @@ class OnlineDataModule(L.LightningDataModule):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def draw(self, conditions: Conditions, *, stays: bool = False) -> Trajectories:
+    def draw(self, conditions: Conditions, *, method: Acceleration | None = None, stays: bool = False) -> Trajectories:
         """Generate trajectories of ``conditions`` in one batch, as ``predict`` does, and move them to the host.
 
         Args:
             conditions: conditions of one batch.
+            method: what draws the tokens; the base if None.
             stays: keep the features on the device.
 
         Raises:
@@ -244,7 +262,8 @@ class OnlineDataModule(L.LightningDataModule):
             precision.convert_module(self.base)
         self.base.to(device)
         with precision.predict_step_context() if precision else nullcontext():
-            drawn = record(self.base, move_data_to_device(conditions, device), self.decoding)
+            conditions = move_data_to_device(conditions, device)
+            drawn = record(self.base, conditions, self.decoding, method=method or Vanilla())
         features = drawn.features.to(getattr(torch, self.dtype))
         try:
             require_finite("features", features)
@@ -259,7 +278,17 @@ class OnlineDataModule(L.LightningDataModule):
         run_seed = self.conditions.seed if epoch == 0 else sample_seed(self.conditions.seed, -epoch)
         batches, at_once = self.conditions.loader(run_seed).dataset, self.pool_images // self.conditions.batch_size
         conditions = (batches[number * at_once + index] for index in range(at_once))
-        return concatenated([self.draw(batch, stays=self._pool_stays) for batch in conditions])
+        method = self._policy()
+        return concatenated([self.draw(batch, method=method, stays=self._pool_stays) for batch in conditions])
+
+    def _policy(self) -> Acceleration:
+        """Return what draws the tokens of a training pool."""
+        if self.on_policy_budget is None:
+            return Vanilla()
+        module: Any = self.trainer and self.trainer.lightning_module
+        if not isinstance(module, ShortcutTask):
+            raise ValueError(f"on_policy_budget needs a ShortcutTask, whose network draws; got {type(module).__name__}")
+        return Accelerated(Even(self.on_policy_budget), Shortcut(module.network))
 
     @property
     def _pool_stays(self) -> bool:

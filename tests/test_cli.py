@@ -86,8 +86,9 @@ def test_main_returns_nothing_so_that_the_command_ends_with_success(
         ("--data.batch_size=16", "--data.window=1"),
         ("--data.batch_size=16", "--data.window=3"),
         ("--config", TOY / "fit_online.yaml"),
+        ("--config", TOY / "fit_online.yaml", "--data.batch_size=10", "--data.on_policy_budget=2"),  # 4 batches a pool
     ],
-    ids=["within an epoch", "windows", "into the next epoch", "windows, next epoch", "online"],
+    ids=["within an epoch", "windows", "into the next epoch", "windows, next epoch", "online", "on policy"],
 )
 def test_resumed_fit_ends_with_the_weights_of_the_uninterrupted_one(
     folder: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory, data: tuple[object, ...]

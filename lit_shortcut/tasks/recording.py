@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lit_shortcut.acceleration.accelerated import Vanilla
 from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.bounds import require_at_least
-from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories
+from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel, Trajectories
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.evaluation.drawing import require_known
 from lit_shortcut.sampling import Decoding, sample
@@ -101,25 +101,36 @@ class RecordingTask(L.LightningModule):
         self.room.close()
 
 
-_ON_DEVICE = Room()
+_ON_DEVICE, _VANILLA = Room(), Vanilla()
 
 
-def record(base: MaskedImageModel, conditions: Conditions, decoding: Decoding, room: Room = _ON_DEVICE) -> Trajectories:
-    """Run the vanilla loop and keep the features of every step as soon as it is computed.
+def record(
+    base: MaskedImageModel,
+    conditions: Conditions,
+    decoding: Decoding,
+    room: Room = _ON_DEVICE,
+    method: Acceleration = _VANILLA,
+) -> Trajectories:
+    """Run the decoding loop and keep the base's features of every step as soon as they are computed.
 
     Args:
         base: the frozen model.
         conditions: what to generate, in one batch.
         decoding: how tokens are drawn.
         room: storage of the features, in which each step's are contiguous.
+        method: what computes the features that tokens are drawn from; the base also runs at steps that this skips.
     """
     features, tokens = None, conditions.ids
     context = base.context(conditions, guided=decoding.is_guided)
     committed_at = torch.empty(len(conditions.ids), base.spec.num_tokens, dtype=torch.long, device=tokens.device)
-    for step in sample(base, conditions, decoding, Vanilla(), context):
+    for step in sample(base, conditions, decoding, method, context):
+        computed = step.features
+        if step.is_full is not True:
+            with torch.inference_mode():
+                computed = base.features(step.state.tokens, context, step.state.clock)
         if features is None:
-            features = room.make(step.features, (decoding.num_steps, *step.features.shape))
-        room.put(features[step.state.clock.step], step.features)
+            features = room.make(computed, (decoding.num_steps, *computed.shape))
+        room.put(features[step.state.clock.step], computed)
         tokens = step.tokens
         committed_at.scatter_(1, step.committed.positions, step.state.clock.step)
     assert features is not None

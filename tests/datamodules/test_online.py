@@ -17,12 +17,17 @@ from torch._subclasses import FakeTensorMode
 from datamodules.conditions import ClassLabels
 from datamodules.online import OnlineDataModule
 from datamodules.trajectories import TrajectoryDataModule
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, Trajectories, Transition
-from lit_shortcut.sampling import Decoding
+from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.tasks.recording import RecordingTask, record
+from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import TrajectoryError
 from lit_shortcut.trajectory.transitions import concatenated, select
 from tests.tiny_trajectories import transitions
@@ -56,8 +61,19 @@ def make(
         precision=precision,
         strategy=trainer.strategy,
         precision_plugin=trainer.precision_plugin,
+        lightning_module=ShortcutTask(network()),
     )
     return module
+
+
+def network(**arguments: Any) -> ShortcutNet:
+    """Of the toy base's width, far from hold."""
+    torch.manual_seed(7)
+    made = ShortcutNet(**{"width": 16, "num_heads": 2, "anchored": True} | arguments)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(std=0.3)
+    return made.eval()
 
 
 def flat(batch: Transition) -> list[Tensor]:
@@ -136,9 +152,9 @@ def test_place_among_other_batches_is_refused() -> None:
 def test_resuming_draws_the_pool_it_stopped_in_and_none_before(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
 
-    def noted(base: Any, conditions: Conditions, decoding: Decoding) -> Trajectories:
+    def noted(base: Any, conditions: Conditions, decoding: Decoding, **options: Any) -> Trajectories:
         drawn.extend(conditions.ids.tolist())
-        return record(base, conditions, decoding)
+        return record(base, conditions, decoding, **options)
 
     monkeypatch.setattr("datamodules.online.record", noted)
     loader = make().train_dataloader()
@@ -205,9 +221,9 @@ def test_pool_stays_on_the_device_if_two_fit(monkeypatch: pytest.MonkeyPatch, ov
     found: list[bool] = []
     draw = OnlineDataModule.draw
 
-    def noted(self: OnlineDataModule, conditions: Conditions, *, stays: bool = False) -> Trajectories:
+    def noted(self: OnlineDataModule, conditions: Conditions, *, stays: bool = False, **options: Any) -> Trajectories:
         found.append(stays)
-        return draw(self, conditions, stays=stays)
+        return draw(self, conditions, stays=stays, **options)
 
     monkeypatch.setattr(OnlineDataModule, "draw", noted)
     spec = ToyBase().spec
@@ -231,9 +247,62 @@ def test_windows_of_features_on_a_device_are_put_together_there() -> None:
     assert torch.equal(found.is_masked, expected.is_masked)
 
 
+# ---- on policy
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_network_in_training_draws_the_tokens_and_the_base_computes_their_features(anchored: bool) -> None:
+    module, base = make(on_policy_budget=2, max_gap=1, pool_images=12), ToyBase()
+    own = network(anchored=anchored)
+    module.trainer.lightning_module = ShortcutTask(own)  # type: ignore[union-attr]
+    pool = module._pool(0, 0)
+    (conditions,) = ClassLabels(12, batch_size=12).loader()
+    method = Accelerated(Even(2), Shortcut(own))
+    for step in sample(base, conditions, DECODING, method):
+        at = step.state.clock.step
+        context = base.context(conditions, guided=True)
+        assert torch.equal(
+            pool.features[:, :, at].transpose(0, 1), base.features(step.state.tokens, context, step.state.clock)
+        )
+        assert step.is_full == torch.equal(step.features, pool.features[:, :, at].transpose(0, 1))
+    assert torch.equal(pool.tokens, step.tokens)
+    assert not torch.equal(pool.tokens, record(base, conditions, DECODING).tokens)
+
+
+def test_pool_on_policy_follows_the_weights_as_they_are() -> None:
+    module = make(on_policy_budget=2)
+    task = module.trainer.lightning_module  # type: ignore[union-attr]
+    first = module._pool(0, 0).tokens
+    module._pool.cache_clear()
+    assert torch.equal(module._pool(0, 0).tokens, first)
+    with torch.no_grad():
+        for parameter in task.network.parameters():
+            parameter.mul_(-1)
+    module._pool.cache_clear()
+    assert not torch.equal(module._pool(0, 0).tokens, first)
+
+
+def test_a_base_pass_at_every_step_is_the_base_s_own_policy() -> None:
+    assert named(make(on_policy_budget=5).train_dataloader()) == named(make().train_dataloader())
+
+
+def test_validation_stays_on_the_base_s_own_tokens() -> None:
+    ours, theirs = make(on_policy_budget=1).val_dataloader(), make().val_dataloader()
+    assert all(torch.equal(one.tokens, other.tokens) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_task_without_a_network_to_draw_with_is_refused() -> None:
+    module = make(on_policy_budget=2)
+    module.trainer.lightning_module = RecordingTask(ToyBase())  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"on_policy_budget needs a ShortcutTask.* got RecordingTask"):
+        next(iter(module.train_dataloader()))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"on_policy_budget": 0}, r"on_policy_budget must lie in 1\.\.5, the number of steps; got 0"),
+        ({"on_policy_budget": 6}, r"on_policy_budget must lie in 1\.\.5, the number of steps; got 6"),
         ({"window": 5}, "window must be below 5.*got 5"),
         ({"max_gap": 5}, "max_gap must be below 5.*got 5"),
         ({"window": 0}, "window must be at least 1"),
