@@ -14,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 8589934592
 
 .NOTPARALLEL:
-.PHONY: help install demo extract-trajectories fit report report-full bench bench-data ablations gpu forecast base base-fashion base-fashion_text test lint format types unit toy docs clean
+.PHONY: help install demo extract-trajectories fit report report-full bench bench-data ablations frontier gpu forecast base base-fashion base-fashion_text test lint format types unit toy docs clean
 
 help: ## Show this list; BASE=… picks a folder of configs (default: fashion)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-22s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ bench-data: install ## Measure the path of the data against what it replaces: lo
 
 ablations: install ## Measure what each part of BASE's shortcut is worth (hours), after extract-trajectories
 	$(VENV)/bin/python -m benchmarks.ablations --config benchmarks/ablations_$(BASE).yaml
+
+frontier: install ## Sweep every method of BASE on selection seeds and report the best rows of each (hours), after fit
+	$(VENV)/bin/python -m benchmarks.frontier --config benchmarks/frontier_$(BASE).yaml
 
 gpu: install ## Measure decoding, recording and training of the published systems on this GPU, random weights (ten minutes)
 	$(VENV)/bin/python -m benchmarks.gpu

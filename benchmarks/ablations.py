@@ -7,8 +7,6 @@ project added: neighbourhood, anchoring, masked rows.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ import yaml
 from jsonargparse import auto_cli
 
 from benchmarks.table import Table
+from benchmarks.verbs import run
 from lit_shortcut.files import replacing
 
 _PLACES = {"network": "model.network", "data": "data"}
@@ -128,11 +127,6 @@ def _line(
     line |= {f"{quality}, b = {budget}": found[quality] for budget, found in own.items()}
     costs = [(found["passes"] - budget) / (num_steps - budget) for budget, found in own.items()]
     return line | {"a step's cost": sum(costs) / len(costs)}
-
-
-def run(*words: str) -> None:
-    """Run one of the verbs in a process of its own."""
-    subprocess.run([sys.executable, "-m", "lit_shortcut.cli", *words], check=True)  # noqa: S603 - our own verbs
 
 
 if __name__ == "__main__":

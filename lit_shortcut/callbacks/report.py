@@ -87,6 +87,7 @@ class Report(L.Callback):
         figures = json_of(
             table,
             quality=quality,
+            higher_is_better=higher_is_better,
             seeds=seeds,
             precision=str(trainer.precision),
             dtype=dtype_of(task.base),
