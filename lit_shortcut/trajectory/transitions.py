@@ -78,14 +78,16 @@ def select(
     gap = torch.ones_like(step) if gaps is None else torch.tensor(gaps, device=step.device)
     targets = (step + gap)[:, None] + torch.arange(window, device=step.device)
     steps = torch.cat([step[:, None], targets], dim=1)
-    features, prefix = trajectories.features[row[:, None], branch[:, None], steps], None
-    if trajectories.prefix is not None:  # rows that are padding everywhere are left out, other padding is set to 0
-        frame = features.shape[2] - trajectories.prefix.control.shape[-2]
+    features, prefix = trajectories.features, None
+    if trajectories.prefix is not None:  # rows that are padding everywhere are left out before anything is copied
+        frame = features.shape[-2] - trajectories.prefix.control.shape[-2]
         prefix = Prefix(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.prefix))
         prefix = prefix._replace(control=prefix.control[:, : int(prefix.num_control.max())])
-        features = features[:, :, : frame + int(prefix.lengths.max())]
+        features = features[..., : frame + int(prefix.lengths.max()), :]
+    features = features[row[:, None], branch[:, None], steps]
+    if prefix is not None:
         is_real = torch.arange(features.shape[2], device=step.device) < frame + prefix.lengths.to(step.device)[:, None]
-        features = features.where(is_real[:, None, :, None].to(features.device), 0)
+        features = features.where(is_real[:, None, :, None].to(features.device), 0)  # other padding is 0, as recorded
     tokens, committed_at = trajectories.tokens[row], trajectories.committed_at[row]
     encoding = str(features.dtype).removeprefix("torch.")
     return EncodedTransition.of(encoding, {"npy": features}, tokens, committed_at, step, gap, prefix).decode()
