@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from datamodules.memory import Memory
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Prefix
 from lit_shortcut.trajectory import Source, TrajectoryError
@@ -130,7 +131,7 @@ def _permutation(count: int, *key: int) -> Tensor:
 
 
 class WindowReader:
-    """Reader of windows of ``window`` (R) steps in ``order``; holds little memory beside the batch it makes.
+    """Reader of windows of ``window`` (R) steps in ``order``; holds little memory beside the batches in use.
 
     Args:
         source: the shards.
@@ -144,7 +145,7 @@ class WindowReader:
         self.source, self.order, self.window, self.on_corrupt = source, order, window, on_corrupt
         self._known: set[tuple[int, int]] = set()
         self._ahead: list[int] = []
-        self._lock = Lock()
+        self._lock, self._memory = Lock(), Memory()
 
     def read(self, epoch: int, positions: range) -> EncodedTransition:
         """Read the windows at ``positions`` of ``epoch`` as one batch.
@@ -156,7 +157,7 @@ class WindowReader:
         if self.source.is_remote:
             self._fetch_ahead(epoch, positions[0])
         card = self.source.card
-        parts = room_for(card, (len(positions), self.window + 1), card.spec["sequence_length"])
+        parts = room_for(card, (len(positions), self.window + 1), card.spec["sequence_length"], self._memory.empty)
         heads, windows, replaced = [], [], []
         for slot, position in enumerate(positions):
             room = {part: values[slot] for part, values in parts.items()}

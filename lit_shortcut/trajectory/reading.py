@@ -152,8 +152,8 @@ class Shard:
             raise ValueError(f"{ending}: checksum differs; the file is damaged")
 
 
-def room_for(card: Card, leading: tuple[int, ...], num_rows: int) -> Parts:
-    """Allocate encoded features (*leading, ``num_rows``, …), zeros where rows may be padding."""
+def room_for(card: Card, leading: tuple[int, ...], num_rows: int, empty: Callable[..., Tensor] = torch.empty) -> Parts:
+    """Allocate encoded features (*leading, ``num_rows``, …) by ``empty``; zeros where rows may be padding."""
     kinds = card.encoder.members(num_rows, card.spec["width"])
-    make: Callable[..., Tensor] = torch.zeros if card.text_rows else torch.empty
-    return {part: make((*leading, *shape), dtype=dtype) for part, (dtype, shape) in kinds.items()}
+    parts = {part: empty((*leading, *shape), dtype=dtype) for part, (dtype, shape) in kinds.items()}
+    return {part: room.zero_() for part, room in parts.items()} if card.text_rows else parts
