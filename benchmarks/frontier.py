@@ -16,7 +16,7 @@ from jsonargparse import auto_cli
 
 from benchmarks.verbs import run
 from lit_shortcut.acceleration.predictors import Hold
-from lit_shortcut.evaluation.rows import VANILLA, build_rows
+from lit_shortcut.evaluation.rows import build_rows
 from lit_shortcut.report.plot import front
 from lit_shortcut.sampling import Decoding
 
@@ -86,17 +86,21 @@ def main(
 
 
 def best(entries: list[Entry], report: dict[str, Any], methods: dict[str, Any]) -> list[Entry]:
-    """Return the entries that no other of the same method beats in latency and quality."""
-    names = [row.name for row in build_rows(entries, Decoding(), dict.fromkeys(methods, Hold()))]
-    table = pd.DataFrame(report["rows"])
+    """Return the entries that no other of the same method beats in latency and quality.
+
+    Of decodings that differ in neither N nor budget, and so only by chance in latency, the one of best quality counts.
+    """
+    rows = build_rows(entries, Decoding(), dict.fromkeys(methods, Hold()))
+    table, quality = pd.DataFrame(report["rows"]).set_index("name", drop=False), report["quality"]
+    table = table.sort_values(quality, ascending=not report["higher_is_better"])
+    same = {row.name: (row.method, row.decoding.num_steps, row.budget) for row in rows}
+    table = table[~table["name"].map(same).duplicated()]
     kept = {
         name
-        for method in (VANILLA, *methods)
-        for name in front(
-            table[table["method"] == method], report["quality"], higher_is_better=report["higher_is_better"]
-        )
+        for _, own in table.groupby("method")
+        for name in front(own, quality, higher_is_better=report["higher_is_better"])
     }
-    return [entry for name, entry in zip(names, entries, strict=True) if name in kept]
+    return [entry for row, entry in zip(rows, entries, strict=True) if row.name in kept]
 
 
 if __name__ == "__main__":

@@ -42,6 +42,12 @@ def test_only_rows_that_none_of_their_method_beats_are_kept() -> None:
     assert frontier.best(entries, found, METHODS) == [[4], [8], [8, 2, "hold"], [8, 4, "hold"]]
 
 
+def test_of_one_point_s_decodings_only_the_best_counts() -> None:
+    entries = [[8], [8, 2, "hold"], [8, 2, "hold", {"guidance": 1.0}]]
+    found = report(vanilla_n8=(8, 1.0), hold_n8_b2=(1.9, 4.0), hold_n8_b2_guidance1=(2, 3.0))
+    assert frontier.best(entries, found, METHODS) == [[8], [8, 2, "hold", {"guidance": 1.0}]]
+
+
 @pytest.mark.parametrize("path", (CONFIGS.parent / "benchmarks").glob("frontier_*.yaml"), ids=lambda path: path.stem)
 def test_frontiers_of_the_defaults_name_decodings_that_exist_and_other_seeds(path: Path) -> None:
     asked = yaml.safe_load(path.read_text())
