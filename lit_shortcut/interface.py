@@ -11,16 +11,18 @@ _EPS = 1e-6  # in Meissonic's norms
 
 
 class Places(NamedTuple):
-    """Places of control tokens, ``control`` (B, K, E), and of rows of the features, ``rows`` (B, S, E), in a sequence.
+    """Places of a shortcut's control tokens and of the features' rows.
 
-    The network that uses them encodes both, once for all steps. If rows have no places in a sequence, ``rows`` is None
-    and ``control`` (B, K) are positions among the image tokens. ``is_real`` (B, S) is false at padding, None if there
-    is no padding.
+    Where rows have places in a sequence, ``rows`` (B, S, E) are those of the features and ``control`` (B, P + K, E)
+    those of all control tokens, a prefix's first; the network that uses them has encoded both, once for all steps, and
+    ``is_real`` (B, S) is false at padding, None if there is no padding. ``committed`` (B, K) are the last K control
+    tokens' places among the image tokens.
     """
 
-    rows: Tensor | None
-    control: Tensor
+    rows: Tensor | None = None
+    control: Tensor | None = None
     is_real: Tensor | None = None
+    committed: Tensor | None = None
 
 
 class TokenInterface(nn.Module):

@@ -83,7 +83,7 @@ def lay_out(network: ShortcutNetwork, interface: TokenInterface, prefix: Prefix,
     is_real = None
     if size.is_padded and uses_prefix:
         is_real = places < prefix.num_control.to(rows.device)[:, None]
-    control_places = Places(rows=None, control=network.encode_places(places).expand(len(rows), -1, -1))
+    control_places = Places(control=network.encode_places(places).expand(len(rows), -1, -1))
     return Layout(
         network.encode_places(rows),
         row_is_real if size.is_padded else None,
@@ -112,8 +112,9 @@ def embed_control(interface: TokenInterface, control: Control, layout: Layout | 
     """Embed ``control`` (B, K), after the tokens of the prefix in ``layout``, if there is one."""
     committed = interface.embed(control.tokens, control.positions)
     if layout is None:
-        return EmbeddedControl(committed, control.is_real, Places(rows=None, control=control.positions))
+        return EmbeddedControl(committed, control.is_real, Places(committed=control.positions))
     prefix, index = layout.control, control.positions[..., None].expand(-1, -1, layout.rows.shape[-1])
+    assert prefix.places.control is not None
     return EmbeddedControl(
         tokens=torch.cat([prefix.tokens.to(committed.dtype), committed], dim=1),
         is_real=_joined(prefix, control),
@@ -121,6 +122,7 @@ def embed_control(interface: TokenInterface, control: Control, layout: Layout | 
             rows=layout.rows,
             control=torch.cat([prefix.places.control, layout.rows.gather(1, index)], dim=1),
             is_real=layout.is_real,
+            committed=control.positions,
         ),
     )
 
@@ -153,5 +155,5 @@ def _joined(prefix: EmbeddedControl, control: Control) -> Tensor | None:
     """Return the mask (B, P + K), false at padding, of ``prefix``, then ``control``; None if there is no padding."""
     if prefix.is_real is None and control.is_real is None:
         return None
-    parts = (prefix.places.control[..., 0], prefix.is_real), (control.tokens, control.is_real)
+    parts = (prefix.tokens[..., 0], prefix.is_real), (control.tokens, control.is_real)
     return torch.cat([torch.ones_like(of, dtype=torch.bool) if real is None else real for of, real in parts], dim=1)

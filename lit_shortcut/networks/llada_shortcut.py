@@ -75,8 +75,10 @@ class LLaDAShortcutNet(ShortcutNetwork):
         uses_time: condition on the masked share r.
         uses_control: attend to the tokens just committed.
         uses_prefix: attend to the tokens of the prompt.
-        rows: see :class:`~lit_shortcut.networks.rows.Options`.
-        anchored: see :class:`~lit_shortcut.networks.rows.Options`.
+        rows: see :class:`~lit_shortcut.networks.rows.Options`, as the following.
+        anchored: predict from the last full step.
+        grid: side of the square token grid, for the neighbourhood.
+        reach: of the neighbourhood; 0 leaves it out, as published.
 
     Raises:
         ValueError: if the ratio is below 1, c is not a multiple of twice ``num_heads``, or options are incompatible.
@@ -98,9 +100,11 @@ class LLaDAShortcutNet(ShortcutNetwork):
         uses_prefix: bool = True,
         rows: RowChoice = "all",
         anchored: bool = False,
+        grid: int = 0,
+        reach: int = 0,
     ) -> None:
         options = Options(
-            width, bottleneck_ratio, num_blocks, uses_time, uses_control, uses_prefix, rows=rows, anchored=anchored
+            width, bottleneck_ratio, num_blocks, uses_time, uses_control, uses_prefix, rows, anchored, grid, reach
         )
         require_at_least(1, num_heads=num_heads, mlp_width=mlp_width)
         require_above(0, rope_theta=rope_theta, norm_eps=norm_eps)
@@ -115,6 +119,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
             "rope_theta": rope_theta,
             "norm_eps": norm_eps,
         }
+        del self.hparams["stride"]  # a row of such a base is a token
         self.num_heads, self.rope_theta = num_heads, rope_theta
 
     @classmethod
@@ -160,7 +165,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         Raises:
             ValueError: if there are no ``places``.
         """
-        if places is None or places.rows is None:
+        if places is None or places.rows is None or places.control is None:
             raise ValueError("LLaDAShortcutNet rotates rows by their places, but the base's interface has none")
         by, control_by = (Rotation(*part[:, None].chunk(2, dim=-1)) for part in (places.rows, places.control))
         own, own_by = rows.take(x), Rotation(*(rows.take(part[:, 0])[:, None] for part in by))

@@ -75,6 +75,10 @@ class Options:
         rows: predict ``all`` rows of the features, as published, or only those still ``masked``; all are attended to.
         anchored: predict from the last full step, all tokens committed since, and the number of steps since, instead of
             step by step.
+        grid: side of the square token grid, for the neighbourhood.
+        reach: reach of the :class:`~lit_shortcut.networks.neighbourhood.Neighbourhood` added before the blocks; 0
+            leaves it out, as published.
+        stride: side in tokens of the square that a row of the features stands for, for the neighbourhood.
 
     Raises:
         ValueError: if a size is below 1 or switches are incompatible.
@@ -88,9 +92,16 @@ class Options:
     uses_prefix: bool = True
     rows: RowChoice = "all"
     anchored: bool = False
+    grid: int = 0
+    reach: int = 0
+    stride: int = 1
 
     def __post_init__(self) -> None:
         require_at_least(1, width=self.width, bottleneck_ratio=self.bottleneck_ratio, num_blocks=self.num_blocks)
+        require_at_least(1, stride=self.stride)
+        require_at_least(0, grid=self.grid, reach=self.reach)
+        if self.reach and not self.uses_control:
+            raise ValueError("reach needs uses_control: true, since it places control tokens on the grid; got false")
         if self.rows not in ("all", "masked"):
             raise ValueError(f"rows must be all or masked, got {self.rows!r}")
         if self.anchored and not self.uses_time:

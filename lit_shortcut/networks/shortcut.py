@@ -87,6 +87,9 @@ class ShortcutNetwork(nn.Module, ABC):
         self.widen = nn.Linear(inner, width) if narrows else nn.Identity()
         for parameter in self.widen.parameters():
             nn.init.zeros_(parameter)
+        self.neighbourhood = (
+            Neighbourhood(inner, options.grid, options.reach, options.stride) if options.reach else None
+        )
 
     def forward(
         self,
@@ -105,13 +108,24 @@ class ShortcutNetwork(nn.Module, ABC):
             control: (B, K, C), embeddings of the tokens committed since.
             masked_share: (B,) r, share of image tokens still masked before the predicted step.
             is_real: (B, K), false where ``control`` is padding.
-            places: encoded places of ``features`` and ``control`` in the base's sequence, if the network uses them.
+            places: places of ``features`` and ``control``, where the network uses them.
             rows: rows to predict; the others stay the same.
             gap: (B,) steps from ``features`` to the prediction, for an anchored network.
+
+        Raises:
+            ValueError: if an anchored network has no gap, or one with a reach no places.
         """
         x = self.narrow_features(features)
         if self.options.uses_control:
             control = self.narrow_control(control)
+        if self.neighbourhood is not None:
+            if places is None or places.committed is None:
+                raise ValueError("a network with a reach needs the places of the tokens committed")
+            first = control.shape[1] - places.committed.shape[1]  # after those of a prefix
+            near = self.neighbourhood(
+                control[:, first:], places.committed, None if is_real is None else is_real[:, first:]
+            )
+            x = x + F.pad(near, (0, 0, 0, x.shape[1] - near.shape[1]))
         x = self.last(self.refine(x, control, is_real, places, rows))
         if self.options.uses_time:
             time = self.time_mlp(sinusoids(_TIME_SCALE * masked_share).to(x.dtype))
@@ -144,13 +158,12 @@ class ShortcutNet(ShortcutNetwork):
         bottleneck_ratio: C over the network's own width c, at least 1; at 1 there are no projections.
         num_blocks: blocks in a row, at least 1.
         uses_time: condition on the masked share r.
-        grid: side of the square token grid, for the neighbourhood.
-        reach: reach of the :class:`~lit_shortcut.networks.neighbourhood.Neighbourhood` added before the blocks; 0
-            leaves it out, as published.
-        stride: side in tokens of the square that a row of the features stands for, for the neighbourhood.
+        grid: see :class:`~lit_shortcut.networks.rows.Options`, as all others.
+        reach: of the neighbourhood.
+        stride: of the neighbourhood.
         uses_control: attend to the tokens just committed.
-        rows: see :class:`Options`.
-        anchored: see :class:`Options`.
+        rows: ``all`` or only those still ``masked``.
+        anchored: predict from the last full step.
 
     Raises:
         ValueError: if the ratio or the number of blocks is below 1, c is not a multiple of ``num_heads``, or options
@@ -179,11 +192,11 @@ class ShortcutNet(ShortcutNetwork):
             uses_control=uses_control,
             rows=rows,
             anchored=anchored,
+            grid=grid,
+            reach=reach,
+            stride=stride,
         )
-        require_at_least(1, num_heads=num_heads, stride=stride)
-        require_at_least(0, grid=grid, reach=reach)
-        if reach and not uses_control:
-            raise ValueError("reach needs uses_control: true, since it places control tokens on the grid; got false")
+        require_at_least(1, num_heads=num_heads)
         inner = options.inner
         last = nn.Sequential(
             nn.LayerNorm(inner, eps=_LAST_EPS),
@@ -193,9 +206,8 @@ class ShortcutNet(ShortcutNetwork):
         )
         blocks = nn.ModuleList(Block(inner, num_heads, uses_control) for _ in range(num_blocks))
         super().__init__(options, blocks, last)
-        self.hparams = options.hparams() | {"num_heads": num_heads, "grid": grid, "reach": reach, "stride": stride}
+        self.hparams = options.hparams() | {"num_heads": num_heads}
         del self.hparams["uses_prefix"]
-        self.neighbourhood = Neighbourhood(inner, grid, reach, stride) if reach else None
 
     @classmethod
     def load(cls, path: Path) -> ShortcutNet:
@@ -227,16 +239,7 @@ class ShortcutNet(ShortcutNetwork):
         return network
 
     def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:
-        """Apply the blocks to ``rows`` of ``x`` (B, S, c), and return them; only a neighbourhood needs ``places``.
-
-        Raises:
-            ValueError: if there is a neighbourhood and no ``places``.
-        """
-        if self.neighbourhood is not None:
-            if places is None:
-                raise ValueError("a ShortcutNet with a reach needs the places of its control tokens")
-            near = self.neighbourhood(control, places.control, is_real)
-            x = x + F.pad(near, (0, 0, 0, x.shape[1] - near.shape[1]))
+        """Apply the blocks to ``rows`` of ``x`` (B, S, c), and return them; ``places`` are not used."""
         own = rows.take(x)
         for block in self.blocks:
             own = block(own, x, control, is_real, rows)

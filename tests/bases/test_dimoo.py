@@ -30,11 +30,11 @@ DECODING = Decoding(
 )
 
 
-def trained(width: int = 16) -> LLaDAShortcutNet:
+def trained(width: int = 16, **options: Any) -> LLaDAShortcutNet:
     """A shortcut that predicts something else than its input."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        network = LLaDAShortcutNet(width, num_heads=2, mlp_width=32)
+        network = LLaDAShortcutNet(width, num_heads=2, mlp_width=32, **options)
         assert isinstance(network.widen, torch.nn.Linear)
         torch.nn.init.normal_(network.widen.weight, std=0.3)
     return network.eval().requires_grad_(False)
@@ -101,11 +101,15 @@ def test_a_batch_of_equal_prompts_needs_no_mask(dimoo: DiMOO, monkeypatch: pytes
     assert seen == [2, 2, 3, 2]
 
 
-@pytest.mark.parametrize("budget", [None, 2])
+@pytest.mark.parametrize(
+    "options",
+    [None, {}, {"grid": 4, "reach": 1}, {"grid": 4, "reach": 1, "rows": "masked", "anchored": True}],
+    ids=["vanilla", "published", "neighbourhood", "neighbourhood, masked rows, anchored"],
+)
 def test_prompts_of_different_lengths_in_a_batch_give_the_tokens_they_give_alone(
-    dimoo: DiMOO, prompted: MakeConditions, budget: int | None
+    dimoo: DiMOO, prompted: MakeConditions, options: dict[str, Any] | None
 ) -> None:
-    acceleration: Acceleration = Vanilla() if budget is None else Accelerated(Even(budget), Shortcut(trained()))
+    acceleration: Acceleration = Vanilla() if options is None else Accelerated(Even(2), Shortcut(trained(**options)))
     conditions = prompted(10)
     together = generate(dimoo, conditions, DECODING, acceleration).tokens
     for row in range(10):

@@ -103,6 +103,22 @@ def test_control_counts_with_its_place(network: LLaDAShortcutNet) -> None:
     assert (here - there).abs().max() > 1e-3
 
 
+def test_neighbourhood_is_of_committed_tokens_alone_and_only_of_image_rows() -> None:
+    torch.manual_seed(0)
+    network = LLaDAShortcutNet(16, num_heads=2, mlp_width=24, grid=2, reach=1).eval().requires_grad_(False)
+    control, seen = rows(5), []
+    assert network.neighbourhood is not None
+    network.neighbourhood.register_forward_hook(lambda module, given, made: seen.append((*given, made)))
+    places = at(network, torch.arange(7)[None], torch.arange(5)[None])._replace(committed=torch.tensor([[3, 0]] * 2))
+    is_real = torch.tensor([[True, True, False, True, True], [True, True, True, True, False]])
+    network(rows(7), control, torch.ones(2), is_real, places)
+    ((tokens, positions, own_is_real, made),) = seen
+    assert torch.equal(tokens, network.narrow_control(control)[:, 3:])  # the first three are a prompt's
+    assert torch.equal(positions, places.committed)
+    assert torch.equal(own_is_real, is_real[:, 3:])
+    assert made.shape == (2, 4, 8)
+
+
 def test_untrained_network_repeats_its_input() -> None:
     network = LLaDAShortcutNet(16, num_heads=2, mlp_width=24)
     x, places = rows(6), torch.arange(6).expand(2, -1)

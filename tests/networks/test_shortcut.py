@@ -164,6 +164,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"rows": "masked", "num_blocks": 2},
     {"anchored": True},
     {"anchored": True, "rows": "masked", "uses_control": False},
+    {"grid": 2, "reach": 1},
 ]
 
 
@@ -180,7 +181,8 @@ of_both_kinds = pytest.mark.parametrize("kind", [make, make_llada])
 
 
 def places(network: ShortcutNetwork) -> Places:
-    return Places(*(network.encode_places(torch.arange(count).expand(BATCH, -1)) for count in (SEQUENCE, CONTROL)))
+    rows, control = (network.encode_places(torch.arange(count).expand(BATCH, -1)) for count in (SEQUENCE, CONTROL))
+    return Places(rows, control, committed=torch.tensor([2, 0]).expand(BATCH, -1))
 
 
 def run(network: ShortcutNetwork, features: Tensor, control: Tensor, rows: Rows = ALL_ROWS, gap: int = 1) -> Tensor:
@@ -299,9 +301,9 @@ def test_neighbourhood_reaches_so_far_and_no_farther() -> None:
 def test_neighbourhood_knows_where_a_token_stands_and_padding_is_nowhere() -> None:
     network, features, control = with_reach(2), torch.randn(1, 26, 8), torch.randn(1, 2, 8)
     share, is_real = torch.tensor([0.5]), torch.tensor([[True, False]])
-    here, there = (Places(None, torch.tensor([[place, 12]])) for place in (3, 20))
+    here, there = (Places(committed=torch.tensor([[place, 12]])) for place in (3, 20))
     with torch.inference_mode():
-        one = network(features, control[:, :1], share, places=Places(None, torch.tensor([[3]])))
+        one = network(features, control[:, :1], share, places=Places(committed=torch.tensor([[3]])))
         padded = network(features, control, share, is_real, here)
         assert not torch.allclose(network(features, control, share, is_real, there), padded)
         torch.testing.assert_close(padded, one)
@@ -318,5 +320,5 @@ def test_network_without_a_reach_is_the_published_one() -> None:
 def test_reach_needs_a_grid_and_places() -> None:
     with pytest.raises(ValueError, match=r"grid must be .* reach, got 0"):
         ShortcutNet(8, num_heads=1, reach=2)
-    with pytest.raises(ValueError, match="needs the places of its control tokens"):
+    with pytest.raises(ValueError, match="needs the places of the tokens committed"):
         with_reach(1)(torch.randn(1, 26, 8), torch.randn(1, 1, 8), torch.ones(1))
