@@ -52,7 +52,7 @@ bench-data: install ## Measure the path of the data against what it replaces: lo
 ablations: install ## Measure what each part of BASE's shortcut is worth (hours), after extract-trajectories
 	$(VENV)/bin/python -m benchmarks.ablations --config benchmarks/ablations_$(BASE).yaml
 
-frontier: install ## Sweep every method of BASE on selection seeds and report the best rows of each (hours), after fit
+frontier: install ## Sweep every method of BASE on selection seeds and report the best rows of each (a day)
 	$(VENV)/bin/python -m benchmarks.frontier --config benchmarks/frontier_$(BASE).yaml
 
 gpu: install ## Measure decoding, recording and training of the published systems on this GPU, random weights (ten minutes)

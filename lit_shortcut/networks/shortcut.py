@@ -105,7 +105,7 @@ class ShortcutNetwork(nn.Module, ABC):
 
         Args:
             features: (B, S, C) of the present step, or of the last full step for an anchored network.
-            control: (B, K, C), embeddings of the tokens committed since.
+            control: (B, K, C), embeddings of the control tokens: those of a prefix, then those committed since.
             masked_share: (B,) r, share of image tokens still masked before the predicted step.
             is_real: (B, K), false where ``control`` is padding.
             places: places of ``features`` and ``control``, where the network uses them.
@@ -158,9 +158,9 @@ class ShortcutNet(ShortcutNetwork):
         bottleneck_ratio: C over the network's own width c, at least 1; at 1 there are no projections.
         num_blocks: blocks in a row, at least 1.
         uses_time: condition on the masked share r.
-        grid: see :class:`~lit_shortcut.networks.rows.Options`, as all others.
-        reach: of the neighbourhood.
-        stride: of the neighbourhood.
+        grid: side of the square token grid, for the neighbourhood.
+        reach: places that a committed token reaches in the neighbourhood; 0 leaves it out, as published.
+        stride: side in tokens of the square that a row of the features stands for.
         uses_control: attend to the tokens just committed.
         rows: ``all`` or only those still ``masked``.
         anchored: predict from the last full step.
