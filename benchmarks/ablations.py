@@ -13,8 +13,8 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import auto_cli
 
+from benchmarks import verbs
 from benchmarks.table import Table
-from benchmarks.verbs import run
 from lit_shortcut.files import replacing
 
 _PLACES = {"network": "model.network", "data": "data"}
@@ -87,7 +87,7 @@ def _fit(
         ),
     ]
     if not asked.exists() or json.loads(asked.read_text()) != words:
-        run(*words)
+        verbs.run(*words)
         with replacing(asked) as aside:
             aside.write_text(json.dumps(words))
     manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
@@ -106,14 +106,8 @@ def _evaluate(
         }
         for name in names
     }
-    overlay = folder / "evaluate.yaml"
     rows = [[num_steps], *([num_steps, budget, name] for name in names for budget in budgets)]
-    model = {"methods": methods, "rows": rows, "results": str((folder / "report").resolve())}
-    overlay.write_text(
-        yaml.safe_dump({"model": {"init_args": model}, "data": {"init_args": {"num_images": num_images}}})
-    )
-    run("test", f"--config=configs/{base}/evaluate.yaml", f"--config={overlay}", "--trainer.logger=false")
-    found = json.loads((folder / "report" / "report.json").read_text())
+    found = verbs.report(base, folder / "report", [], {"methods": methods, "rows": rows}, {"num_images": num_images})
     return {line["name"]: line for line in found["rows"]} | {"": found}
 
 

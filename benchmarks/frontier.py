@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import yaml
 from jsonargparse import auto_cli
 
-from benchmarks.verbs import run
+from benchmarks import verbs
 from lit_shortcut.acceleration.predictors import Hold
-from lit_shortcut.evaluation.rows import build_rows
+from lit_shortcut.evaluation.rows import VANILLA, Row, build_rows
+from lit_shortcut.files import replacing
 from lit_shortcut.report.plot import front
 from lit_shortcut.sampling import Decoding
 
 Entry = list[Any]
+_ROUNDS = 5  # times that each row is timed where rows are chosen
 
 
 class Seeds(NamedTuple):
@@ -38,69 +39,89 @@ def main(
     decodings: list[dict[str, Any]],
     selection: Seeds,
     evaluation: Seeds,
-    reference: int,
-    trainer: dict[str, Any] | None = None,
+    overlays: list[Path] | None = None,
     folder: Path = Path("runs/frontier"),
 ) -> None:
-    """Sweep every method on selection seeds, and report its front on evaluation seeds; finished rows are kept.
+    """Sweep every method on selection seeds, and report its front on evaluation seeds.
+
+    Finished rows and choices are kept, so that the same command goes on where it stopped. The working directory is the
+    project's.
 
     Args:
         base: folder of configs; its ``evaluate.yaml`` says what is measured.
         methods: predictors by name, as ``evaluate.yaml`` has them.
-        num_steps: each N; vanilla runs all of them.
+        num_steps: each N, that of the base's decoding among them; vanilla runs all of them.
         budgets: base passes of the methods, where below N.
         decodings: fields of the decoding that differ from the base's own, tried for all methods alike.
         selection: images that rows are chosen by.
         evaluation: images of the report; the seeds must be others.
-        reference: N of the vanilla row that speed-ups refer to.
-        trainer: arguments of the trainer, such as plugins.
+        overlays: YAMLs on top of ``evaluate.yaml``, such as ``full_length.yaml``.
         folder: where ``base/sweep`` and ``base/report`` are written.
 
     Raises:
-        ValueError: if a seed is in both sets, or ``reference`` is no N.
+        ValueError: if a seed is in both sets, or a method has no measured row.
     """
     if both := sorted({*selection.run_seeds} & {*evaluation.run_seeds}):
         raise ValueError(f"evaluation.run_seeds must not be among selection.run_seeds; in both: {both}")
-    if reference not in num_steps:
-        raise ValueError(f"reference must be one of num_steps {num_steps}, got {reference}")
-    folder = (folder / base).resolve()
+    folder = folder / base
     entries: list[Entry] = [[steps] for steps in num_steps]
     entries += [
         [steps, budget, name] for name in methods for steps in num_steps for budget in budgets if budget < steps
     ]
 
-    def measure(part: str, entries: list[Entry], seeds: Seeds) -> dict[str, Any]:
-        model = {"methods": methods, "rows": entries, "results": str(folder / part)}
-        overlay = folder / f"{part}.yaml"
-        overlay.parent.mkdir(parents=True, exist_ok=True)
-        content = {"model": {"init_args": model}, "data": {"init_args": seeds._asdict()}, "trainer": trainer or {}}
-        overlay.write_text(yaml.safe_dump(content))
-        run("test", f"--config=configs/{base}/evaluate.yaml", f"--config={overlay}", "--trainer.logger=false")
-        found: dict[str, Any] = json.loads((folder / part / "report.json").read_text())
+    def measured(part: str, rows: list[Entry], seeds: Seeds, **model: Any) -> Any:
+        model |= {"methods": methods, "rows": rows}
+        return verbs.report(base, folder / part, overlays or [], model, seeds._asdict())
+
+    def chosen(part: str, rows: list[Entry]) -> list[Entry]:
+        """Return the best of ``rows`` and the reference, as chosen before if they were: latencies would differ."""
+        path, asked = folder / f"{part}.json", {"rows": rows, "seeds": selection._asdict(), "methods": methods}
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get("asked") != json.loads(json.dumps(asked)):
+            report = measured("sweep", rows, selection, latency_rounds=_ROUNDS)
+            kept, reference = best(rows, report, methods), [report["num_steps"]]
+            known = {"asked": asked, "chosen": kept if reference in kept else [reference, *kept]}
+            with replacing(path) as aside:
+                aside.write_text(json.dumps(known, indent=1))
+        found: list[Entry] = known["chosen"]
         return found
 
-    first = best(entries, measure("sweep", entries, selection), methods)
+    first = chosen("first", entries)
     entries += [[*entry, own] for entry in first for own in decodings]
-    chosen = best(entries, measure("sweep", entries, selection), methods)
-    measure("report", [[reference], *(entry for entry in chosen if entry != [reference])], evaluation)
+    measured("report", chosen("second", entries), evaluation)
 
 
 def best(entries: list[Entry], report: dict[str, Any], methods: dict[str, Any]) -> list[Entry]:
     """Return the entries that no other of the same method beats in latency and quality.
 
-    Of decodings that differ in neither N nor budget, and so only by chance in latency, the one of best quality counts.
+    Of decodings whose steps cost the same, so that latency differs only by chance, the one of best quality counts.
+
+    Raises:
+        ValueError: if quality or latency was not measured, or for no row of a method.
     """
+    quality = report["quality"]
+    if quality is None:
+        raise ValueError("a frontier needs a quality; evaluate.yaml must not set random_weights")
     rows = build_rows(entries, Decoding(), dict.fromkeys(methods, Hold()))
-    table, quality = pd.DataFrame(report["rows"]).set_index("name", drop=False), report["quality"]
-    table = table.sort_values(quality, ascending=not report["higher_is_better"])
-    same = {row.name: (row.method, row.decoding.num_steps, row.budget) for row in rows}
-    table = table[~table["name"].map(same).duplicated()]
+    table = pd.DataFrame(report["rows"]).reindex(columns=["name", "method", "latency_ms", quality]).dropna()
+    if missing := {row.method for row in rows} - {*table["method"]}:
+        raise ValueError(f"{', '.join(sorted(missing))}: no row has both latency_ms and {quality}")
+    table = table.sort_values("latency_ms").sort_values(
+        quality, ascending=not report["higher_is_better"], kind="stable"
+    )
+    table = table[~table["name"].map({row.name: _cost(row) for row in rows}).duplicated()]
     kept = {
         name
         for _, own in table.groupby("method")
         for name in front(own, quality, higher_is_better=report["higher_is_better"])
     }
     return [entry for row, entry in zip(rows, entries, strict=True) if row.name in kept]
+
+
+def _cost(row: Row) -> tuple[Any, ...]:
+    """Return what determines the latency of ``row``."""
+    method = row.method if row.method == VANILLA else (row.method, row.budget)
+    return method, row.decoding.num_steps, row.decoding.branches, row.decoding.order
 
 
 if __name__ == "__main__":

@@ -79,10 +79,11 @@ class EpochLoader(Generic[Batch]):
         Raises:
             TrajectoryError: if the order of batches differs from when the checkpoint was saved.
         """
+        saved = state["layout"]
         changes = [
-            f"{name} was {state['layout'].get(name)}, is {value}"
-            for name, value in self._layout.items()
-            if state["layout"].get(name) != value
+            f"{name} was {saved.get(name)}, is {self._layout.get(name)}"
+            for name in dict.fromkeys([*self._layout, *saved])
+            if saved.get(name) != self._layout.get(name)
         ]
         if changes:
             raise TrajectoryError(f"the checkpoint's place among the batches is lost: {', '.join(changes)}")

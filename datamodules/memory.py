@@ -13,8 +13,8 @@ from torch import Tensor
 class Memory:
     """Memory of batches, used again as soon as no tensor holds it; threads may share it.
 
-    The system clears new memory page by page, and glibc gives large buffers back to it after each use, those of threads
-    whatever its settings: that took 1.5 to 2 times as long as reading a batch.
+    It keeps as many batches as were ever in use at a time. New memory is cleared by the system page by page, and glibc
+    returns large buffers to the system whenever they are freed: clearing took longer than reading into them.
     """
 
     def __init__(self) -> None:

@@ -99,9 +99,9 @@ class OnlineDataModule(L.LightningDataModule):
     they are kept in the host's memory.
 
     With ``on_policy_budget`` the network in training draws the tokens of each training pool, as it is when the pool is
-    generated, and the base's features on those tokens are the targets: it learns from the states that it will meet. The
-    cost is the same, as the base runs at every step either way. A resumed run draws the pool it stopped in with the
-    weights it stopped with.
+    generated, and transitions are made of the base's features on those tokens: it learns from tokens that it will meet.
+    The base runs at every step either way, so this costs only the network's own passes. A run resumed within a pool
+    draws it again with the weights it stopped with, so its batches are then others.
 
     Args:
         base: the frozen model.
@@ -192,9 +192,11 @@ class OnlineDataModule(L.LightningDataModule):
         """Batches of :class:`Transition`, with images and steps shuffled, of new images each epoch.
 
         Raises:
-            ValueError: if the images of an epoch do not fill a pool on each rank.
+            ValueError: if the images of an epoch do not fill a pool on each rank, or what is trained is no shortcut and
+                cannot draw on policy.
         """
         batches = self._training()
+        self._policy()
         layout: dict[str, int | str] = {
             "images": self.card.digest,
             "world_size": batches.world_size,
@@ -202,9 +204,10 @@ class OnlineDataModule(L.LightningDataModule):
             "pool_images": self.pool_images,
             "window": self.window,
             "max_gap": self.max_gap,
-            "on_policy_budget": self.on_policy_budget or 0,
             "seed": self.seed,
         }
+        if self.on_policy_budget is not None:
+            layout["on_policy_budget"] = self.on_policy_budget
         return EpochLoader(batches, len(batches), partial(epoch_of, self), layout)
 
     def first_targets(self, epoch: int, number: int) -> list[list[int]]:

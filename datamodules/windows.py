@@ -131,7 +131,7 @@ def _permutation(count: int, *key: int) -> Tensor:
 
 
 class WindowReader:
-    """Reader of windows of ``window`` (R) steps in ``order``; holds little memory beside the batches in use.
+    """Reader of windows of ``window`` (R) steps in ``order``; keeps the memory of as many batches as are in use.
 
     Args:
         source: the shards.

@@ -153,6 +153,7 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
             "window": (-1, 0, 1),
             "max_gap": (-1, 0, 1),
             "device_memory_gb": (-1, 0),
+            "on_policy_budget": (-1, 0, 1),
         },
     ),
     (FashionMNIST, FashionMNIST, dict.fromkeys(("batch_size", "validation_images"), (-1, 0, 1))),
@@ -221,9 +222,10 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
     ),
     (
         LLaDAShortcutNet,
-        build(LLaDAShortcutNet, width=16, num_heads=2, mlp_width=8),
+        build(LLaDAShortcutNet, width=16, num_heads=2, mlp_width=8, grid=4, reach=1),
         {"width": (-1, 0, 8), "num_heads": (-1, 0, 1), "mlp_width": (-1, 0, 1), "bottleneck_ratio": (-1, 0, 0.5, 1)}
-        | {"num_blocks": (-1, 0, 1), "rope_theta": (-1, 0, 1), "norm_eps": (-1, 0, 1)},
+        | {"num_blocks": (-1, 0, 1), "rope_theta": (-1, 0, 1), "norm_eps": (-1, 0, 1)}
+        | {"grid": (-1, 0, 2), "reach": (-1, 0)},
     ),
     (MaskedMSE, MaskedMSE, {"weight": (-1, 0, 1)}),
     (HeadKL, HeadKL, {"weight": (-1, 0, 1), "temperature": (-1, 0, 1)}),

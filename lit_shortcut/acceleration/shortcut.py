@@ -264,14 +264,11 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         # a base may read all its weights for its fingerprint, so it is only computed for a comparison
         if self.base_fingerprint is not None:
             self.require_base(base.fingerprint)
-        require_kind(self.network, base.interface, type(base).__name__)
+        require_kind(self.network, base, type(base).__name__)
         if (width := self.network.hparams["width"]) != base.spec.width:
             raise WeightsError(
                 f"width: expected {base.spec.width}, that of the base's features, found a shortcut network of {width}"
             )
-        grid = self.network.hparams.get("grid", 0)
-        if self.network.hparams.get("reach") and base.spec.grid != (grid, grid):
-            raise WeightsError(f"the base's tokens lie on a grid of {base.spec.grid}, the shortcut's on {(grid, grid)}")
 
     def require_base(self, fingerprint: str) -> None:
         """Check that it was trained for the base of ``fingerprint``; raises WeightsError if not."""

@@ -88,6 +88,7 @@ class Report(L.Callback):
             table,
             quality=quality,
             higher_is_better=higher_is_better,
+            num_steps=task.decoding.num_steps,
             seeds=seeds,
             precision=str(trainer.precision),
             dtype=dtype_of(task.base),

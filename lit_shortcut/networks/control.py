@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Context, Control, Prefix, PrefixSize, Transition
+from lit_shortcut.contracts import BaseEnds, Context, Control, Prefix, PrefixSize, Transition
 from lit_shortcut.interface import Places, TokenInterface
 from lit_shortcut.networks.rows import ALL_ROWS, Rows, RowsAt, RowsWhere
 from lit_shortcut.networks.shortcut import ShortcutNetwork
@@ -137,17 +137,27 @@ def _rows(interface: TokenInterface, masked: Tensor, num_rows: int) -> Rows:
     return RowsWhere(interface.masked_rows(masked))
 
 
-def require_kind(network: ShortcutNetwork, interface: TokenInterface, whose: str) -> None:
-    """Check that ``network`` is made for bases with this kind of ``interface``.
+def require_kind(network: ShortcutNetwork, base: BaseEnds, whose: str) -> None:
+    """Check that ``network`` is made for bases of this kind, and its neighbourhood for this token grid.
 
     Raises:
-        WeightsError: naming the base, ``whose``, and the class of networks for it.
+        WeightsError: naming the base, ``whose``, and the class of networks or the argument for it.
     """
+    interface, options = base.interface, network.options
     has_places = interface.row_offsets is not None
     if network.uses_places != has_places:
         raise WeightsError(
             f"{whose}: its interface has {'' if has_places else 'no '}places of rows in a sequence; expected a "
             f"{'LLaDAShortcutNet' if has_places else 'ShortcutNet'}, found a {type(network).__name__}"
+        )
+    if not options.reach:
+        return
+    if base.spec.grid != (grid := (options.grid, options.grid)):
+        raise WeightsError(f"{whose}: its tokens lie on a grid of {base.spec.grid}; grid of the shortcut gives {grid}")
+    if (num_rows := (options.grid // options.stride) ** 2) != interface.num_rows:
+        raise WeightsError(
+            f"{whose}: its features have {interface.num_rows} image rows; "
+            f"stride {options.stride} of the shortcut gives {num_rows}"
         )
 
 

@@ -75,10 +75,10 @@ class LLaDAShortcutNet(ShortcutNetwork):
         uses_time: condition on the masked share r.
         uses_control: attend to the tokens just committed.
         uses_prefix: attend to the tokens of the prompt.
-        rows: see :class:`~lit_shortcut.networks.rows.Options`, as the following.
+        rows: predict ``all`` rows, as published, or only those still ``masked``.
         anchored: predict from the last full step.
         grid: side of the square token grid, for the neighbourhood.
-        reach: of the neighbourhood; 0 leaves it out, as published.
+        reach: places that a committed token reaches in the neighbourhood; 0 leaves it out, as published.
 
     Raises:
         ValueError: if the ratio is below 1, c is not a multiple of twice ``num_heads``, or options are incompatible.

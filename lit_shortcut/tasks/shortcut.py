@@ -140,7 +140,7 @@ class ShortcutTask(OptimizedTask):
                 f"{data.source}: features are {spec.width} wide, but the shortcut network was built for width "
                 f"{self.network.options.width}; set model.init_args.network.init_args.width to {spec.width}"
             )
-        require_kind(self.network, data.interface, data.source)
+        require_kind(self.network, self.ends, data.source)
         for name, loss in self.losses.items():
             try:
                 loss.prepare(data)

@@ -227,6 +227,8 @@ def test_shortcut_of_another_kind_of_base_is_refused(
     dimoo_shortcut = Accelerated(Even(2), Shortcut(trained(32)))
     with pytest.raises(WeightsError, match=r"MaskGIT: .*expected a ShortcutNet, found a LLaDAShortcutNet"):
         next(sample(base, conditions(1), DECODING, dimoo_shortcut))
+    with pytest.raises(WeightsError, match=r"DiMOO: .* grid of \(4, 4\); grid of the shortcut gives \(3, 3\)"):
+        next(sample(dimoo, prompted(1), DECODING, Accelerated(Even(2), Shortcut(trained(grid=3, reach=1)))))
     with pytest.raises(WeightsError, match=r"width: expected 16.* 32"):
         next(sample(dimoo, prompted(1), DECODING, dimoo_shortcut))
 

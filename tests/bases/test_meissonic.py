@@ -112,6 +112,9 @@ def test_shortcut_on_the_rows_hears_of_tokens_on_the_grid(prompted: Prompted) ->
     assert torch.equal(exact.tokens, generate(base, prompted(2), DECODING, Vanilla()).tokens)
     _, full_steps = generate(base, prompted(2), DECODING, Accelerated(Even(1), Shortcut(network)))
     assert full_steps.tolist() == [1, 1]
+    of_tokens = Shortcut(ShortcutNet(24, num_heads=2, grid=4, reach=2))
+    with pytest.raises(WeightsError, match="4 image rows; stride 1 of the shortcut gives 16"):
+        generate(base, prompted(2), DECODING, Accelerated(Even(1), of_tokens))
 
 
 # ---- files

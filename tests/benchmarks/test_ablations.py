@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import ablations
+from benchmarks import ablations, verbs
 from tests.command_line import CONFIGS, lightning, record_toy
 
 ROOT = CONFIGS.parent
@@ -35,13 +35,13 @@ def test_variants_are_trained_and_compared_in_one_table(
     record_toy(tmp_path)
     (tmp_path / "configs").symlink_to(CONFIGS)
     monkeypatch.chdir(tmp_path)
-    verbs: list[str] = []
+    run_verbs: list[str] = []
 
     def run(*words: str) -> None:
-        verbs.append(words[0])
+        run_verbs.append(words[0])
         lightning(tmp_path, *words)
 
-    monkeypatch.setattr(ablations, "run", run)
+    monkeypatch.setattr(verbs, "run", run)
     measure = partial(ablations.main, "toy", VARIANTS, num_steps=6, budgets=[2, 3], max_steps=4, num_images=8)
     measure()
     rows = json.loads(Path("runs/ablations/toy/ablations.json").read_text())["rows"]
@@ -50,8 +50,8 @@ def test_variants_are_trained_and_compared_in_one_table(
     assert all(row["KL, b = 2"] > row["KL, b = 3"] > 0 for row in rows)
     assert all(0 <= row["class_agreement, b = 3"] <= 1 for row in rows)
     assert "| blind" in capsys.readouterr().out
-    assert verbs == ["fit", "fit", "test"]
+    assert run_verbs == ["fit", "fit", "test"]
     measure()
-    assert verbs[3:] == ["test"]  # trained variants are kept
+    assert run_verbs[3:] == ["test"]  # trained variants are kept
     measure(max_steps=5)
-    assert verbs[4:] == ["fit", "fit", "test"]
+    assert run_verbs[4:] == ["fit", "fit", "test"]

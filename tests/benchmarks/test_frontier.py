@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import auto_cli
 
-from benchmarks import frontier
+from benchmarks import frontier, verbs
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.evaluation.rows import build_rows
 from lit_shortcut.sampling import Decoding
@@ -20,18 +21,21 @@ METHODS: Any = {
 }
 
 
-def report(**rows: tuple[float, float]) -> dict[str, Any]:
-    """Rows by name with latency and quality, lower is better."""
+def report(*, higher_is_better: bool = False, **rows: tuple[float, float]) -> dict[str, Any]:
+    """Rows by name with latency and error; as a score where higher is better."""
+    sign = -1 if higher_is_better else 1
     lines = [
-        {"name": name, "method": name.split("_")[0], "latency_ms": latency, "fid": quality}
-        for name, (latency, quality) in rows.items()
+        {"name": name, "method": name.split("_")[0], "latency_ms": latency, "score": sign * error}
+        for name, (latency, error) in rows.items()
     ]
-    return {"quality": "fid", "higher_is_better": False, "rows": lines}
+    return {"quality": "score", "higher_is_better": higher_is_better, "rows": lines}
 
 
-def test_only_rows_that_none_of_their_method_beats_are_kept() -> None:
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_only_rows_that_none_of_their_method_beats_are_kept(higher_is_better: bool) -> None:
     entries = [[4], [8], [16], [8, 2, "hold"], [8, 3, "hold"], [8, 4, "hold"]]
     found = report(
+        higher_is_better=higher_is_better,
         vanilla_n4=(4, 3.0),
         vanilla_n8=(8, 1.0),
         vanilla_n16=(16, 1.5),
@@ -42,19 +46,54 @@ def test_only_rows_that_none_of_their_method_beats_are_kept() -> None:
     assert frontier.best(entries, found, METHODS) == [[4], [8], [8, 2, "hold"], [8, 4, "hold"]]
 
 
-def test_of_one_point_s_decodings_only_the_best_counts() -> None:
-    entries = [[8], [8, 2, "hold"], [8, 2, "hold", {"guidance": 1.0}]]
-    found = report(vanilla_n8=(8, 1.0), hold_n8_b2=(1.9, 4.0), hold_n8_b2_guidance1=(2, 3.0))
-    assert frontier.best(entries, found, METHODS) == [[8], [8, 2, "hold", {"guidance": 1.0}]]
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_of_decodings_that_cost_the_same_only_the_best_counts(higher_is_better: bool) -> None:
+    entries = [[8], [8, 2, "hold"], [8, 2, "hold", {"guidance": 1.0}], [8, 2, "hold", {"guidance": 0.0}]]
+    found = report(
+        higher_is_better=higher_is_better,
+        vanilla_n8=(8, 1.0),
+        hold_n8_b2=(1.9, 4.0),
+        hold_n8_b2_guidance1=(2, 3.0),
+        hold_n8_b2_guidance0=(1, 5.0),  # without the unconditional branch
+    )
+    best = [[8], [8, 2, "hold", {"guidance": 1.0}], [8, 2, "hold", {"guidance": 0.0}]]
+    assert frontier.best(entries, found, METHODS) == best
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quality": None}, "needs a quality"),
+        ({"rows": [{"name": "vanilla_n8", "method": "vanilla", "latency_ms": 1, "score": 1}]}, "hold: no row has both"),
+        ({"rows": [{"name": "vanilla_n8", "method": "vanilla", "score": 1}]}, "hold, vanilla: .* latency_ms and score"),
+    ],
+)
+def test_reports_without_latency_or_quality_are_refused(change: dict[str, Any], message: str) -> None:
+    found = report(vanilla_n8=(8, 1.0), hold_n8_b2=(2, 4.0)) | change
+    with pytest.raises(ValueError, match=message):
+        frontier.best([[8], [8, 2, "hold"]], found, METHODS)
 
 
 @pytest.mark.parametrize("path", (CONFIGS.parent / "benchmarks").glob("frontier_*.yaml"), ids=lambda path: path.stem)
-def test_frontiers_of_the_defaults_name_decodings_that_exist_and_other_seeds(path: Path) -> None:
-    asked = yaml.safe_load(path.read_text())
-    assert asked["reference"] in asked["num_steps"]
-    assert not {*asked["selection"]["run_seeds"]} & {*asked["evaluation"]["run_seeds"]}
-    methods = dict.fromkeys(asked["methods"], Hold())
-    build_rows([[asked["reference"], own] for own in asked["decodings"]], Decoding(), methods)
+def test_frontiers_of_the_defaults_are_asked_of_the_command(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def run(*words: str) -> None:
+        asked.append(words)
+        raise StopIteration
+
+    monkeypatch.setattr(verbs, "run", run)
+    with pytest.raises(StopIteration):
+        auto_cli(frontier.main, args=[f"--config={path}", f"--folder={tmp_path}"])
+    (words,) = asked
+    overlay = yaml.safe_load(next(tmp_path.glob("*/sweep.yaml")).read_text())
+    methods, rows = (overlay["model"]["init_args"][name] for name in ("methods", "rows"))
+    decodings = yaml.safe_load(path.read_text())["decodings"]
+    assert len(build_rows([*rows, *([[8, own] for own in decodings])], Decoding(), dict.fromkeys(methods, Hold()))) > 20
+    with pytest.raises(SystemExit, match="0"):
+        lightning(CONFIGS.parent, *words, "--print_config")
 
 
 def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
@@ -62,8 +101,15 @@ def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
 ) -> None:
     (tmp_path / "configs").symlink_to(CONFIGS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(frontier, "run", partial(lightning, tmp_path))
-    frontier.main(
+    parts: list[str] = []
+
+    def run(*words: str) -> None:
+        parts.append(Path(words[-2]).stem)
+        lightning(tmp_path, *words)
+
+    monkeypatch.setattr(verbs, "run", run)
+    measure = partial(
+        frontier.main,
         "toy",
         METHODS,
         num_steps=[3, 6],
@@ -71,31 +117,28 @@ def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
         decodings=[{"confidence_noise": 1.0}],
         selection=frontier.Seeds(8, [5]),
         evaluation=frontier.Seeds(8, [10, 11]),
-        reference=6,
     )
+    measure()
     folder = Path("runs/frontier/toy")
     sweep, final = (json.loads((folder / part / "report.json").read_text()) for part in ("sweep", "report"))
-    names = [row["name"] for row in sweep["rows"]]
-    assert {"vanilla_n3", "hold_n3_b2", "taylor_n6_b4"} <= {*names}
-    assert "hold_n3_b4" not in names
-    retuned = [name for name in names if name.endswith("confidence_noise1")]
-    assert 3 <= len(retuned) < len(names) / 2  # one for each row of a front, at least one a method
+    first, second = (json.loads((folder / f"{part}.json").read_text())["chosen"] for part in ("first", "second"))
+    best, kept = (
+        [row.name for row in build_rows(entries, Decoding(), dict.fromkeys(METHODS, Hold()))]
+        for entries in (first, second)
+    )
+    plain = {"vanilla_n3", "vanilla_n6"} | {
+        f"{method}_n{steps}_b{budget}" for method in METHODS for steps, budget in ((3, 2), (6, 2), (6, 4))
+    }
+    assert {row["name"] for row in sweep["rows"]} == plain | {f"{name}_confidence_noise1" for name in best}
     assert final["seeds"] == [10, 11]
-    kept = [row["name"] for row in final["rows"]]
-    assert "vanilla_n6" in kept
-    assert {*kept} <= {*names}
+    assert [row["name"] for row in final["rows"]] == kept
     assert {row["method"] for row in final["rows"]} == {"vanilla", "hold", "taylor"}
+    assert [6] in first
+    assert [6] in second  # what speed-ups refer to
+    measure()
+    assert parts == ["sweep", "sweep", "report", "report"]  # what was chosen is kept
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"evaluation": frontier.Seeds(8, [5, 6])}, r"evaluation\.run_seeds must not be .*: \[5\]"),
-        ({"reference": 4}, r"reference must be one of num_steps \[3, 6\], got 4"),
-    ],
-)
-def test_arguments_that_would_spoil_the_choice_are_refused(change: dict[str, Any], message: str) -> None:
-    asked: dict[str, Any] = {"num_steps": [3, 6], "budgets": [2], "decodings": [], "reference": 6}
-    asked |= {"selection": frontier.Seeds(8, [5]), "evaluation": frontier.Seeds(8, [10])}
-    with pytest.raises(ValueError, match=message):
-        frontier.main("toy", METHODS, **asked | change)
+def test_seeds_in_both_sets_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"evaluation\.run_seeds must not be .*: \[5\]"):
+        frontier.main("toy", METHODS, [3, 6], [2], [], frontier.Seeds(8, [5]), frontier.Seeds(8, [5, 6]))

@@ -97,6 +97,12 @@ def test_number_of_workers_changes_nothing(folder: Path) -> None:
     assert order(make(folder, num_workers=2)) == order(make(folder))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_that_are_held_keep_their_values_while_others_are_read(folder: Path, num_workers: int) -> None:
+    held = list(make(folder, num_workers=num_workers).train_dataloader())
+    assert [names(batch.decode()) for batch in held] == order(make(folder))
+
+
 def test_transition_is_one_of_its_trajectory(folder: Path) -> None:
     batch = next(iter(make(folder).train_dataloader())).decode()
     for row, (sample, step, _) in enumerate(names(batch)):

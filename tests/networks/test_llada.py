@@ -103,7 +103,7 @@ def test_control_counts_with_its_place(network: LLaDAShortcutNet) -> None:
     assert (here - there).abs().max() > 1e-3
 
 
-def test_neighbourhood_is_of_committed_tokens_alone_and_only_of_image_rows() -> None:
+def test_neighbourhood_is_of_committed_tokens_and_not_of_a_prompt_s() -> None:
     torch.manual_seed(0)
     network = LLaDAShortcutNet(16, num_heads=2, mlp_width=24, grid=2, reach=1).eval().requires_grad_(False)
     control, seen = rows(5), []

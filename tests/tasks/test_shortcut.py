@@ -234,6 +234,13 @@ def test_other_width_is_refused_and_both_are_named(folder: Path) -> None:
         Task(folder, ShortcutNet(width=8, num_heads=1))
 
 
+def test_neighbourhood_on_another_grid_is_refused(folder: Path) -> None:
+    with pytest.raises(WeightsError, match=r"on a grid of \(3, 3\); grid of the shortcut gives \(4, 4\)"):
+        Task(folder, ShortcutNet(width=6, num_heads=1, grid=4, reach=1))
+    with pytest.raises(WeightsError, match="9 image rows; stride 3 of the shortcut gives 1"):
+        Task(folder, ShortcutNet(width=6, num_heads=1, grid=3, reach=1, stride=3))
+
+
 def test_rollout_of_no_step_is_refused() -> None:
     with pytest.raises(ValueError, match="rollout_depth must be at least 1, got 0"):
         ShortcutTask(network(), rollout_depth=0)
