@@ -32,6 +32,7 @@ class ExportWeights(L.Callback):
         self, path: Path, licence: str, trained_on: str, dtype: Literal["float16", "bfloat16"] | None = None
     ) -> None:
         self.path, self.facts = path, {"licence": licence, "trained_on": trained_on}
+        self.written: Path | None = None  # the weight file, once there is one
         self.dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -44,8 +45,8 @@ class ExportWeights(L.Callback):
         if not trainer.is_global_zero or is_trial(trainer, "fit"):
             return
         assert isinstance(pl_module, OptimizedTask)
-        weights = self.write(pl_module)
-        update_manifest(weights, self.facts | _outcome(trainer), self.path.with_name("manifest.yaml"))
+        self.written = self.write(pl_module)
+        update_manifest(self.written, self.facts | _outcome(trainer), self.path.with_name("manifest.yaml"))
 
     def write(self, task: OptimizedTask) -> Path:
         """Write ``task.network``; return its weight file."""

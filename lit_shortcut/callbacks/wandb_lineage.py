@@ -45,10 +45,10 @@ class WandbLineage(L.Callback):
         if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ExportWeights) and callback.path.is_file():
-                with carry_on(f"logging {callback.path}"):
-                    tensors, metadata = load_tensors(callback.path)
-                    log_artifact(trainer, f"{_SHORTCUT}-{fingerprint(tensors)}", "model", [callback.path], metadata)
+            if isinstance(callback, ExportWeights) and callback.written is not None:
+                with carry_on(f"logging {callback.written}"):
+                    tensors, metadata = load_tensors(callback.written)
+                    log_artifact(trainer, f"{_SHORTCUT}-{fingerprint(tensors)}", "model", [callback.written], metadata)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mark the shortcuts of all rows as used."""
