@@ -77,6 +77,7 @@ base-fashion_text: # texts and their tokenizer, base, CLIP
 	$(VENV)/bin/python -m lit_shortcut.fashion.captions checkpoints/fashion_text
 	$(RUN) fit --config configs/fashion_text/base.yaml
 	$(RUN) fit --config configs/fashion_text/base_anneal.yaml
+	$(RUN) fit --config configs/fashion_text/base_deep.yaml
 	$(RUN) fit --config configs/fashion_text/clip.yaml
 
 test: lint types unit ## Check everything: lint, types, tests

@@ -51,9 +51,9 @@ def test_sides_are_the_pictures_of_the_pipeline_at_one_seed(texts: Pipeline) -> 
         (image,) = texts("a dark, wide coat", seeds=5, **numbers).images
         assert same(side.image.resize(image.size, Image.Resampling.NEAREST), image)
     assert vanilla.full == (True,) * 4
-    assert (sum(shortcut.full), len(shortcut.full), shortcut.full[0]) == (3, 8, True)
-    assert steps == [(done, 12) for done in range(1, 13)]
-    assert re.fullmatch(r"shortcut: 3 of 8 base passes, [\d.]+ ms  \n●[●○]{7}", str(shortcut))
+    assert (sum(shortcut.full), len(shortcut.full), shortcut.full[0]) == (3, 12, True)
+    assert steps == [(done, 16) for done in range(1, 17)]
+    assert re.fullmatch(r"shortcut: 3 of 12 base passes, [\d.]+ ms  \n●[●○]{11}", str(shortcut))
 
 
 def test_whole_budget_is_vanilla(classes: Pipeline) -> None:
@@ -68,14 +68,14 @@ def test_whole_budget_is_vanilla(classes: Pipeline) -> None:
         ({"wanted": "a" * (MOST_CHARACTERS + 1)}, "got 501"),
         ({"wanted": 3}, "takes prompts"),
         ({"seed": 2**63}, "seed"),
-        ({"num_steps": 9}, "steps must lie in 1..8, got 9"),
-        ({"num_steps": 0}, "steps must lie in 1..8, got 0"),
+        ({"num_steps": 13}, "steps must lie in 1..12, got 13"),
+        ({"num_steps": 0}, "steps must lie in 1..12, got 0"),
         ({"budget": 0}, "budget"),
-        ({"budget": 9}, "budget"),
+        ({"budget": 13}, "budget"),
     ],
 )
 def test_server_refuses_what_is_out_of_range(texts: Pipeline, changed: dict[str, Any], message: str) -> None:
-    asked: dict[str, Any] = {"wanted": "a coat", "seed": 0, "num_steps": 8, "budget": 3}
+    asked: dict[str, Any] = {"wanted": "a coat", "seed": 0, "num_steps": 12, "budget": 3}
     with pytest.raises(ValueError, match=re.escape(message)):
         compare(texts, **(asked | changed))
 
@@ -163,13 +163,14 @@ def test_person_types_moves_and_sees(browser: Chrome, address: str) -> None:
     prompt.send_keys("a dark, wide coat", Keys.ENTER)
     wait(lambda: len(sources()) == 2)
     vanilla, shortcut = wait(captions)
-    assert vanilla.startswith("vanilla: 8 of 8 base passes")
-    assert vanilla.endswith("●" * 8)
-    assert shortcut.startswith("shortcut: 4 of 8 base passes")
+    assert vanilla.startswith("vanilla: 12 of 12 base passes")
+    assert vanilla.endswith("●" * 12)
+    assert shortcut.startswith("shortcut: 4 of 12 base passes")
     before = sources()
     slider = field("range slider for Shortcut")
-    ActionChains(browser).click_and_hold(slider).move_by_offset(-2 * slider.size["width"] // 7, 0).release().perform()
-    wait(lambda: len(captions()) == 2 and captions()[1].startswith("shortcut: 2 of 8 base passes"))
+    from_middle = int(-4.5 * slider.size["width"] / 11)  # of 1 … 12, to 2
+    ActionChains(browser).click_and_hold(slider).move_by_offset(from_middle, 0).release().perform()
+    wait(lambda: len(captions()) == 2 and captions()[1].startswith("shortcut: 2 of 12 base passes"))
     wait(lambda: sources()[1] != before[1])
     assert console(browser) == []
     fetched = "return performance.getEntriesByType('resource').map(entry => entry.name)"

@@ -61,10 +61,10 @@ def test_command_draws_what_the_pipeline_draws(folder: Path) -> None:
         assert (found["base_passes"], found["budget"], found["num_steps"], found["method"]) == (
             "3",
             "3",
-            "8",
+            "12",
             "shortcut",
         )
-        assert json.loads(found["base"])["fingerprint"] == "df552249f6a494cf"
+        assert json.loads(found["base"])["fingerprint"] == "afc5c5edee5022f0"
 
 
 def test_vanilla_is_drawn_beside_at_equal_seeds(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,7 +158,7 @@ def test_bad_request_is_refused_before_anything_is_written(
 
 def test_shortcut_of_another_base_is_refused(folder: Path) -> None:
     path = CHECKPOINTS / "fashion_text" / "shortcut" / "model.safetensors"
-    with pytest.raises(WeightsError, match=r"df552249f6a494cf.*cannot accelerate base"):
+    with pytest.raises(WeightsError, match=r"afc5c5edee5022f0.*cannot accelerate base"):
         generate(folder, "--labels", "1", f"--model.shortcut.init_args.path={path}")
 
 
