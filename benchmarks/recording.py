@@ -23,7 +23,7 @@ from lit_shortcut.metrics.latency import measure_latency
 from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.tasks.recording import RecordingTask
 
-NUM_IMAGES, BATCH_SIZE, ROUNDS = 512, 32, 3
+NUM_IMAGES, BATCH_SIZE, ROUNDS = 96, 32, 3
 PLAIN = "sampling alone"
 
 
