@@ -65,8 +65,7 @@ def _fit(
     folder: Path,
 ) -> dict[str, float]:
     """Train one variant unless the same command has done so; returns the metrics of its validation."""
-    own, asked = folder / name, folder / f"{name}.json"
-    export = {"path": str(own), "licence": "Apache-2.0", "trained_on": f"trajectories of {base}"}
+    export = {"path": str(folder / name), "licence": "Apache-2.0", "trained_on": f"trajectories of {base}"}
     callbacks = [
         {"class_path": "lit_shortcut.callbacks.ema.ModuleEMA", "init_args": {"decay": 0.999}},
         {"class_path": "lit_shortcut.callbacks.replay_table.ReplayTable", "init_args": {"budgets": budgets}},
@@ -86,12 +85,12 @@ def _fit(
             for key, value in values.items()
         ),
     ]
-    if not asked.exists() or json.loads(asked.read_text()) != words:
+
+    def train() -> Any:
         verbs.run(*words)
-        with replacing(asked) as aside:
-            aside.write_text(json.dumps(words))
-    manifest = yaml.safe_load((folder / "manifest.yaml").read_text())
-    metrics: dict[str, float] = manifest[f"{name}/model.safetensors"]["metrics"]
+        return yaml.safe_load((folder / "manifest.yaml").read_text())[f"{name}/model.safetensors"]["metrics"]
+
+    metrics: dict[str, float] = verbs.kept(folder / f"{name}.json", words, train)
     return metrics
 
 

@@ -6,7 +6,6 @@ of the same method beats, all other decodings. Only what is best there is measur
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from jsonargparse import auto_cli
 from benchmarks import verbs
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.evaluation.rows import VANILLA, Row, build_rows
-from lit_shortcut.files import replacing
 from lit_shortcut.report.plot import front
 from lit_shortcut.sampling import Decoding
 
@@ -75,15 +73,14 @@ def main(
 
     def chosen(part: str, rows: list[Entry]) -> list[Entry]:
         """Return the best of ``rows`` and the reference, as chosen before if they were: latencies would differ."""
-        path, asked = folder / f"{part}.json", {"rows": rows, "seeds": selection._asdict(), "methods": methods}
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get("asked") != json.loads(json.dumps(asked)):
+
+        def choose() -> list[Entry]:
             report = measured("sweep", rows, selection, latency_rounds=_ROUNDS)
-            kept, reference = best(rows, report, methods), [report["num_steps"]]
-            known = {"asked": asked, "chosen": kept if reference in kept else [reference, *kept]}
-            with replacing(path) as aside:
-                aside.write_text(json.dumps(known, indent=1))
-        found: list[Entry] = known["chosen"]
+            found, reference = best(rows, report, methods), [report["num_steps"]]
+            return found if reference in found else [reference, *found]
+
+        asked = {"rows": rows, "seeds": selection._asdict(), "methods": methods}
+        found: list[Entry] = verbs.kept(folder / f"{part}.json", asked, choose)
         return found
 
     first = chosen("first", entries)
@@ -106,9 +103,7 @@ def best(entries: list[Entry], report: dict[str, Any], methods: dict[str, Any]) 
     table = pd.DataFrame(report["rows"]).reindex(columns=["name", "method", "latency_ms", quality]).dropna()
     if missing := {row.method for row in rows} - {*table["method"]}:
         raise ValueError(f"{', '.join(sorted(missing))}: no row has both latency_ms and {quality}")
-    table = table.sort_values("latency_ms").sort_values(
-        quality, ascending=not report["higher_is_better"], kind="stable"
-    )
+    table = table.sort_values([quality, "latency_ms"], ascending=[not report["higher_is_better"], True])
     table = table[~table["name"].map({row.name: _cost(row) for row in rows}).duplicated()]
     kept = {
         name

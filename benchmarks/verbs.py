@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from lit_shortcut.files import replacing
 
 
 def run(*words: str) -> None:
@@ -34,3 +37,14 @@ def report(base: str, folder: Path, overlays: list[Path], model: dict[str, Any],
     configs = [Path("configs") / base / "evaluate.yaml", *overlays, last]
     run("test", *(f"--config={path}" for path in configs), "--trainer.logger=false")
     return json.loads((folder / "report.json").read_text())
+
+
+def kept(path: Path, asked: Any, make: Callable[[], Any]) -> Any:
+    """Return what ``make`` returned when the same was ``asked`` before, as JSON in ``path``; else make and keep it."""
+    asked = json.loads(json.dumps(asked))  # as it is read again
+    known = json.loads(path.read_text()) if path.exists() else [None]
+    if known[0] != asked:
+        known = [asked, make()]
+        with replacing(path) as aside:
+            aside.write_text(json.dumps(known, indent=1))
+    return known[1]

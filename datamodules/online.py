@@ -32,6 +32,8 @@ from lit_shortcut.trajectory import Card, TrajectoryError
 from lit_shortcut.trajectory.encoding import require_finite
 from lit_shortcut.trajectory.transitions import concatenated, select
 
+_VANILLA = Vanilla()
+
 
 @dataclass(eq=False)
 class _Training(Dataset[Transition]):
@@ -247,12 +249,12 @@ class OnlineDataModule(L.LightningDataModule):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def draw(self, conditions: Conditions, *, method: Acceleration | None = None, stays: bool = False) -> Trajectories:
+    def draw(self, conditions: Conditions, *, method: Acceleration = _VANILLA, stays: bool = False) -> Trajectories:
         """Generate trajectories of ``conditions`` in one batch, as ``predict`` does, and move them to the host.
 
         Args:
             conditions: conditions of one batch.
-            method: what draws the tokens; the base if None.
+            method: what draws the tokens.
             stays: keep the features on the device.
 
         Raises:
@@ -266,7 +268,7 @@ class OnlineDataModule(L.LightningDataModule):
         self.base.to(device)
         with precision.predict_step_context() if precision else nullcontext():
             conditions = move_data_to_device(conditions, device)
-            drawn = record(self.base, conditions, self.decoding, method=method or Vanilla())
+            drawn = record(self.base, conditions, self.decoding, method=method)
         features = drawn.features.to(getattr(torch, self.dtype))
         try:
             require_finite("features", features)
@@ -287,7 +289,7 @@ class OnlineDataModule(L.LightningDataModule):
     def _policy(self) -> Acceleration:
         """Return what draws the tokens of a training pool."""
         if self.on_policy_budget is None:
-            return Vanilla()
+            return _VANILLA
         module: Any = self.trainer and self.trainer.lightning_module
         if not isinstance(module, ShortcutTask):
             raise ValueError(f"on_policy_budget needs a ShortcutTask, whose network draws; got {type(module).__name__}")

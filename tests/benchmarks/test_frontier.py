@@ -121,7 +121,7 @@ def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
     measure()
     folder = Path("runs/frontier/toy")
     sweep, final = (json.loads((folder / part / "report.json").read_text()) for part in ("sweep", "report"))
-    first, second = (json.loads((folder / f"{part}.json").read_text())["chosen"] for part in ("first", "second"))
+    first, second = (json.loads((folder / f"{part}.json").read_text())[1] for part in ("first", "second"))
     best, kept = (
         [row.name for row in build_rows(entries, Decoding(), dict.fromkeys(METHODS, Hold()))]
         for entries in (first, second)
