@@ -14,12 +14,13 @@ from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
-from lit_shortcut.evaluation.drawing import draw, require_feasible, strip_of
+from lit_shortcut.evaluation.drawing import Drawn, draw, require_feasible, strip_of
 from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, vanilla_row
 from lit_shortcut.evaluation.tally import Tally
 from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.loggers import carry_on, log_picture
 from lit_shortcut.metrics.images import ImageMetric
+from lit_shortcut.metrics.paired import are_paired
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.report.grids import grids
 from lit_shortcut.report.plot import pixels
@@ -79,6 +80,7 @@ class AcceleratedSampling(L.Callback):
         self.grid_images = grid_images
         self.validations = 0
         self.vanilla: tuple[dict[str, float], Tensor] | None = None  # the base is frozen: once suffices
+        self.originals: list[Drawn] = []  # vanilla's images, batch by batch, if a metric compares with them
         self.copy: ShortcutNetwork | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,11 +174,15 @@ class AcceleratedSampling(L.Callback):
 
     def _measure(self, row: Row, batches: list[Conditions]) -> tuple[dict[str, float], Tensor]:
         """Return values of the metrics and base passes over ``batches``, and the first images."""
-        tally = Tally(self.metrics, row.decoding.num_steps, batches[0].seeds.device)
+        device = batches[0].seeds.device
+        tally = Tally(self.metrics, row.decoding.num_steps, device)
         first: list[Tensor] = []
-        for conditions in batches:
+        is_paired = are_paired(self.metrics)
+        for index, conditions in enumerate(batches):
             drawn = draw(self.base, conditions, row)
-            tally.add(drawn, conditions)
+            if is_paired and self.vanilla is None:
+                self.originals.append(move_data_to_device(drawn, "cpu"))
+            tally.add(drawn, conditions, move_data_to_device(self.originals[index], device) if is_paired else None)
             first = first or [drawn.images[: self.grid_images].cpu()]
         values, full_steps = tally.compute()
         return values | {"full_steps": full_steps["mean"]}, first[0]

@@ -35,7 +35,10 @@ def loop_identities(
 
 
 def row_identity(
-    loop: Mapping[str, Any], conditions: Mapping[str, Any], metrics: Mapping[str, ImageMetric]
+    loop: Mapping[str, Any],
+    conditions: Mapping[str, Any],
+    metrics: Mapping[str, ImageMetric],
+    originals: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return everything a row's values depend on but the run seed.
 
@@ -43,9 +46,11 @@ def row_identity(
         loop: the row's entry of :func:`loop_identities`.
         conditions: identity of the conditions.
         metrics: image metrics by name.
+        originals: the entry of the row whose images ``metrics`` compare with; None if none does.
     """
     measured = {name: metric.identity() for name, metric in metrics.items()}
-    return dict(loop) | _as_json({"conditions": dict(conditions), "metrics": measured})
+    compared = {} if originals is None else {"originals": dict(originals)}
+    return dict(loop) | _as_json({"conditions": dict(conditions), "metrics": measured} | compared)
 
 
 def dtype_of(base: MaskedImageModel) -> str:

@@ -81,10 +81,10 @@ class Tally:
         if path is not None and path.exists():
             self._resume(path)
 
-    def add(self, drawn: Drawn, conditions: Conditions) -> None:
-        """Add one batch, and save the states."""
+    def add(self, drawn: Drawn, conditions: Conditions, vanilla: Drawn | None = None) -> None:
+        """Add one batch, with what ``vanilla`` drew if a metric compares with it, and save the states."""
         known = {name: len(elements) for name, elements in self._lists().items()}
-        self.metrics.update(drawn.images, conditions)
+        self.metrics.update(drawn.images, conditions=conditions, originals=vanilla.images if vanilla else None)
         self.full_steps.update(drawn.full_steps)
         gained = {
             f"{name}/{index}": element

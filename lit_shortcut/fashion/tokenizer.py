@@ -13,7 +13,7 @@ from vector_quantize_pytorch import FSQ
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.images import LabelledImages
-from lit_shortcut.metrics.images import ImageMetric
+from lit_shortcut.metrics.images import ImageMetric, collection
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import load_module
 
@@ -124,7 +124,7 @@ class TokenizerTask(OptimizedTask):
     ) -> None:
         super().__init__(**optimization)
         self.network: FSQTokenizer = tokenizer
-        self.metrics = metrics or {}
+        self.metrics = collection(metrics or {})
 
     def training_step(self, batch: LabelledImages, batch_idx: int) -> Tensor:
         """Return the reconstruction loss of one batch."""
@@ -136,22 +136,17 @@ class TokenizerTask(OptimizedTask):
         """Log the reconstruction loss of held-out images."""
         self.log("val/loss", self._loss(batch), prog_bar=True, batch_size=len(batch.labels))
 
-    def on_test_start(self) -> None:
-        """Move the metrics to the task's device."""
-        for metric in self.metrics.values():
-            metric.to(self.device)
-
     def test_step(self, batch: LabelledImages, batch_idx: int) -> None:
         """Measure reconstructions from codes, the best that a base with this tokenizer can do."""
         reconstructions = self.network.decode(self.network.encode(batch.pixels))
         none = torch.zeros_like(batch.labels)  # these images were not generated: they have neither ids nor seeds
         conditions = Conditions(none, none, batch.labels)
-        for metric in self.metrics.values():
-            metric.update(reconstructions, conditions)
+        originals = batch.pixels.expand_as(reconstructions)
+        self.metrics.update(reconstructions, conditions=conditions, originals=originals)
 
     def on_test_epoch_end(self) -> None:
         """Log each metric."""
-        self.log_dict({f"test/{name}": metric.compute() for name, metric in self.metrics.items()})
+        self.log_dict({f"test/{name}": value for name, value in self.metrics.compute().items()})
 
     def _loss(self, batch: LabelledImages) -> Tensor:
         pixels = batch.pixels.float() / 127.5 - 1

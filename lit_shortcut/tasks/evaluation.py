@@ -18,6 +18,7 @@ from lit_shortcut.evaluation.tally import Tally
 from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import device_name
+from lit_shortcut.metrics.paired import are_paired
 from lit_shortcut.tasks.comparison import ComparisonTask
 from lit_shortcut.trials import is_trial, report_trial
 from lit_shortcut.weights import require_writable
@@ -27,7 +28,8 @@ class EvaluationTask(ComparisonTask):
     """Vanilla and accelerated generation with a frozen base, side by side; nothing is trained.
 
     ``test`` draws each batch of conditions for every row that is not finished yet and feeds the row's metrics; after
-    the last batch of a run seed it stores all rows. What was measured is kept batch by batch, so that a run that was
+    the last batch of a run seed it stores all rows. Metrics that compare an image with its original get those of
+    vanilla at ``decoding.num_steps``. What was measured is kept batch by batch, so that a run that was
     stopped goes on where it was. Last, all rows' latencies are measured in turns, so that a change of the machine's
     speed meets all alike.
 
@@ -100,7 +102,10 @@ class EvaluationTask(ComparisonTask):
             compiled=self.compiled and self.compile_mode,
         )
         asked = self.conditions.identity()
-        self.identities = {row.name: row_identity(self.loops[row.name], asked, self.metrics) for row in self.rows}
+        originals = self.loops[self.reference.name] if are_paired(self.metrics) else None
+        self.identities = {
+            row.name: row_identity(self.loops[row.name], asked, self.metrics, originals) for row in self.rows
+        }
         self.unfinished: dict[int, list[str]] = self.trainer.strategy.broadcast(self._unfinished())
 
     def test_step(self, batch: Conditions, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -111,16 +116,15 @@ class EvaluationTask(ComparisonTask):
         rows = [row for row in self.rows if row.name in self.unfinished[seed]]
         if batch_idx == 0:
             self.tallies = {row.name: self._tally(row, seed) for row in rows}
-        for row in rows:
-            tally = self.tallies[row.name]
-            if batch_idx < tally.batches:
-                continue
-            drawn = draw(self.base, batch, row)
+        left = [row for row in rows if batch_idx >= self.tallies[row.name].batches]
+        vanilla = draw(self.base, batch, self.reference) if left and are_paired(self.metrics) else None
+        for row in left:
+            drawn = vanilla if vanilla and row.name == self.reference.name else draw(self.base, batch, row)
             is_shown = batch_idx == 0 and dataloader_idx == 0 and self.trainer.is_global_zero
             if is_shown and self.grid_images:
                 count = self.grid_images
                 self.stored.add_images(row, drawn.images[:count], batch.prompts[:count])
-            tally.add(drawn, batch)
+            self.tallies[row.name].add(drawn, batch, vanilla)
         if batch_idx == int(self.trainer.num_test_batches[dataloader_idx]) - 1:
             for row in rows:
                 self._finish(row, seed)

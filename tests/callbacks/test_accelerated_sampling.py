@@ -26,6 +26,7 @@ from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from tests.command_line import record_toy
 from tests.metrics.brightness import Brightness
+from tests.metrics.difference import Difference
 
 DECODING = Decoding(num_steps=6)
 
@@ -144,6 +145,16 @@ def test_vanilla_images_are_drawn_once(recorded: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.draw", counted)
     fit(recorded, make())
     assert drawn == ["vanilla_n6"] * 2 + (["shortcut_n6_b2"] * 2 + ["shortcut_n4_b2"] * 2) * 2
+
+
+def test_paired_metrics_compare_with_vanilla_at_every_validation(recorded: Path) -> None:
+    task, watch = fit(recorded, make(metrics={"difference": Difference()}, latency_rounds=0))
+    (conditions,) = ClassLabels(6, batch_size=6, seed=3).loader()
+    rows = build_rows([(6,), (4, 2, "shortcut")], DECODING, {"shortcut": Shortcut(task.network)})
+    vanilla, own = (draw(ToyBase(), conditions, row).images.float() for row in rows)
+    assert [logged["sampling/vanilla_n6/difference"] for logged in watch.logged] == [0, 0]
+    expected = pytest.approx(float((own - vanilla).abs().mean()), rel=1e-5)
+    assert watch.logged[-1]["sampling/shortcut_n4_b2/difference"] == expected != 0
 
 
 def test_sampling_may_skip_validations_and_the_sanity_check(recorded: Path) -> None:

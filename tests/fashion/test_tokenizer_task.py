@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.fashion.tokenizer import FSQTokenizer, TokenizerTask
 from lit_shortcut.images import LabelledImages
+from lit_shortcut.metrics.images import collection
 from lit_shortcut.weights import fingerprint
 from tests.metrics.brightness import Brightness
+from tests.metrics.difference import Difference
 from tests.tasks.short_runs import short_trainer
 
 
@@ -57,9 +59,11 @@ def test_reconstructions_are_measured_against_the_labels_of_their_images() -> No
             super().update(images, conditions)
             seen.append((images, conditions.labels))
 
-    task.metrics = {"brightness": Record()}
+    task.metrics = collection({"brightness": Record(), "difference": Difference()})
     batch = next(iter(batches(1)))._replace(labels=torch.arange(8))
     task.test_step(batch, 0)
     ((images, labels),) = seen
     assert torch.equal(images, task.network.decode(task.network.encode(batch.pixels)))
     assert torch.equal(labels, batch.labels)
+    error = (images.float() - batch.pixels.float()).abs().mean()
+    assert task.metrics.compute()["difference"] == pytest.approx(float(error), rel=1e-5)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.evaluation.drawing import Drawn, draw
-from lit_shortcut.evaluation.rows import Row, build_rows
+from lit_shortcut.evaluation.rows import Row, build_rows, vanilla_row
 from lit_shortcut.fashion.classifier import FashionCNN
 from lit_shortcut.metrics.images import ClassAgreement
 from lit_shortcut.networks.shortcut import ShortcutNet
@@ -27,6 +28,7 @@ from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.evaluation import EvaluationTask
 from lit_shortcut.weights import WeightsError
 from tests.metrics.brightness import Brightness
+from tests.metrics.difference import Difference
 
 DECODING = Decoding(num_steps=5)
 ROWS: list[Any] = [[5], [3], [5, 2, "hold"]]
@@ -38,8 +40,8 @@ def measure(folder: Path, rows: list[Any] = ROWS, *, data: dict[str, Any] | None
     names = ("strategy", "devices", "limit_test_batches", "fast_dev_run", "precision", "callbacks")
     trainer = {name: arguments.pop(name) for name in names if name in arguments}
     settings = {"metrics": {"brightness": Brightness()}, "latency_rounds": 0, "results": folder, "grid_images": 3}
-    settings |= {"methods": {"hold": Hold()}}
-    task = EvaluationTask(arguments.pop("base", ToyBase()), decoding=DECODING, rows=rows, **(settings | arguments))
+    settings |= {"methods": {"hold": Hold()}, "decoding": DECODING}
+    task = EvaluationTask(arguments.pop("base", ToyBase()), rows=rows, **(settings | arguments))
     quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     run = L.Trainer(**quiet, **trainer)
     run.test(task, datamodule=ClassLabels(**({"num_images": 10, "batch_size": 4} | (data or {}))), verbose=False)
@@ -83,6 +85,46 @@ def test_stored_values_are_those_of_all_images_of_each_row_and_seed(tmp_path: Pa
         assert found[f"{row.name}_seed0"]["values"] != found[f"{row.name}_seed7"]["values"]
     assert not (tmp_path / "latency.json").exists()
     assert list((tmp_path / "unfinished").iterdir()) == []
+
+
+PAIRED = {"brightness": Brightness(), "difference": Difference()}
+
+
+def test_paired_metrics_compare_with_vanilla_of_the_same_seeds_wherever_it_stands(tmp_path: Path) -> None:
+    rows = [[5, 2, "hold"], [3], [5]]
+    measure(tmp_path, rows, metrics=PAIRED, data={"run_seeds": [0, 7]})
+    found = stored(tmp_path)
+    for row in build_rows(rows, DECODING, {"hold": Hold()}):
+        for seed in (0, 7):
+            (conditions,) = ClassLabels(10, batch_size=10, seed=seed).loader()
+            own, vanilla = (draw(ToyBase(), conditions, each).images.float() for each in (row, vanilla_row(DECODING)))
+            expected = float((own - vanilla).abs().mean())
+            assert found[f"{row.name}_seed{seed}"]["values"]["difference"] == pytest.approx(expected, rel=1e-5)
+            assert (expected == 0) == (row.name == "vanilla_n5")
+
+
+@pytest.mark.parametrize("last", [2, 6, 9])
+def test_interrupted_paired_test_ends_with_the_same_bytes(
+    tmp_path: Path, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(tmp_path / "whole", metrics=PAIRED)
+    monkeypatch.setattr(f"{TASK}.draw", Interrupt(last))
+    with pytest.raises(RuntimeError, match="interrupted"):
+        measure(tmp_path / "killed", metrics=PAIRED)
+    monkeypatch.setattr(f"{TASK}.draw", draw)
+    measure(tmp_path / "killed", metrics=PAIRED)
+    assert stored(tmp_path / "killed") == stored(tmp_path / "whole")
+
+
+def test_paired_rows_are_measured_again_when_vanilla_is_decoded_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, same = [[5], [3]], {"num_images": 10, "batch_size": 10}
+    measure(tmp_path, rows, metrics=PAIRED, data=same)
+    monkeypatch.setattr(f"{TASK}.draw", again := Interrupt(0))
+    measure(tmp_path, rows, metrics=PAIRED, data=same, decoding=replace(DECODING, num_steps=3))
+    assert again.drawn == ["vanilla_n3", "vanilla_n5"]
+    assert stored(tmp_path)["vanilla_n3_seed0"]["values"]["difference"] == 0
 
 
 @pytest.mark.parametrize("last", [2, 6, 9])
