@@ -73,7 +73,7 @@ def test_fit_trains_on_what_extract_records_and_samples_with_it(folder: Path) ->
     (folder / "fit.yaml").write_text(yaml.safe_dump(fit))
     quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
     lightning(folder, "fit", "--config", folder / "fit.yaml", *quiet)
-    assert Shortcut.load(folder / "runs/dimoo/shortcut/shortcut.safetensors").network.hparams["width"] == 16
+    assert Shortcut.load(folder / "runs/dimoo/shortcut").network.hparams["width"] == 16
 
 
 def test_evaluate_measures_the_released_shortcut_in_half_precision(folder: Path) -> None:

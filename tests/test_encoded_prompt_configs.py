@@ -74,7 +74,7 @@ def test_extract_records_the_published_base(folder: Path, name: str) -> None:
 
 
 def test_fit_trains_on_them(folder: Path, name: str) -> None:
-    network = ShortcutNet.load(folder / f"runs/{name}/shortcut/shortcut.safetensors")
+    network = ShortcutNet.load(folder / f"runs/{name}/shortcut/model.safetensors")
     assert network.widen.weight.abs().max() > 0
     assert network.neighbourhood is not None
 

@@ -50,7 +50,7 @@ def test_extract_records_the_published_base(folder: Path) -> None:
 
 
 def test_fit_trains_on_them_and_evaluate_measures_the_shortcut(folder: Path) -> None:
-    network = ShortcutNet.load(folder / "runs/halton/shortcut/shortcut.safetensors")
+    network = ShortcutNet.load(folder / "runs/halton/shortcut/model.safetensors")
     assert network.widen.weight.abs().max() > 0
     words = [*FOUR_STEPS, "--data.num_images=2", "--data.batch_size=2", "--model.latency_rounds=0"]
     words += ["--model.metrics=null", "--trainer.callbacks=null"]

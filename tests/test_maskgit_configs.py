@@ -78,7 +78,7 @@ def test_fit_trains_on_them(recorded: Path) -> None:
     words += ["--model.network.init_args.width", WIDTH, "--trainer.callbacks"]
     words += [json.dumps(yaml.safe_load((MASKGIT_YAMLS / "fit.yaml").read_text())["trainer"]["callbacks"][-1:])]
     lightning(recorded, "fit", "--config", MASKGIT_YAMLS / "fit.yaml", *words)
-    network = ShortcutNet.load(recorded / "runs/maskgit/shortcut/shortcut.safetensors")
+    network = ShortcutNet.load(recorded / "runs/maskgit/shortcut/model.safetensors")
     assert network.widen.weight.abs().max() > 0
 
 

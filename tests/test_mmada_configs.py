@@ -50,7 +50,7 @@ def test_extract_records_the_published_base(folder: Path) -> None:
 
 
 def test_fit_trains_on_them_and_evaluate_measures_the_shortcut(folder: Path) -> None:
-    network = LLaDAShortcutNet.load(folder / "runs/mmada/shortcut/shortcut.safetensors")
+    network = LLaDAShortcutNet.load(folder / "runs/mmada/shortcut/model.safetensors")
     assert network.widen.weight.abs().max() > 0
     words = [*FOUR_STEPS, *PUBLISHED, *PROMPTS, "--model.latency_rounds=0", "--model.metrics=null"]
     words += ["--trainer.callbacks=null"]
