@@ -36,7 +36,7 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
     for line in path.read_text().splitlines():
         if not line.startswith("#"):
             break
-        if command := re.fullmatch(r"# lightning (\w+)((?: --config \S+)+)", line):
+        if command := re.match(r"# (?:lightning|lit-shortcut) (\w+)((?: --config \S+)+)", line):
             found.append((command[1], command[2].split()[1::2]))
     return found
 
@@ -45,7 +45,7 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
 def test_yaml_parses_under_the_commands_it_names(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert commands(path), "no comment `# lightning VERB --config …` at its head"
+    assert commands(path), "no comment `# lightning VERB --config …` or `# lit-shortcut …` at its head"
     for verb, configs in commands(path):
         assert relative(path) in configs
         words = [word for config in configs for word in ("--config", CONFIGS.parent / config)]
