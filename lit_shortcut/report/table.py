@@ -133,12 +133,19 @@ def _cells(table: pd.DataFrame, form: str, *columns: str) -> list[str]:
 
 
 def dominated(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> list[tuple[str, str]]:
-    """Return pairs (winner, loser) of row names: better ``metric`` at no more latency, vanilla against accelerated."""
+    """Return pairs (winner, loser) of row names: better ``metric`` at no more latency, vanilla against accelerated.
+
+    Better is what chance does not explain: means over seeds must differ by more than the 95 % interval of their
+    difference, the root of the sum of both intervals' squares. With one seed there are none, and any difference counts.
+    """
     sign = -1 if higher_is_better else 1
     pairs = []
     for _, winner in table.iterrows():
         for _, loser in table.iterrows():
             crosses = (winner["method"] == VANILLA) != (loser["method"] == VANILLA)
-            if crosses and sign * winner[metric] < sign * loser[metric] and winner["latency_ms"] <= loser["latency_ms"]:
+            halves = (line[f"{metric}_interval"] for line in (winner, loser))
+            interval = math.hypot(*(0.0 if math.isnan(half) else half for half in halves))
+            is_better = sign * (loser[metric] - winner[metric]) > interval
+            if crosses and is_better and winner["latency_ms"] <= loser["latency_ms"]:
                 pairs.append((winner["name"], loser["name"]))
     return pairs

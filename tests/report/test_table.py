@@ -116,6 +116,7 @@ def test_row_that_was_not_timed_has_dashes(results: Results) -> None:
 
 def test_dominated_are_those_with_a_better_one_of_the_other_kind_at_no_more_latency(table: pd.DataFrame) -> None:
     lower = {"metric": "distance", "higher_is_better": False}
+    table["distance_interval"] = math.nan  # as with one seed
     assert dominated(table, **lower) == [(HOLD.name, SHORT.name)]
     table.loc[2, "latency_ms"] = 40.0
     assert dominated(table, **lower) == [(HOLD.name, SHORT.name)]  # equal latency suffices
@@ -127,7 +128,17 @@ def test_dominated_are_those_with_a_better_one_of_the_other_kind_at_no_more_late
     assert dominated(table, **lower) == []  # an equal distance is not a lower one
 
 
+def test_rows_within_the_interval_of_their_difference_do_not_dominate(table: pd.DataFrame) -> None:
+    lower = {"metric": "distance", "higher_is_better": False}
+    assert dominated(table, **lower) == []  # 1.0 apart; three seeds leave 2.5 each
+    table["distance_interval"] = [0.5, 0.8, 0.55]  # 0.97 together
+    assert dominated(table, **lower) == [(HOLD.name, SHORT.name)]
+    table["distance_interval"] = [0.5, 0.8, 0.65]  # 1.03 together
+    assert dominated(table, **lower) == []
+
+
 def test_higher_may_be_better(table: pd.DataFrame) -> None:
+    table["distance_interval"] = 0.1
     assert dominated(table, "distance", higher_is_better=True) == [(HOLD.name, VANILLA.name)]
 
 
