@@ -41,7 +41,7 @@ class ShortcutTask(OptimizedTask):
     ``val/rollout_gain_k`` after k.
 
     Args:
-        network: the shortcut to train.
+        network: the shortcut to train, new or loaded.
         losses: by name, each with its weight; squared error at masked places by default.
         rollout_depth: K, consecutive shortcut steps in validation. In training the depth is drawn from 1 to the
             datamodule's window, and the gradient runs through the last step only; an anchored network is trained on
@@ -74,7 +74,8 @@ class ShortcutTask(OptimizedTask):
             raise ValueError("losses must name at least one loss")
         if taken := sorted(set(self.losses) & set(_OWN_NAMES)):
             raise ValueError(f"losses must not be named {', '.join(taken)}: train/{taken[0]} is logged already")
-        self.network, self.rollout_depth, self.compiled = network, rollout_depth, compiled
+        self.network = network.train().requires_grad_()  # one that was loaded is frozen
+        self.rollout_depth, self.compiled = rollout_depth, compiled
         if compiled:
             network.compile(fullgraph=True)  # in place: weights keep their names, and sampling with it is faster, too
         self.card: Card | None = None

@@ -24,7 +24,7 @@ from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import Card, read_shard, write_shard
 from lit_shortcut.trajectory.interface_file import save_interface
 from lit_shortcut.trajectory.transitions import concatenated, select
-from lit_shortcut.weights import WeightsError, load_module_with_metadata
+from lit_shortcut.weights import WeightsError, load_module_with_metadata, save_module
 from tests.reads import Reads
 from tests.tiny_trajectories import SPEC, card, interface, trajectories, transitions, write_set
 
@@ -260,6 +260,16 @@ def linear_set(folder: Path) -> Card:
             steps.append(steps[-1] + 0.5 * steps[-1] @ turn)
         write_shard(folder, index, drawn._replace(features=torch.stack(steps, dim=2)), made)
     return made
+
+
+def test_loaded_network_is_trained_on(folder: Path, tmp_path: Path) -> None:
+    save_module(tmp_path / "model.safetensors", network(seed=1))
+    loaded = ShortcutNet.load(tmp_path / "model.safetensors")
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    trainer = L.Trainer(**QUIET, max_steps=1, limit_val_batches=0)
+    trainer.fit(ShortcutTask(loaded), datamodule=TrajectoryDataModule(str(folder), batch_size=4))
+    assert loaded.training
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in loaded.named_parameters())
 
 
 def test_short_fit_learns_a_linear_velocity(tmp_path: Path) -> None:
