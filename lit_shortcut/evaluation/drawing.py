@@ -16,16 +16,17 @@ from lit_shortcut.sampling import generate
 
 
 class Drawn(NamedTuple):
-    """Images, uint8 (B, 3, H, W), and the number of base passes for each (B,)."""
+    """Images, uint8 (B, 3, H, W), the number of base passes for each (B,), and their codes (B, L)."""
 
     images: Tensor
     full_steps: Tensor
+    tokens: Tensor
 
 
 def draw(base: MaskedImageModel, conditions: Conditions, row: Row) -> Drawn:
     """Generate the images of ``row`` for ``conditions``."""
     tokens, full_steps = generate(base, conditions, row.decoding, row.acceleration)
-    return Drawn(base.decode(tokens), full_steps)
+    return Drawn(base.decode(tokens), full_steps, tokens)
 
 
 def require_known(base: MaskedImageModel, conditions: ConditionSource, *, guided: bool) -> Context | None:

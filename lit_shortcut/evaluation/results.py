@@ -24,7 +24,7 @@ class Results:
     A row is finished only under an equal identity; if identities differ, the log says where.
 
     Args:
-        folder: folder of ``rows/``, ``images/``, ``unfinished/`` and ``latency.json``.
+        folder: folder of ``rows/``, ``images/``, ``originals/``, ``unfinished/`` and ``latency.json``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,6 +58,10 @@ class Results:
     def unfinished_path(self, row: Row, seed: int, rank: int) -> Path:
         """Return the path of one rank's metric states of an unfinished row."""
         return self.folder / "unfinished" / f"{row.name}_seed{seed}_rank{rank}.safetensors"
+
+    def originals_path(self, seed: int, rank: int) -> Path:
+        """Return the folder of one rank's tokens of vanilla, for metrics that compare with its images."""
+        return self.folder / "originals" / f"seed{seed}_rank{rank}"
 
     def add_images(self, row: Row, images: Tensor, prompts: tuple[str, ...] = ()) -> None:
         """Store ``images``, uint8 (B, 3, H, W), as a strip for the grids, and the ``prompts`` they were made for."""

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel
-from lit_shortcut.evaluation.drawing import draw
+from lit_shortcut.evaluation.drawing import Drawn, draw
 from lit_shortcut.evaluation.identity import loop_identities, row_identity
+from lit_shortcut.evaluation.originals import Originals
 from lit_shortcut.evaluation.results import Results
 from lit_shortcut.evaluation.rows import Row, vanilla_row
 from lit_shortcut.evaluation.tally import Tally
@@ -116,8 +117,9 @@ class EvaluationTask(ComparisonTask):
         rows = [row for row in self.rows if row.name in self.unfinished[seed]]
         if batch_idx == 0:
             self.tallies = {row.name: self._tally(row, seed) for row in rows}
+            self.originals = self._originals(seed)
         left = [row for row in rows if batch_idx >= self.tallies[row.name].batches]
-        vanilla = draw(self.base, batch, self.reference) if left and are_paired(self.metrics) else None
+        vanilla = self._vanilla(batch, batch_idx) if left and are_paired(self.metrics) else None
         for row in left:
             drawn = vanilla if vanilla and row.name == self.reference.name else draw(self.base, batch, row)
             is_shown = batch_idx == 0 and dataloader_idx == 0 and self.trainer.is_global_zero
@@ -166,11 +168,27 @@ class EvaluationTask(ComparisonTask):
         return left
 
     def _tally(self, row: Row, seed: int) -> Tally:
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        key = {"seed": seed, "rank": rank, "world_size": world_size, "batch_size": self.conditions.batch_size}
-        key |= self.identities[row.name]
-        path = self.stored.unfinished_path(row, seed, rank)
+        path = self.stored.unfinished_path(row, seed, self.trainer.global_rank)
+        key = self._batches(seed) | self.identities[row.name]
         return Tally(self.metrics, row.decoding.num_steps, self.device, path, key)
+
+    def _originals(self, seed: int) -> Originals:
+        folder = self.stored.originals_path(seed, self.trainer.global_rank)
+        drawing = {"conditions": self.conditions.identity(), "loop": self.loops[self.reference.name]}
+        return Originals(folder, self._batches(seed) | drawing)
+
+    def _vanilla(self, batch: Conditions, index: int) -> Drawn:
+        """Return what vanilla draws of ``batch``, the ``index``-th, or drew of it before."""
+        if (found := self.originals.find(index, self.base, self.device)) is not None:
+            return found
+        drawn = draw(self.base, batch, self.reference)
+        self.originals.add(index, drawn)
+        return drawn
+
+    def _batches(self, seed: int) -> dict[str, Any]:
+        """Return what decides which images are in a batch."""
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return {"seed": seed, "rank": rank, "world_size": world_size, "batch_size": self.conditions.batch_size}
 
     def _finish(self, row: Row, seed: int) -> None:
         tally = self.tallies.pop(row.name)

@@ -46,7 +46,7 @@ def tally(path: Path | None, **changes: Any) -> Tally:
 def batch(index: int) -> tuple[Drawn, Conditions]:
     generator = torch.Generator().manual_seed(index)
     images = torch.randint(256, (3, 3, 4, 4), dtype=torch.uint8, generator=generator)
-    return Drawn(images, torch.tensor([1, 2, 1 + index])), asked(torch.zeros(3))
+    return Drawn(images, torch.tensor([1, 2, 1 + index]), torch.zeros(3, 1)), asked(torch.zeros(3))
 
 
 def test_resumed_after_any_batch_ends_with_the_same_bits(tmp_path: Path) -> None:

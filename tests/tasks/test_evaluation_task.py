@@ -104,16 +104,42 @@ def test_paired_metrics_compare_with_vanilla_of_the_same_seeds_wherever_it_stand
 
 
 @pytest.mark.parametrize("last", [2, 6, 9])
-def test_interrupted_paired_test_ends_with_the_same_bytes(
+def test_interrupted_paired_test_draws_no_batch_twice_and_ends_with_the_same_bytes(
     tmp_path: Path, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure(tmp_path / "whole", metrics=PAIRED)
-    monkeypatch.setattr(f"{TASK}.draw", Interrupt(last))
+    monkeypatch.setattr(f"{TASK}.draw", interrupted := Interrupt(last))
     with pytest.raises(RuntimeError, match="interrupted"):
         measure(tmp_path / "killed", metrics=PAIRED)
-    monkeypatch.setattr(f"{TASK}.draw", draw)
+    monkeypatch.setattr(f"{TASK}.draw", rest := Interrupt(0))
     measure(tmp_path / "killed", metrics=PAIRED)
+    assert interrupted.drawn[:-1] + rest.drawn == NAMES * 3
     assert stored(tmp_path / "killed") == stored(tmp_path / "whole")
+
+
+def test_row_added_later_is_compared_with_what_vanilla_drew_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure(tmp_path / "whole", metrics=PAIRED)
+    measure(tmp_path / "later", ROWS[:2], metrics=PAIRED)
+    monkeypatch.setattr(f"{TASK}.draw", later := Interrupt(0))
+    measure(tmp_path / "later", metrics=PAIRED)
+    assert later.drawn == ["hold_n5_b2"] * 3
+    assert stored(tmp_path / "later") == stored(tmp_path / "whole")
+
+
+def test_damaged_originals_are_drawn_again_and_the_log_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure(tmp_path / "whole", metrics=PAIRED)
+    measure(tmp_path / "later", ROWS[:2], metrics=PAIRED)
+    damaged = tmp_path / "later/originals/seed0_rank0/batch000001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    said: list[str] = []
+    monkeypatch.setattr("lit_shortcut.evaluation.originals.rank_zero_info", said.append)
+    monkeypatch.setattr(f"{TASK}.draw", later := Interrupt(0))
+    measure(tmp_path / "later", metrics=PAIRED)
+    assert later.drawn == ["hold_n5_b2", "vanilla_n5", "hold_n5_b2", "hold_n5_b2"]
+    assert str(damaged) in said[0]
+    assert stored(tmp_path / "later") == stored(tmp_path / "whole")
 
 
 def test_paired_rows_are_measured_again_when_vanilla_is_decoded_otherwise(
