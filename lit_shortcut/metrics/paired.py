@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -35,9 +36,10 @@ class StructuralSimilarity(PairedMetric, ImageMean):
 
     def update(self, images: Tensor, conditions: Conditions, originals: Tensor) -> None:  # type: ignore[override]
         """Add uint8 ``images`` (B, 3, H, W), to be compared with ``originals`` of the same shape."""
-        found = structural_similarity_index_measure(
-            images.float(), originals.float(), data_range=255.0, reduction="none"
-        )
+        with torch.autocast(images.device.type, enabled=False):  # its convolutions would run in bfloat16
+            found = structural_similarity_index_measure(
+                images.float(), originals.float(), data_range=255.0, reduction="none"
+            )
         assert isinstance(found, Tensor)
         self.add(found)
 

@@ -27,6 +27,19 @@ def test_equal_images_have_similarity_one_and_unrelated_ones_about_none() -> Non
     assert abs(similarity(images(0), images(1))) < 0.05
 
 
+def test_similarity_is_computed_in_float32_whatever_the_trainers_precision() -> None:
+    second = (images(0).float() * 0.9).to(torch.uint8)
+    expected = similarity(images(0), second)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert similarity(images(0), second) == expected
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert similarity(images(0), second) == expected
+    finally:
+        torch.set_default_dtype(default)
+
+
 @pytest.mark.parametrize(("dark", "bright"), [(0, 255), (100, 120), (255, 51)])
 def test_similarity_of_even_images_is_that_of_their_means(dark: int, bright: int) -> None:
     # Without variance only the first factor of Wang et al., equation 13, is left, with c1 = (0.01 · 255)².
