@@ -1,7 +1,7 @@
 """``python -m benchmarks.frontier``: the frontier of every method at its best, vanilla and rivals included.
 
-Chosen on selection seeds in two rounds: all N and budgets in the base's own decoding; then, at the points that no other
-of the same method beats, all other decodings. Only what is best there is measured on evaluation seeds.
+Chosen on selection seeds in two rounds: all N, budgets and plans in the base's own decoding; then, at the points that
+no other of the same method beats, all other decodings. Only what is best there is measured on evaluation seeds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main(
     methods: dict[str, dict[str, Any]],
     num_steps: list[int],
     budgets: list[int],
+    plans: list[str],
     decodings: list[dict[str, Any]],
     selection: Seeds,
     evaluation: Seeds,
@@ -50,6 +51,7 @@ def main(
         methods: predictors by name, as ``evaluate.yaml`` has them.
         num_steps: each N, that of the base's decoding among them; vanilla runs all of them.
         budgets: base passes of the methods, where below N.
+        plans: names of the plans that spread them.
         decodings: fields of the decoding that differ from the base's own, tried for all methods alike.
         selection: images that rows are chosen by.
         evaluation: images of the report; the seeds must be others.
@@ -64,7 +66,12 @@ def main(
     folder = folder / base
     entries: list[Entry] = [[steps] for steps in num_steps]
     entries += [
-        [steps, budget, name] for name in methods for steps in num_steps for budget in budgets if budget < steps
+        [steps, budget, name, plan]
+        for name in methods
+        for steps in num_steps
+        for budget in budgets
+        for plan in plans
+        if budget < steps
     ]
 
     def measured(part: str, rows: list[Entry], seeds: Seeds, **model: Any) -> Any:
@@ -91,7 +98,8 @@ def main(
 def best(entries: list[Entry], report: dict[str, Any], methods: dict[str, Any]) -> list[Entry]:
     """Return the entries that no other of the same method beats in latency and quality.
 
-    Of decodings whose steps cost the same, so that latency differs only by chance, the one of best quality counts.
+    Of plans and decodings whose steps cost the same, so that latency differs only by chance, the one of best quality
+    counts.
 
     Raises:
         ValueError: if quality or latency was not measured, or for no row of a method.

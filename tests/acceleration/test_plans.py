@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from lit_shortcut.acceleration.accelerated import Past, Plan
-from lit_shortcut.acceleration.plans import Adaptive, Even, EvenTokens, Steps, even_steps, even_token_steps
+from lit_shortcut.acceleration.plans import (
+    Adaptive,
+    Early,
+    Even,
+    EvenTokens,
+    Steps,
+    early_steps,
+    even_steps,
+    even_token_steps,
+)
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.contracts import Clock, Control, State
 
@@ -83,8 +92,35 @@ def test_even_tokens_equals_even_where_every_step_commits_as_many() -> None:
     assert even_token_steps([4] * 12, 3) == even_steps(12, 3)
 
 
+@pytest.mark.parametrize("power", [1.0, 1.3, 1.6, 2.0, 5.0])
+@pytest.mark.parametrize("num_steps", [1, 8, 12, 15, 64])
+def test_early_plan_spends_its_budget_and_only_ever_lies_before_the_even_one(num_steps: int, power: float) -> None:
+    for budget in range(1, num_steps + 1):
+        steps, even = early_steps(num_steps, budget, power), even_steps(num_steps, budget)
+        assert len(steps) == budget
+        assert steps[0] == 0
+        assert steps == sorted(set(steps))
+        assert all(step <= at for step, at in zip(steps, even, strict=True))
+        assert power != 1 or steps == even
+
+
+def test_early_plan_has_gaps_that_grow() -> None:
+    assert [early_steps(12, budget, 1.5) for budget in (2, 3, 4, 6)] == [
+        [0, 4],
+        [0, 2, 7],
+        [0, 2, 4, 8],
+        [0, 1, 2, 4, 7, 9],
+    ]
+
+
+def test_power_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"power must be at least 1, got 0\.5"):
+        Early(3, power=0.5)
+
+
 def test_plans_decide_by_their_lists() -> None:
     counts = [1, 5, 6, 8, 9, 11, 12, 12]
+    assert steps_of(Early(3), counts) == early_steps(8, 3, 1.5)
     assert steps_of(Even(3), counts) == even_steps(8, 3)
     assert steps_of(EvenTokens(3), counts) == even_token_steps(counts, 3)
     assert steps_of(Steps([0, 1, 6]), counts) == [0, 1, 6]

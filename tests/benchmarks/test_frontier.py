@@ -60,6 +60,12 @@ def test_of_decodings_that_cost_the_same_only_the_best_counts(higher_is_better: 
     assert frontier.best(entries, found, METHODS) == best
 
 
+def test_of_plans_that_cost_the_same_only_the_best_counts() -> None:
+    entries: list[Any] = [[8], [8, 2, "hold", "even"], [8, 2, "hold", "early"]]
+    found = report(vanilla_n8=(8, 1.0), hold_n8_b2=(1.9, 4.0), hold_n8_b2_early=(2, 3.0))
+    assert frontier.best(entries, found, METHODS) == [[8], [8, 2, "hold", "early"]]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -114,6 +120,7 @@ def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
         METHODS,
         num_steps=[3, 6],
         budgets=[2, 4],
+        plans=["even", "early"],
         decodings=[{"confidence_noise": 1.0}],
         selection=frontier.Seeds(8, [5]),
         evaluation=frontier.Seeds(8, [10, 11]),
@@ -127,7 +134,10 @@ def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
         for entries in (first, second)
     )
     plain = {"vanilla_n3", "vanilla_n6"} | {
-        f"{method}_n{steps}_b{budget}" for method in METHODS for steps, budget in ((3, 2), (6, 2), (6, 4))
+        f"{method}_n{steps}_b{budget}{plan}"
+        for method in METHODS
+        for steps, budget in ((3, 2), (6, 2), (6, 4))
+        for plan in ("", "_early")
     }
     assert {row["name"] for row in sweep["rows"]} == plain | {f"{name}_confidence_noise1" for name in best}
     assert final["seeds"] == [10, 11]
@@ -141,4 +151,4 @@ def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
 
 def test_seeds_in_both_sets_are_refused() -> None:
     with pytest.raises(ValueError, match=r"evaluation\.run_seeds must not be .*: \[5\]"):
-        frontier.main("toy", METHODS, [3, 6], [2], [], frontier.Seeds(8, [5]), frontier.Seeds(8, [5, 6]))
+        frontier.main("toy", METHODS, [3, 6], [2], ["even"], [], frontier.Seeds(8, [5]), frontier.Seeds(8, [5, 6]))

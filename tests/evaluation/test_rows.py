@@ -78,7 +78,7 @@ def test_method_is_called_by_its_name_in_yaml() -> None:
     ("entry", "parts"),
     [
         ([8, 3, "shortcut"], ["no method", "'shortcut'", "hold, taylor2"]),
-        ([8, 3, "hold", "calibrated"], ["no plan", "'calibrated'", "even, even_tokens, mine, adaptive"]),
+        ([8, 3, "hold", "calibrated"], ["no plan", "'calibrated'", "even, early, even_tokens, mine, adaptive"]),
         ([6, 7, "hold"], ["budget", "1..6", "7"]),
         ([6, 0, "hold"], ["budget", "1..6", "0"]),
         ([6, [1, 2], "hold"], ["steps", "[1, 2]"]),
