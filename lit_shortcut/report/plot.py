@@ -38,7 +38,7 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
         colour, corner = next(colours), next(corners)
         _draw(axes, lines[lines["name"].isin(best)], metric, colour, corner, str(name))
         _draw(axes, lines[~lines["name"].isin(best)], metric, colour, corner, "")
-    axes.margins(x=0.08)
+    axes.margins(x=0.15)
     axes.set_xlabel("latency of the decoding loop, ms per image")
     axes.set_ylabel(f"{metric} ({'higher' if higher_is_better else 'lower'} is better)", parse_math=False)
     legend = axes.legend(title="at a point: N or (N, base passes)")
