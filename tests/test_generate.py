@@ -80,7 +80,7 @@ def test_vanilla_is_drawn_beside_at_equal_seeds(folder: Path, caplog: pytest.Log
     assert torch.equal(grid[:, :28, :28], pixels(vanilla[0]))
     assert torch.equal(grid[:, :28, 30:58], pixels(Image.open(pictures / "000000.png")))
     assert "vanilla_n12: 12 of 12 base passes" in caplog.text
-    assert "shortcut_n12_b2: 2 of 12 base passes" in caplog.text
+    assert "shortcut_n12_b2_early: 2 of 12 base passes" in caplog.text
 
 
 def test_progress_in_a_terminal_runs_over_steps(
