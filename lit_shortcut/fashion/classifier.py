@@ -98,8 +98,7 @@ class ClassifierTask(OptimizedTask):
         num_classes: int = 10,
         **optimization: Any,
     ) -> None:
-        super().__init__(**optimization)
-        self.network = classifier
+        super().__init__(classifier, **optimization)
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def training_step(self, batch: LabelledImages, batch_idx: int) -> Tensor:

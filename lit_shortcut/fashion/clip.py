@@ -165,14 +165,15 @@ class ClipTask(OptimizedTask):
         **optimization: optimiser and schedule, as :class:`~lit_shortcut.tasks.optimized.OptimizedTask` takes them.
     """
 
+    network: SmallCLIP
+
     def __init__(
         self,
         clip: SmallCLIP,
         class_prompts: list[str],
         **optimization: Any,
     ) -> None:
-        super().__init__(**optimization)
-        self.network: SmallCLIP = clip
+        super().__init__(clip, **optimization)
         self.class_prompts = class_prompts
         self.accuracy = MulticlassAccuracy(len(class_prompts), average="micro")
         self.score, self.score_shuffled = MeanMetric(), MeanMetric()

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_shortcut.bases.dimoo.adapter import DiMOO
@@ -26,6 +26,7 @@ class MaskedTokensTask(OptimizedTask, Generic[Images]):
     """Cross-entropy over the codebook at masked places; the share of masked tokens is drawn from the arccos schedule.
 
     Args:
+        network: the network to train.
         tokenizer: frozen; turns images into tokens.
         condition_drop: share of samples whose condition is dropped, for guidance.
         label_smoothing: smoothing of the cross-entropy's targets.
@@ -34,12 +35,13 @@ class MaskedTokensTask(OptimizedTask, Generic[Images]):
 
     def __init__(
         self,
+        network: nn.Module,
         tokenizer: ImageTokenizer,
         condition_drop: float,
         label_smoothing: float,
         **optimization: Any,
     ) -> None:
-        super().__init__(**optimization)
+        super().__init__(network, **optimization)
         self.tokenizer, self.condition_drop, self.label_smoothing = tokenizer, condition_drop, label_smoothing
 
     @abstractmethod
@@ -82,6 +84,8 @@ class MaskedModelingTask(MaskedTokensTask[LabelledImages]):
         **optimization: optimiser and schedule, as :class:`~lit_shortcut.tasks.optimized.OptimizedTask` takes them.
     """
 
+    network: MaskGITTransformer
+
     def __init__(
         self,
         transformer: MaskGITTransformer,
@@ -91,8 +95,7 @@ class MaskedModelingTask(MaskedTokensTask[LabelledImages]):
         **optimization: Any,
     ) -> None:
         require_share(class_drop=class_drop, label_smoothing=label_smoothing)
-        super().__init__(tokenizer, class_drop, label_smoothing, **optimization)
-        self.network: MaskGITTransformer = transformer.train().requires_grad_(True)  # loaded weights come frozen
+        super().__init__(transformer, tokenizer, class_drop, label_smoothing, **optimization)
 
     def logits(self, codes: Tensor, is_masked: Tensor, batch: LabelledImages, is_dropped: Tensor) -> Tensor:
         """Return logits (M, V) given the batch's classes."""
@@ -114,6 +117,8 @@ class PromptedMaskedModelingTask(MaskedTokensTask[CaptionedImages]):
         ValueError: if the base's tokenizer cannot encode images.
     """
 
+    network: LLaDA
+
     def __init__(
         self,
         base: DiMOO,
@@ -125,9 +130,8 @@ class PromptedMaskedModelingTask(MaskedTokensTask[CaptionedImages]):
             raise ValueError(f"the base's tokenizer must encode images; {type(base.tokenizer).__name__} only decodes")
         tokenizer = cast(ImageTokenizer, base.tokenizer)
         require_share(prompt_drop=prompt_drop, label_smoothing=label_smoothing)
-        super().__init__(tokenizer, prompt_drop, label_smoothing, **optimization)
+        super().__init__(base.transformer, tokenizer, prompt_drop, label_smoothing, **optimization)
         self.base = base
-        self.network: LLaDA = base.transformer.train().requires_grad_(True)  # the base froze it
 
     def logits(self, codes: Tensor, is_masked: Tensor, batch: CaptionedImages, is_dropped: Tensor) -> Tensor:
         """Return logits (M, V) given the batch's captions."""

@@ -115,6 +115,8 @@ class TokenizerTask(OptimizedTask):
         **optimization: optimiser and schedule, as :class:`~lit_shortcut.tasks.optimized.OptimizedTask` takes them.
     """
 
+    network: FSQTokenizer
+
     def __init__(
         self,
         tokenizer: FSQTokenizer,
@@ -122,8 +124,7 @@ class TokenizerTask(OptimizedTask):
         metrics: dict[str, ImageMetric] | None = None,
         **optimization: Any,
     ) -> None:
-        super().__init__(**optimization)
-        self.network: FSQTokenizer = tokenizer
+        super().__init__(tokenizer, **optimization)
         self.metrics = collection(metrics or {})
 
     def training_step(self, batch: LabelledImages, batch_idx: int) -> Tensor:
@@ -142,7 +143,7 @@ class TokenizerTask(OptimizedTask):
         none = torch.zeros_like(batch.labels)  # these images were not generated: they have neither ids nor seeds
         conditions = Conditions(none, none, batch.labels)
         originals = batch.pixels.expand_as(reconstructions)
-        self.metrics.update(reconstructions, conditions=conditions, originals=originals)
+        self.metrics.update(reconstructions, conditions, originals=originals)
 
     def on_test_epoch_end(self) -> None:
         """Log each metric."""

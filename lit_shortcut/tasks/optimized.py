@@ -24,6 +24,7 @@ class OptimizedTask(L.LightningModule):
     whatever else the task keeps (tokenizer, interface) is frozen and comes from its own file.
 
     Args:
+        network: the network to train, new or loaded.
         optimizer: makes the optimiser from parameters.
         scheduler: makes the learning-rate schedule from the optimiser; None keeps the rate.
     """
@@ -33,8 +34,11 @@ class OptimizedTask(L.LightningModule):
     monitor: ClassVar[str] = "val/loss"
     """What torch's own ReduceLROnPlateau watches; Lightning's has a monitor of its own."""
 
-    def __init__(self, optimizer: OptimizerCallable = AdamW, scheduler: LRSchedulerCallable | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, optimizer: OptimizerCallable = AdamW, scheduler: LRSchedulerCallable | None = None
+    ) -> None:
         super().__init__()
+        self.network = network.train().requires_grad_()  # what was loaded, or belongs to a base, is frozen
         self.optimizer, self.scheduler = optimizer, scheduler
         self._settings: dict[str, Any] | None = None
 

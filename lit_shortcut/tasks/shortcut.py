@@ -67,14 +67,13 @@ class ShortcutTask(OptimizedTask):
         optimizer: OptimizerCallable = AdamW,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(network, optimizer, scheduler)
         require_at_least(1, rollout_depth=rollout_depth)
         self.losses: dict[str, Loss] = {"mse": MaskedMSE()} if losses is None else losses
         if not self.losses:
             raise ValueError("losses must name at least one loss")
         if taken := sorted(set(self.losses) & set(_OWN_NAMES)):
             raise ValueError(f"losses must not be named {', '.join(taken)}: train/{taken[0]} is logged already")
-        self.network = network.train().requires_grad_()  # one that was loaded is frozen
         self.rollout_depth, self.compiled = rollout_depth, compiled
         if compiled:
             network.compile(fullgraph=True)  # in place: weights keep their names, and sampling with it is faster, too
