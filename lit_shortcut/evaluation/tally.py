@@ -84,7 +84,7 @@ class Tally:
     def add(self, drawn: Drawn, conditions: Conditions, vanilla: Drawn | None = None) -> None:
         """Add one batch, with what ``vanilla`` drew if a metric compares with it, and save the states."""
         known = {name: len(elements) for name, elements in self._lists().items()}
-        self.metrics.update(drawn.images, conditions=conditions, originals=vanilla.images if vanilla else None)
+        self.metrics.update(drawn.images, conditions, originals=vanilla.images if vanilla else None)
         self.full_steps.update(drawn.full_steps)
         gained = {
             f"{name}/{index}": element

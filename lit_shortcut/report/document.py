@@ -73,7 +73,7 @@ def notes(
                 f"{step_share:g} passes are {costs}."
             ]
         pairs = dominated(table, quality, higher_is_better=higher_is_better) if quality else []
-        beyond = ", beyond the intervals," if table.get("seeds", pd.Series([0])).max() > 1 else ""
+        beyond = ", beyond the intervals," if pairs and table["seeds"].max() > 1 else ""
         lines += [""] * bool(pairs) + [
             f"- {winner} dominates {loser}: {'higher' if higher_is_better else 'lower'} {quality}{beyond} at no more "
             "latency"

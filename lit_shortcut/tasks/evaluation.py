@@ -102,10 +102,10 @@ class EvaluationTask(ComparisonTask):
             precision=str(self.trainer.precision),
             compiled=self.compiled and self.compile_mode,
         )
-        asked = self.conditions.identity()
-        originals = self.loops[self.reference.name] if are_paired(self.metrics) else None
+        self.asked, vanilla = self.conditions.identity(), self.loops[self.reference.name]
+        originals = vanilla if are_paired(self.metrics) else None
         self.identities = {
-            row.name: row_identity(self.loops[row.name], asked, self.metrics, originals) for row in self.rows
+            row.name: row_identity(self.loops[row.name], self.asked, self.metrics, originals) for row in self.rows
         }
         self.unfinished: dict[int, list[str]] = self.trainer.strategy.broadcast(self._unfinished())
 
@@ -174,7 +174,7 @@ class EvaluationTask(ComparisonTask):
 
     def _originals(self, seed: int) -> Originals:
         folder = self.stored.originals_path(seed, self.trainer.global_rank)
-        drawing = {"conditions": self.conditions.identity(), "loop": self.loops[self.reference.name]}
+        drawing = {"conditions": self.asked, "loop": self.loops[self.reference.name]}
         return Originals(folder, self._batches(seed) | drawing)
 
     def _vanilla(self, batch: Conditions, index: int) -> Drawn:
