@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -43,6 +43,7 @@ class _Training(Dataset[Transition]):
     order: Order
     batch_size: int
     window: int
+    guidance: Sequence[float] | None
     rank: int
     world_size: int
 
@@ -50,7 +51,7 @@ class _Training(Dataset[Transition]):
         epoch, number = index
         windows = [self.order.at(epoch, position) for position in self.positions(number, self.rank)]
         places, gaps = [window[1:4] for window in windows], [window.gap for window in windows]
-        return select(self.pool(epoch, windows[0].shard), places, self.window, gaps)
+        return select(self.pool(epoch, windows[0].shard), places, self.window, gaps, self.guidance)
 
     def positions(self, number: int, rank: int) -> range:
         """Positions in the order of the windows in batch ``number`` of ``rank``."""
@@ -115,6 +116,7 @@ class OnlineDataModule(L.LightningDataModule):
         window: R, consecutive steps that a transition has as targets.
         max_gap: largest number of steps from the features of a transition to its target, for anchored networks; above
             1, ``window`` is 1.
+        guided: transitions are of the guided features, for guided networks.
         dtype: dtype of the features in the pool.
         device_memory_gb: GB (10⁹ bytes) that pools may take on the device; a pool stays there if two fit,
             never at 0.
@@ -139,6 +141,7 @@ class OnlineDataModule(L.LightningDataModule):
         pool_images: int = 64,
         window: int = 1,
         max_gap: int = 1,
+        guided: bool = False,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         device_memory_gb: float = 4.0,
         on_policy_budget: int | None = None,
@@ -152,14 +155,16 @@ class OnlineDataModule(L.LightningDataModule):
             raise ValueError(
                 f"pool_images must be a multiple of conditions.batch_size, {conditions.batch_size}; got {pool_images}"
             )
-        windows = pool_images * decoding.branches * len(spans(decoding.num_steps - window, max_gap))
+        if guided and not decoding.is_guided:
+            raise ValueError("guided must be false where decoding has no guidance; got true")
+        windows = pool_images * (1 if guided else decoding.branches) * len(spans(decoding.num_steps - window, max_gap))
         if not 1 <= batch_size <= windows:
             raise ValueError(f"batch_size must lie in 1..{windows}, the transitions in a pool; got {batch_size}")
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding, self.conditions, self.validation = decoding, conditions, validation
         self.batch_size, self.pool_images, self.seed = batch_size, pool_images, seed
-        self.window, self.max_gap = window, max_gap
+        self.window, self.max_gap, self.guided = window, max_gap, guided
         require_at_least(0, device_memory_gb=device_memory_gb)
         if on_policy_budget is not None and not 1 <= on_policy_budget <= decoding.num_steps:
             raise ValueError(
@@ -208,6 +213,8 @@ class OnlineDataModule(L.LightningDataModule):
             "max_gap": self.max_gap,
             "seed": self.seed,
         }
+        if self.guided:
+            layout["guided"] = 1
         if self.on_policy_budget is not None:
             layout["on_policy_budget"] = self.on_policy_budget
         return EpochLoader(batches, len(batches), partial(epoch_of, self), layout)
@@ -228,13 +235,14 @@ class OnlineDataModule(L.LightningDataModule):
         order = Order(
             pools,
             self.pool_images,
-            self.decoding.branches,
+            1 if self.guided else self.decoding.branches,
             self.decoding.num_steps - self.window,
             group=1,
             seed=self.seed,
             max_gap=self.max_gap,
         )
-        return _Training(self._pool, order, self.batch_size, self.window, rank, world_size)
+        guidance = self.decoding.guidance_by_step if self.guided else None
+        return _Training(self._pool, order, self.batch_size, self.window, guidance, rank, world_size)
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on exactly one rank; the last may be smaller."""

@@ -23,6 +23,7 @@ from lit_shortcut.files import is_remote
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.places import located_source
+from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import Card, Source, TrajectoryError
 from lit_shortcut.trajectory.index import check_shards
 from lit_shortcut.trajectory.interface_file import load_interface
@@ -80,9 +81,9 @@ class TrajectoryDataModule(L.LightningDataModule):
     batch size D · B sees, for any number of workers.
 
     A reading thread holds up to two batches as stored, batch_size × (R + 1) × S × C × bytes per value each (0.1 GB for
-    64 pairs of MaskGIT at 512×512 in int8), and some MB. Batches are decoded on the training device. In validation one
-    thread holds up to two batches of decoded trajectories, validation_batch_size × G × N × S × C × 4 bytes each (0.8 GB
-    for 8 of MaskGIT at 512×512).
+    64 pairs of MaskGIT at 512×512 in int8; G times as much if ``guided``), and some MB. Batches are decoded on the
+    training device. In validation one thread holds up to two batches of decoded trajectories, validation_batch_size × G
+    × N × S × C × 4 bytes each (0.8 GB for 8 of MaskGIT at 512×512).
 
     Args:
         source: folder, or URL prefix that fsspec opens (``https://…``, ``s3://…``, ``gs://…``, ``hf://…``).
@@ -94,6 +95,7 @@ class TrajectoryDataModule(L.LightningDataModule):
         window: R, consecutive steps that a transition has as targets.
         max_gap: largest number of steps from the features of a transition to its target, for anchored networks: every
             two steps at most this far apart are a transition, and only these two are read. Above 1, ``window`` is 1.
+        guided: transitions are of the guided features, for guided networks: all branches are read for each.
         seed: seed of the order.
         base_fingerprint: refuse a set recorded by another base; None takes any.
         validation_batch_size: whole trajectories per validation batch.
@@ -112,6 +114,7 @@ class TrajectoryDataModule(L.LightningDataModule):
         validation_shards: int = 1,
         window: int = 1,
         max_gap: int = 1,
+        guided: bool = False,
         seed: int = 0,
         base_fingerprint: str | None = None,
         validation_batch_size: int = 8,
@@ -125,7 +128,7 @@ class TrajectoryDataModule(L.LightningDataModule):
         require_at_least(0, num_workers=num_workers)
         self.source, self.batch_size, self.num_workers = located_source(source), batch_size, num_workers
         self.shuffle_shards, self.validation_shards = shuffle_shards, validation_shards
-        self.window, self.max_gap = window, max_gap
+        self.window, self.max_gap, self.guided = window, max_gap, guided
         self.seed, self.base_fingerprint, self.validation_batch_size = seed, base_fingerprint, validation_batch_size
         self.on_corrupt, self.cache = on_corrupt, cache
         self.num_replaced = 0
@@ -152,6 +155,8 @@ class TrajectoryDataModule(L.LightningDataModule):
             require_spans(card.num_steps, window=self.window, max_gap=self.max_gap)
         except ValueError as error:
             raise TrajectoryError(f"{self.source}: {error}") from error
+        if self.guided and card.branches == 1:
+            raise TrajectoryError(f"{self.source}: guided must be false for a set recorded without guidance; got true")
         return card
 
     @cached_property
@@ -192,7 +197,8 @@ class TrajectoryDataModule(L.LightningDataModule):
             raise TrajectoryError(
                 f"{self.source}: {len(order)} training windows do not fill {world_size} batches of {self.batch_size}"
             )
-        reader = WindowReader(self._shards, order, self.window, self.on_corrupt)
+        guidance = Decoding.from_values(card.decoding).guidance_by_step if self.guided else None
+        reader = WindowReader(self._shards, order, self.window, self.on_corrupt, guidance)
         layout: dict[str, int | str] = {
             "set": card.digest,
             "batch_size over all ranks": self.batch_size * world_size,
@@ -201,6 +207,8 @@ class TrajectoryDataModule(L.LightningDataModule):
             "max_gap": self.max_gap,
             "seed": self.seed,
         }
+        if self.guided:
+            layout["guided"] = 1
         return EpochLoader(
             _Training(reader, self.batch_size, rank, world_size),
             length,
@@ -223,9 +231,8 @@ class TrajectoryDataModule(L.LightningDataModule):
     def _order(self) -> Order:
         card = self.card
         starts, shards = card.num_steps - self.window, card.num_shards - self.validation_shards
-        return Order(
-            shards, card.samples_per_shard, card.branches, starts, self.shuffle_shards, self.seed, self.max_gap
-        )
+        branches = 1 if self.guided else card.branches
+        return Order(shards, card.samples_per_shard, branches, starts, self.shuffle_shards, self.seed, self.max_gap)
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on exactly one rank; the last may be smaller."""

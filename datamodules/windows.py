@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -139,10 +140,19 @@ class WindowReader:
         window: R.
         on_corrupt: treatment of damaged windows: ``raise`` an error, or replace them by the next readable ones of the
             order (``skip``), which the batch marks; each damaged sample is logged once.
+        guidance: scales of the N steps, to read all branches and guide their features; ``order`` then has one branch.
     """
 
-    def __init__(self, source: Source, order: Order, window: int, on_corrupt: OnCorrupt = "raise") -> None:
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        window: int,
+        on_corrupt: OnCorrupt = "raise",
+        guidance: Sequence[float] | None = None,
+    ) -> None:
         self.source, self.order, self.window, self.on_corrupt = source, order, window, on_corrupt
+        self.guidance = guidance
         self._known: set[tuple[int, int]] = set()
         self._ahead: list[int] = []
         self._lock, self._memory = Lock(), Memory()
@@ -157,7 +167,8 @@ class WindowReader:
         if self.source.is_remote:
             self._fetch_ahead(epoch, positions[0])
         card = self.source.card
-        parts = room_for(card, (len(positions), self.window + 1), card.spec["sequence_length"], self._memory.empty)
+        leading = (len(positions), *([] if self.guidance is None else [card.branches]), self.window + 1)
+        parts = room_for(card, leading, card.spec["sequence_length"], self._memory.empty)
         heads, windows, replaced = [], [], []
         for slot, position in enumerate(positions):
             room = {part: values[slot] for part, values in parts.items()}
@@ -168,11 +179,11 @@ class WindowReader:
         prefix = None
         if card.text_rows:
             num_rows = max(head.rows[window.branch] for head, window in zip(heads, windows, strict=True))
-            parts = {part: values[:, :, :num_rows].contiguous() for part, values in parts.items()}
+            parts = {part: values.narrow(len(leading), 0, num_rows).contiguous() for part, values in parts.items()}
             prefix = _prefix_of(heads, windows)
         tokens, committed_at = (torch.stack(grids) for grids in zip(*(head[:2] for head in heads), strict=True))
         step, gap = (torch.tensor(column) for column in zip(*(window[3:] for window in windows), strict=True))
-        batch = EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, gap, prefix)
+        batch = EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, gap, prefix, self.guidance)
         return batch._replace(replaced=torch.tensor(replaced))
 
     def _read_one(self, room: Parts, epoch: int, position: int) -> tuple[Window, Head]:
@@ -183,7 +194,12 @@ class WindowReader:
             def read(shard: Shard, window: Window = window) -> Head:
                 first = window.start + window.gap
                 steps = [window.start, *range(first, first + self.window)]
-                shard.read_steps(window.row, window.branch, steps, room)
+                if self.guidance is None:
+                    shard.read_steps(window.row, window.branch, steps, room)
+                else:
+                    for branch in range(self.source.card.branches):
+                        own = {part: values[branch] for part, values in room.items()}
+                        shard.read_steps(window.row, branch, steps, own)
                 return shard.head(window.row)
 
             try:

@@ -179,7 +179,7 @@ class State(NamedTuple):
 
     ``tokens`` (B, L) hold codes and the mask id; ``control`` is what the previous step committed (K = 0 at step 0);
     ``masked_share`` (B,) is the share of image tokens still masked, r in the paper; ``masked`` (B, M) are their places,
-    in no particular order.
+    in no particular order; ``guidance`` is the scale of the guidance, w.
     """
 
     clock: Clock
@@ -187,6 +187,7 @@ class State(NamedTuple):
     control: Control
     masked_share: Tensor
     masked: Tensor
+    guidance: float = 0.0
 
 
 class Step(NamedTuple):

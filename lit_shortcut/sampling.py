@@ -27,7 +27,8 @@ from lit_shortcut.decoding.halton import halton_order, roll_order, rolled_starts
 from lit_shortcut.decoding.noise import gumbel, uniform
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
 from lit_shortcut.decoding.temperature import TemperatureCourse
-from lit_shortcut.decoding.unmasking import Choice, guide, sample_codes
+from lit_shortcut.decoding.unmasking import Choice, sample_codes
+from lit_shortcut.guidance import guide
 
 Order = Literal["confidence", "halton", "halton_rolled"]
 Course = Literal["linear", "constant"]
@@ -113,6 +114,11 @@ class Decoding:
         """Return the scale of the guidance at ``step``."""
         return self.guidance * (self.progress(step) if self.guidance_course == "linear" else 1)
 
+    @property
+    def guidance_by_step(self) -> list[float]:
+        """Return the scale of the guidance at each of the N steps."""
+        return [self.guidance_at(step) for step in range(self.num_steps)]
+
     def sharpness_at(self, step: int) -> float:
         """Return the factor of the logits at ``step`` before codes are drawn; infinite at temperature 0."""
         return self.temperature_course.at(step, self.num_steps) / self.temperature if self.temperature else inf
@@ -165,7 +171,8 @@ def sample(
     tokens = torch.full_like(masked, base.spec.mask_id)
     committed = Control(tokens[:, :0], masked[:, :0])
     for index, count in enumerate(counts):
-        state = State(Clock(index, decoding.num_steps), tokens, committed, shares[index], masked)
+        clock, guidance = Clock(index, decoding.num_steps), decoding.guidance_at(index)
+        state = State(clock, tokens, committed, shares[index], masked, guidance)
         features, is_full = feature_fn(state)
         committed, log_probs, masked = _choose(base, features, masked, decoding, noise, index, count)
         tokens = tokens.scatter(1, committed.positions, committed.tokens)

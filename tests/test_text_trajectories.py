@@ -137,7 +137,16 @@ def test_interface_beside_the_shards_knows_the_rows_places(folder: Path, card: C
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"uses_control": False}, {"uses_prefix": False}, {"rows": "masked"}, {"anchored": True}]
+    "options",
+    [
+        {},
+        {"uses_control": False},
+        {"uses_prefix": False},
+        {"rows": "masked"},
+        {"anchored": True},
+        {"guided": True},
+        {"guided": True, "anchored": True},
+    ],
 )
 @pytest.mark.parametrize("gap", [1, 3])
 def test_training_predicts_what_sampling_does(
@@ -146,18 +155,21 @@ def test_training_predicts_what_sampling_does(
     """Samples and branches mixed and padded in one training batch, against the predictor along recorded tokens."""
     network, recorded = trained(**options), concatenated(read_set(folder, card))
     made = task(network, dimoo)
-    replay = made.replay(recorded)
+    made.card, is_guided = card, network.options.guided
+    replay, guidance = made.replay(recorded), DECODING.guidance_by_step if is_guided else None
     run = Accelerated(Even(1), Shortcut(network)).start(replay, replay.recorded, replay.counts)
     features = [run(state)[0] for state in replay.states()]
-    places = [(row, branch, 0) for row in range(5) for branch in range(2)]
+    branches = range(1 if is_guided else 2)
+    places = [(row, branch, 0) for row in range(5) for branch in branches]
     if network.options.anchored:
-        following = made.predict(select(recorded, places, gaps=[gap] * len(places)), 0)
+        batch = select(recorded, places, gaps=[gap] * len(places), guidance=guidance)
+        following = made.predict(batch, 0)
     else:
-        following = made.predict(select(recorded, places, gap), gap - 1)
+        following = made.predict(select(recorded, places, gap, guidance=guidance), gap - 1)
     for row in range(5):
-        for branch in range(2):
+        for branch in branches:
             num_rows = FRAME + (LENGTHS[row] if branch == 0 else 3)
-            found = following[2 * row + branch, :num_rows]
+            found = following[len(branches) * row + branch, :num_rows]
             torch.testing.assert_close(found, features[gap][branch, row, :num_rows], rtol=1e-4, atol=1e-5)
 
 
@@ -190,11 +202,14 @@ def test_fit_takes_the_set_and_refuses_the_network_of_another_base(folder: Path)
         trainer.fit(ShortcutTask(ShortcutNet(16, num_heads=2)), datamodule=data)
 
 
-def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(folder: Path, card: Card) -> None:
-    order = Order(1, rows=3, branches=2, starts=3, group=1, seed=0)
-    found = WindowReader(Source(folder, card), order, 2).read(0, range(7)).decode()
+@pytest.mark.parametrize("guidance", [None, [0.0, 0.5, 1.0, 1.5, 2.0]])
+def test_batch_read_from_shards_is_the_batch_cut_from_trajectories(
+    folder: Path, card: Card, guidance: list[float] | None
+) -> None:
+    order = Order(1, rows=3, branches=1 if guidance else 2, starts=3, group=1, seed=0)
+    found = WindowReader(Source(folder, card), order, 2, guidance=guidance).read(0, range(7)).decode()
     places = [order.at(0, position)[1:4] for position in range(7)]
-    expected = select(concatenated(list(read_shard(folder, 0, card))), places, 2)
+    expected = select(concatenated(list(read_shard(folder, 0, card))), places, 2, guidance=guidance)
     assert found.prefix is not None
     assert expected.prefix is not None
     assert torch.equal(found.features, expected.features)

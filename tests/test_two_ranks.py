@@ -83,8 +83,12 @@ NETWORK = "--model.network.init_args"
 
 @pytest.mark.parametrize(
     "steps",
-    [("--data.window=2",), ("--data.max_gap=3", f"{NETWORK}.anchored=true", f"{NETWORK}.rows=masked")],
-    ids=["window", "gaps"],
+    [
+        ("--data.window=2",),
+        ("--data.max_gap=3", f"{NETWORK}.anchored=true", f"{NETWORK}.rows=masked"),
+        ("--data.guided=true", f"{NETWORK}.guided=true"),
+    ],
+    ids=["window", "gaps", "guided"],
 )
 def test_two_ranks_train_as_one_of_twice_the_batch(trained: Path, tmp_path: Path, steps: tuple[str, ...]) -> None:
     shutil.copytree(trained / SET, tmp_path / SET)

@@ -51,7 +51,7 @@ class Segments(NamedTuple):
             )
         return cls(num_steps, memory, {nodes: torch.zeros(num_steps, device=device) for nodes in histories})
 
-    def measured(self, replay: Replay, predictor: Predictor, guidance: Sequence[float]) -> Segments:
+    def measured(self, replay: Replay, predictor: Predictor) -> Segments:
         """Add the costs of one recorded batch, summed over its samples."""
         costs = {}
         for nodes, earlier in self.costs.items():
@@ -62,7 +62,7 @@ class Segments(NamedTuple):
                 step = state.clock.step
                 if step > nodes[-1]:
                     truth = replay.features(state.tokens, replay.recorded, state.clock)
-                    cost[step] += committed_kl(replay, truth, features, step, guidance).sum()
+                    cost[step] += committed_kl(replay, truth, features, step).sum()
             costs[nodes] = cost
         return self._replace(costs=costs)
 

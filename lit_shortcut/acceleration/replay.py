@@ -20,7 +20,7 @@ from lit_shortcut.contracts import (
     TokenSpec,
     Trajectories,
 )
-from lit_shortcut.decoding.unmasking import guide
+from lit_shortcut.guidance import guide
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.metrics.functional import head_kl
 
@@ -54,9 +54,11 @@ class Replay:
     Args:
         ends: properties of the base that recorded the batch.
         trajectories: the recorded batch; all samples commit equally many tokens at a step.
+        guidance: guidance scale at each of the N steps.
     """
 
-    def __init__(self, ends: BaseEnds, trajectories: Trajectories) -> None:
+    def __init__(self, ends: BaseEnds, trajectories: Trajectories, guidance: Sequence[float]) -> None:
+        self.guidance = guidance
         self.spec, self.interface, self.fingerprint = ends.spec, ends.interface, ends.fingerprint
         num_steps = trajectories.features.shape[2]
         self.counts = torch.bincount(trajectories.committed_at[0].long(), minlength=num_steps).tolist()
@@ -110,6 +112,7 @@ class Replay:
                 self.committed(step - 1) if step else Control(tokens[:, :0], masked[:, :0]),
                 torch.full((batch,), share, device=tokens.device),
                 masked,
+                self.guidance[step],
             )
 
     def steps(self) -> Iterator[tuple[State, Tensor]]:
@@ -131,15 +134,12 @@ class Replayed(NamedTuple):
     full_steps: Tensor
 
 
-def replayed(
-    replay: Replay, methods: Mapping[str, Acceleration], guidance: Sequence[float], *, with_kl: bool = True
-) -> dict[str, Replayed]:
+def replayed(replay: Replay, methods: Mapping[str, Acceleration], *, with_kl: bool = True) -> dict[str, Replayed]:
     """Replay ``methods`` side by side and sum over all steps the KL at the places each step committed.
 
     Args:
         replay: the recorded batch.
         methods: accelerations by name.
-        guidance: guidance scale at each of the N steps.
         with_kl: false only counts full steps; the KL is then 0.
     """
     runs = {name: method.start(replay, replay.recorded, replay.counts) for name, method in methods.items()}
@@ -150,13 +150,13 @@ def replayed(
             kl, full_steps = totals[name]
             features, is_full = run(state)
             if with_kl and is_full is not True:
-                kl = kl + committed_kl(replay, truth, features, state.clock.step, guidance)
+                kl = kl + committed_kl(replay, truth, features, state.clock.step)
             totals[name] = Replayed(kl, full_steps + is_full)
     return totals
 
 
-def committed_kl(replay: Replay, truth: Tensor, guess: Tensor, step: int, guidance: Sequence[float]) -> Tensor:
+def committed_kl(replay: Replay, truth: Tensor, guess: Tensor, step: int) -> Tensor:
     """Return the KL (B,), in nats, of the guided head on ``guess`` from that on ``truth`` where ``step`` commits."""
     places = replay.committed(step).positions
-    wanted, found = (guide(replay.interface.logits(part, places), guidance[step]) for part in (truth, guess))
+    wanted, found = (guide(replay.interface.logits(part, places), replay.guidance[step]) for part in (truth, guess))
     return head_kl(wanted, found).sum(-1)

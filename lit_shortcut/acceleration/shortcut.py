@@ -24,6 +24,7 @@ from lit_shortcut.acceleration.origin import (
     write_config,
 )
 from lit_shortcut.contracts import BaseEnds, Context, Control, State
+from lit_shortcut.guidance import guide_rows
 from lit_shortcut.hub import local_file
 from lit_shortcut.networks.control import Layout, advance, lay_out_branches, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
@@ -50,8 +51,9 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
 
     A folder or repository of the Hugging Face hub holds ``model.safetensors``, ``config.json``, a model card and, with
     calibrated plans, ``plan.json``; ``from_pretrained`` and the like come from ``huggingface_hub``.
-    Guidance branches run in one batch, or one after the other if they have text prefixes. An anchored network starts
-    from the last full step and all tokens committed since, others from the latest features.
+    Guidance branches run in one batch, or one after the other if they have text prefixes; a guided network runs once,
+    and both branches are what it predicts, which guidance leaves as it is. An anchored network starts from the last
+    full step and all tokens committed since, others from the latest features.
 
     Args:
         network: network trained on trajectories of the base.
@@ -245,17 +247,21 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         def predict(past: Past, state: State) -> Tensor:
             features, control, gap = source(past, state)
             branches, num_rows = features.shape[0], features.shape[-2]
-            if not layouts:
-                control = _repeated(control, branches)
-                share, masked = state.masked_share.repeat(branches), state.masked.repeat(branches, 1)
-                repeated = state._replace(masked_share=share, masked=masked)
-                gap = None if gap is None else gap.repeat(branches)
-                return following(features.flatten(0, 1), control, repeated, gap, None).unflatten(0, (branches, -1))
-            predicted = []
-            for rows, layout in zip(features, layouts, strict=True):
-                own = following(rows[:, : layout.rows.shape[1]], control, state, gap, layout)
-                predicted.append(pad(own, (0, 0, 0, num_rows - own.shape[1])))
-            return torch.stack(predicted)
+            if network.options.guided:
+                features = guide_rows(features, state.guidance, interface.num_rows)[None]
+            passes = len(features)
+            if layouts:
+                predicted = []
+                for rows, layout in zip(features, layouts[:passes], strict=True):
+                    own = following(rows[:, : layout.rows.shape[1]], control, state, gap, layout)
+                    predicted.append(pad(own, (0, 0, 0, num_rows - own.shape[1])))
+                return torch.stack(predicted).expand(branches, -1, -1, -1)
+            control = _repeated(control, passes)
+            share, masked = state.masked_share.repeat(passes), state.masked.repeat(passes, 1)
+            repeated = state._replace(masked_share=share, masked=masked)
+            gap = None if gap is None else gap.repeat(passes)
+            together = following(features.flatten(0, 1), control, repeated, gap, None)
+            return together.unflatten(0, (passes, -1)).expand(branches, -1, -1, -1)
 
         return predict
 

@@ -77,7 +77,7 @@ class PlanSearch(L.Callback):
         if self._segments is None:
             self._segments = Segments.none(len(replay.counts), predictor.memory, pl_module.device)
         with trainer.precision_plugin.val_step_context():
-            self._segments = self._segments.measured(replay, predictor, pl_module.guidance)
+            self._segments = self._segments.measured(replay, predictor)
         self._samples += len(batch.tokens)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -119,7 +119,7 @@ class PlanSearch(L.Callback):
             for batch in islice(batches, int(trainer.num_val_batches[0])):
                 with trainer.precision_plugin.val_step_context():
                     replay = pl_module.replay(batch)
-                    total = total + replayed(replay, {"": method}, [], with_kl=False)[""].full_steps.sum()
+                    total = total + replayed(replay, {"": method}, with_kl=False)[""].full_steps.sum()
             return float(sum_over_ranks(total)) / found.trajectories
 
         threshold, mean = threshold_for(mean_full_steps, budget)

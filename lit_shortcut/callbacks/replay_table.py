@@ -76,7 +76,7 @@ class ReplayTable(L.Callback):
         replay = pl_module.replay(batch)
         methods = {row.name: row.acceleration for row in self._rows(pl_module, len(replay.counts))}
         with trainer.precision_plugin.val_step_context():
-            found = replayed(replay, methods, pl_module.guidance)
+            found = replayed(replay, methods)
         for name, (kl, full_steps) in found.items():
             added = torch.stack([kl.sum(), full_steps.sum(), torch.full_like(kl.sum(), len(kl))])
             self._sums[name] = self._sums[name] + added if name in self._sums else added

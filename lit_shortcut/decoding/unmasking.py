@@ -1,4 +1,4 @@
-"""Guidance of logits, and sampling of a code at each masked place."""
+"""Sampling of a code at each masked place."""
 
 from __future__ import annotations
 
@@ -6,22 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-def guide(logits: Tensor, scale: float) -> Tensor:
-    """Return (1 + w)·conditional − w·unconditional, classifier-free guidance (arXiv 2207.12598, equation 6).
-
-    ``logits`` (G, B, M, V), or features in front of a linear head, become (B, M, V); with only one branch ``scale`` w
-    must be 0.
-
-    Raises:
-        ValueError: if ``scale`` is not 0 and there is no unconditional branch.
-    """
-    if logits.shape[0] == 1:
-        if scale:
-            raise ValueError(f"guidance of scale {scale} needs the unconditional branch, which was not computed")
-        return logits[0]
-    return torch.lerp(logits[1], logits[0], 1 + scale)
 
 
 class Choice(NamedTuple):

@@ -138,7 +138,7 @@ def _rows(interface: TokenInterface, masked: Tensor, num_rows: int) -> Rows:
 
 
 def require_kind(network: ShortcutNetwork, base: BaseEnds, whose: str) -> None:
-    """Check that ``network`` is made for bases of this kind, and its neighbourhood for this token grid.
+    """Check that ``network`` is made for bases of this kind and head, and its neighbourhood for this token grid.
 
     Raises:
         WeightsError: naming the base, ``whose``, and the class of networks or the argument for it.
@@ -149,6 +149,10 @@ def require_kind(network: ShortcutNetwork, base: BaseEnds, whose: str) -> None:
         raise WeightsError(
             f"{whose}: its interface has {'' if has_places else 'no '}places of rows in a sequence; expected a "
             f"{'LLaDAShortcutNet' if has_places else 'ShortcutNet'}, found a {type(network).__name__}"
+        )
+    if options.guided and not interface.is_linear:
+        raise WeightsError(
+            f"{whose}: its head is not linear, so guidance cannot precede it; a guided shortcut needs that"
         )
     if not options.reach:
         return

@@ -79,6 +79,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         anchored: predict from the last full step.
         grid: side of the square token grid, for the neighbourhood.
         reach: places that a committed token reaches in the neighbourhood; 0 leaves it out, as published.
+        guided: predict the features after guidance, in one pass for both branches, with the conditional one's prompt.
 
     Raises:
         ValueError: if the ratio is below 1, c is not a multiple of twice ``num_heads``, or options are incompatible.
@@ -102,9 +103,20 @@ class LLaDAShortcutNet(ShortcutNetwork):
         anchored: bool = False,
         grid: int = 0,
         reach: int = 0,
+        guided: bool = False,
     ) -> None:
         options = Options(
-            width, bottleneck_ratio, num_blocks, uses_time, uses_control, uses_prefix, rows, anchored, grid, reach
+            width,
+            bottleneck_ratio,
+            num_blocks,
+            uses_time,
+            uses_control,
+            uses_prefix,
+            rows,
+            anchored,
+            grid,
+            reach,
+            guided=guided,
         )
         require_at_least(1, num_heads=num_heads, mlp_width=mlp_width)
         require_above(0, rope_theta=rope_theta, norm_eps=norm_eps)

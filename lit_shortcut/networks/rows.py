@@ -79,6 +79,8 @@ class Options:
         reach: reach of the :class:`~lit_shortcut.networks.neighbourhood.Neighbourhood` added before the blocks; 0
             leaves it out, as published.
         stride: side in tokens of the square that a row of the features stands for, for the neighbourhood.
+        guided: predict the features after guidance, in one pass, instead of those of each guidance branch; for bases
+            with a linear head (:func:`~lit_shortcut.guidance.guide_rows`).
 
     Raises:
         ValueError: if a size is below 1 or switches are incompatible.
@@ -95,6 +97,7 @@ class Options:
     grid: int = 0
     reach: int = 0
     stride: int = 1
+    guided: bool = False
 
     def __post_init__(self) -> None:
         require_at_least(1, width=self.width, bottleneck_ratio=self.bottleneck_ratio, num_blocks=self.num_blocks)

@@ -164,6 +164,7 @@ class ShortcutNet(ShortcutNetwork):
         uses_control: attend to the tokens just committed.
         rows: ``all`` or only those still ``masked``.
         anchored: predict from the last full step.
+        guided: predict the features after guidance, in one pass for both branches.
 
     Raises:
         ValueError: if the ratio or the number of blocks is below 1, c is not a multiple of ``num_heads``, or options
@@ -183,6 +184,7 @@ class ShortcutNet(ShortcutNetwork):
         uses_control: bool = True,
         rows: RowChoice = "all",
         anchored: bool = False,
+        guided: bool = False,
     ) -> None:
         options = Options(
             width,
@@ -195,6 +197,7 @@ class ShortcutNet(ShortcutNetwork):
             grid=grid,
             reach=reach,
             stride=stride,
+            guided=guided,
         )
         require_at_least(1, num_heads=num_heads)
         inner = options.inner

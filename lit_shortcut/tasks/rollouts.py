@@ -12,7 +12,8 @@ from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.replay import Replay
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.contracts import FeatureFn
+from lit_shortcut.contracts import FeatureFn, State
+from lit_shortcut.guidance import guide_rows
 from lit_shortcut.metrics.functional import gain_over_hold
 from lit_shortcut.metrics.places import Masked, Seen, place_means
 from lit_shortcut.networks.shortcut import ShortcutNetwork
@@ -43,16 +44,22 @@ class Rollouts(nn.Module):
         methods = {name: Accelerated(Even(1), predictor) for name, predictor in predictors.items()}
         interface, mask_id = replay.interface, replay.spec.mask_id
         # of a trajectory's own rows, whatever the batch
-        means = [features[:, :, : interface.num_rows].mean(2) for _, features in replay.steps()]
+        is_guided = network.options.guided
+
+        def seen(features: Tensor, state: State) -> Tensor:
+            return guide_rows(features, state.guidance, interface.num_rows)[None] if is_guided else features
+
+        means = [seen(features, state)[:, :, : interface.num_rows].mean(2) for state, features in replay.steps()]
         centre = torch.stack(means).mean(0)[:, :, None]
         rolled: list[dict[str, FeatureFn]] = []  # rolled[k]: runs whose last base features are k + 1 steps old
-        for state, features in replay.steps():
+        for state, recorded in replay.steps():
+            features = seen(recorded, state)
             truth = Seen(features, interface.logits(features), centre)
             tokens = (state.tokens == mask_id).expand(len(features), -1, -1)
             masked = Masked(interface.masked_rows(tokens), tokens)
             for age, runs in enumerate(rolled):
                 for name, run in runs.items():
-                    guess, _ = run(state)
+                    guess = seen(run(state)[0], state)
                     logits = interface.logits(guess) if age == 0 else truth.logits  # of more steps, only errors count
                     self.measures[name][age].update(Seen(guess, logits, centre), truth, masked)
             begun = {name: method.start(replay, replay.recorded, replay.counts) for name, method in methods.items()}

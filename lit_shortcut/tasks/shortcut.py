@@ -95,16 +95,10 @@ class ShortcutTask(OptimizedTask):
         assert self.card is not None
         return tokens_per_step(self.card.decoding["schedule"], self.card.num_steps, self.ends.spec.num_tokens)
 
-    @property
-    def guidance(self) -> list[float]:
-        """Scale of the recorded set's guidance at each of its N steps."""
-        assert self.card is not None
-        decoding = Decoding.from_values(self.card.decoding)
-        return [decoding.guidance_at(step) for step in range(self.card.num_steps)]
-
     def replay(self, batch: Trajectories) -> Replay:
         """Return ``batch`` in the place of its base."""
-        return Replay(self.ends, batch)
+        assert self.card is not None
+        return Replay(self.ends, batch, Decoding.from_values(self.card.decoding).guidance_by_step)
 
     def use(self, ends: RecordedEnds) -> None:
         """Train for the base of ``ends``.
@@ -148,6 +142,11 @@ class ShortcutTask(OptimizedTask):
                 raise ValueError(f"model.losses.{name}: {error}") from error
         if (data.window if self.network.options.anchored else data.max_gap) > 1:
             raise ValueError("data: an anchored network takes max_gap in place of window, others window only")
+        if data.guided != self.network.options.guided:
+            raise ValueError(
+                f"data.guided is {str(data.guided).lower()}, and guided of model.network is "
+                f"{str(self.network.options.guided).lower()}; they must be the same"
+            )
         self._masked_before = [sum(self.counts[step:]) for step in range(1 + data.card.num_steps)]
         self.rollouts = Rollouts(min(self.rollout_depth, data.card.num_steps - 1))
 

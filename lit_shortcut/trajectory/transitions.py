@@ -11,19 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_shortcut.contracts import Conditions, Control, Prefix, PrefixSize, Trajectories, Transition
+from lit_shortcut.guidance import guide_rows
 from lit_shortcut.trajectory.encoding import ENCODINGS, Parts
 
 
 class EncodedTransition(NamedTuple):
     """A :class:`Transition` as it leaves the loader, encoded: ``features`` (B, 1 + R, S, …) before it, then targets.
 
-    ``others`` holds all its other fields. ``replaced`` (B,) marks windows read in place of damaged ones.
+    ``others`` holds all its other fields. ``replaced`` (B,) marks windows read in place of damaged ones. Where
+    ``guidance`` (B, 1 + R), scales, is given, ``features`` are (B, G, 1 + R, S, …), and are guided when decoded.
     """
 
     encoding: str
     features: Parts
     others: Transition
     replaced: Tensor
+    guidance: Tensor | None = None
 
     @classmethod
     def of(
@@ -35,12 +38,14 @@ class EncodedTransition(NamedTuple):
         step: Tensor,
         gap: Tensor,
         prefix: Prefix | None,
+        guidance: Sequence[float] | None = None,
     ) -> EncodedTransition:
         """Return windows from ``step`` (B,), the first target ``gap`` (B,) steps on, of ``tokens``, ``committed_at``.
 
-        Those are (B, L), of whole trajectories.
+        Those are (B, L), of whole trajectories. With ``guidance``, scales of the N steps, ``features`` are those of all
+        branches, guided by the scales of the targets' steps; what a target is predicted from has the first one's.
         """
-        window = next(iter(features.values())).shape[1] - 1
+        window = next(iter(features.values())).shape[1 if guidance is None else 2] - 1
         before = step[:, None, None] + torch.arange(window, device=step.device)[:, None]
         after, committed_at = before + gap[:, None, None], committed_at[:, None]
         is_masked = committed_at >= after
@@ -55,11 +60,20 @@ class EncodedTransition(NamedTuple):
         size = None if prefix is None else PrefixSize.of(prefix.lengths.tolist(), prefix.num_control.tolist())
         num_masked = tuple(is_masked.sum((0, 2)).tolist())
         others = Transition(none, control, share, none, is_masked, step, gap, prefix, size, num_masked)
-        return cls(encoding, features, others, torch.zeros(len(step), dtype=torch.bool))
+        scales = None
+        if guidance is not None:
+            targets = (step + gap)[:, None] + torch.tensor([0, *range(window)], device=step.device)
+            scales = torch.tensor(guidance, device=step.device)[targets]
+        return cls(encoding, features, others, torch.zeros(len(step), dtype=torch.bool), scales)
 
     def decode(self) -> Transition:
         """Decode the features on the device they are on."""
         features = ENCODINGS[self.encoding].decode(self.features)
+        if self.guidance is not None:
+            by_branch, scale = features.transpose(0, 1), self.guidance[..., None, None].to(features)
+            num_tokens, leading = self.others.is_masked.shape[-1], self.guidance.shape
+            guided = guide_rows(by_branch.flatten(1, 2), scale.flatten(0, 1), num_tokens)
+            features = guided.unflatten(0, leading)
         return self.others._replace(features=features[:, 0], targets=features[:, 1:])
 
 
@@ -68,10 +82,12 @@ def select(
     places: Sequence[tuple[int, int, int]],
     window: int = 1,
     gaps: Sequence[int] | None = None,
+    guidance: Sequence[float] | None = None,
 ) -> Transition:
     """Return the windows of ``window`` (R) targets at ``places``: row, branch and the step before the window.
 
-    ``gaps`` are the steps from there to the first target, 1 by default. Features may be on another device than the
+    ``gaps`` are the steps from there to the first target, 1 by default. With ``guidance``, scales of the N steps,
+    features are guided, and all branches are 0. Features may be on another device than the
     other tensors, which are small and best kept on the CPU; so are windows.
     """
     row, branch, step = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
@@ -84,13 +100,17 @@ def select(
         prefix = Prefix(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.prefix))
         prefix = prefix._replace(control=prefix.control[:, : int(prefix.num_control.max())])
         features = features[..., : frame + int(prefix.lengths.max()), :]
-    features = features[row[:, None], branch[:, None], steps]
+    if guidance is None:
+        features = features[row[:, None], branch[:, None], steps]
+    else:
+        features = features[row[:, None], :, steps].transpose(1, 2)
     if prefix is not None:
-        is_real = torch.arange(features.shape[2], device=step.device) < frame + prefix.lengths.to(step.device)[:, None]
-        features = features.where(is_real[:, None, :, None].to(features.device), 0)  # other padding is 0, as recorded
+        is_real = torch.arange(features.shape[-2], device=step.device) < frame + prefix.lengths.to(step.device)[:, None]
+        is_real = is_real[(slice(None), *(None,) * (features.ndim - 3), slice(None), None)]
+        features = features.where(is_real.to(features.device), 0)  # other padding is 0, as recorded
     tokens, committed_at = trajectories.tokens[row], trajectories.committed_at[row]
     encoding = str(features.dtype).removeprefix("torch.")
-    return EncodedTransition.of(encoding, {"npy": features}, tokens, committed_at, step, gap, prefix).decode()
+    return EncodedTransition.of(encoding, {"npy": features}, tokens, committed_at, step, gap, prefix, guidance).decode()
 
 
 def concatenated(batches: Sequence[Trajectories]) -> Trajectories:

@@ -35,7 +35,7 @@ def trajectories(path: Callable[[int], Tensor] | None = None, count: int = 5, se
 
 
 def replay(path: Callable[[int], Tensor] | None = None, count: int = 5, seed: int = 0) -> Replay:
-    return Replay(ENDS, trajectories(path, count, seed))
+    return Replay(ENDS, trajectories(path, count, seed), GUIDANCE)
 
 
 def network(**options: object) -> ShortcutNet:

@@ -15,18 +15,18 @@ from lit_shortcut.acceleration.plans import Adaptive, Steps, even_steps
 from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.replay import replayed
 from lit_shortcut.acceleration.shortcut import Shortcut
-from tests.acceleration.recorded import COUNTS, GUIDANCE, NUM_STEPS, network, replay
+from tests.acceleration.recorded import COUNTS, NUM_STEPS, network, replay
 
 PREDICTORS = [Hold(), Taylor(1), Taylor(2), Shortcut(network()), Shortcut(network(anchored=True))]
 every_predictor = pytest.mark.parametrize("predictor", PREDICTORS)
 
 
 def segments_of(predictor: Predictor) -> Segments:
-    return Segments.none(NUM_STEPS, predictor.memory, torch.device("cpu")).measured(replay(), predictor, GUIDANCE)
+    return Segments.none(NUM_STEPS, predictor.memory, torch.device("cpu")).measured(replay(), predictor)
 
 
 def replayed_cost(predictor: Predictor, steps: list[int]) -> float:
-    return float(replayed(replay(), {"": Accelerated(Steps(steps), predictor)}, GUIDANCE)[""].kl.sum())
+    return float(replayed(replay(), {"": Accelerated(Steps(steps), predictor)})[""].kl.sum())
 
 
 @every_predictor
@@ -50,8 +50,8 @@ def test_search_finds_the_cheapest_of_all_plans(predictor: Predictor) -> None:
 
 def test_batches_add_up() -> None:
     predictor = Hold()
-    both = segments_of(predictor).measured(replay(seed=3), predictor, GUIDANCE)
-    single = Segments.none(NUM_STEPS, 0, torch.device("cpu")).measured(replay(seed=3), predictor, GUIDANCE)
+    both = segments_of(predictor).measured(replay(seed=3), predictor)
+    single = Segments.none(NUM_STEPS, 0, torch.device("cpu")).measured(replay(seed=3), predictor)
     assert cost_of(both, [0, 3]) == pytest.approx(cost_of(segments_of(predictor), [0, 3]) + cost_of(single, [0, 3]))
 
 
@@ -61,7 +61,7 @@ def test_line_through_two_full_steps_costs_nothing_on_linear_features() -> None:
     def path(step: int) -> Tensor:
         return start + step * slope
 
-    segments = Segments.none(NUM_STEPS, 2, torch.device("cpu")).measured(replay(path), Taylor(1), GUIDANCE)
+    segments = Segments.none(NUM_STEPS, 2, torch.device("cpu")).measured(replay(path), Taylor(1))
     assert cost_of(segments, [0, 1]) == pytest.approx(0, abs=1e-4)
     assert best_plan(segments, 2).steps == [0, 1]
     assert cost_of(segments, [0, 3]) > 1
@@ -78,7 +78,7 @@ def test_threshold_makes_the_wanted_mean_number_of_full_steps(budget: int) -> No
 
     def mean(threshold: float) -> float:
         method = Accelerated(Adaptive(threshold, per="sample"), predictor)
-        return float(replayed(recorded, {"": method}, GUIDANCE, with_kl=False)[""].full_steps.mean())
+        return float(replayed(recorded, {"": method}, with_kl=False)[""].full_steps.mean())
 
     threshold, found = threshold_for(mean, budget)
     assert mean(threshold) == found == pytest.approx(budget, abs=0.1)

@@ -42,6 +42,7 @@ ACCELERATIONS: dict[str, Accelerate] = {
     "shortcut": lambda budget: Accelerated(Even(budget), Shortcut(trained(32))),
     "shortcut of masked rows": lambda budget: Accelerated(Even(budget), Shortcut(trained(32, rows="masked"))),
     "anchored shortcut": lambda budget: Accelerated(Even(budget), Shortcut(trained(32, anchored=True))),
+    "guided shortcut": lambda budget: Accelerated(Even(budget), Shortcut(trained(32, anchored=True, guided=True))),
 }
 
 

@@ -25,7 +25,7 @@ def fitted(path: Path, recorded: Trajectories, memory: int) -> Linear:
 
 def squared_error(recorded: Trajectories, predictor: Predictor, steps: list[int]) -> float:
     """Over all steps and rows still masked."""
-    replay, total = Replay(ENDS, recorded), 0.0
+    replay, total = Replay(ENDS, recorded, GUIDANCE), 0.0
     run = Accelerated(Steps(steps), predictor).start(replay, replay.recorded, COUNTS)
     for state, truth in replay.steps():
         error = (run(state)[0] - truth)[:, :, :9].square().sum(-1)
@@ -61,7 +61,8 @@ def test_features_on_a_line_are_predicted_exactly(tmp_path: Path) -> None:
 
     recorded = trajectories(path)
     method = Accelerated(Steps([0, 2]), fitted(tmp_path / "linear.safetensors", recorded, 2))
-    run, replay = method.start(Replay(ENDS, recorded), Replay(ENDS, recorded).recorded, COUNTS), Replay(ENDS, recorded)
+    replay = Replay(ENDS, recorded, GUIDANCE)
+    run = method.start(replay, replay.recorded, COUNTS)
     for state, truth in replay.steps():
         features, _ = run(state)
         if state.clock.step > 2:
@@ -71,17 +72,19 @@ def test_features_on_a_line_are_predicted_exactly(tmp_path: Path) -> None:
 def test_full_budget_loses_nothing(tmp_path: Path) -> None:
     recorded = trajectories()
     method = Accelerated(Steps(list(range(NUM_STEPS))), fitted(tmp_path / "linear.safetensors", recorded, 3))
-    assert replayed(Replay(ENDS, recorded), {"": method}, GUIDANCE)[""].kl.tolist() == [0] * 5
+    assert replayed(Replay(ENDS, recorded, GUIDANCE), {"": method})[""].kl.tolist() == [0] * 5
 
 
 def test_other_base_steps_memory_and_file_are_refused(tmp_path: Path) -> None:
     recorded, path = trajectories(), tmp_path / "linear.safetensors"
     linear = fitted(path, recorded, 1)
-    other = Replay(RecordedEnds(ENDS.spec, ENDS.interface, "fedcba9876543210"), recorded)
+    other = Replay(RecordedEnds(ENDS.spec, ENDS.interface, "fedcba9876543210"), recorded, GUIDANCE)
     with pytest.raises(WeightsError, match="fedcba9876543210"):
         linear.start(other, other.recorded)
     fewer = Replay(
-        ENDS, recorded._replace(features=recorded.features[:, :, :4], committed_at=recorded.committed_at.clamp(max=3))
+        ENDS,
+        recorded._replace(features=recorded.features[:, :, :4], committed_at=recorded.committed_at.clamp(max=3)),
+        GUIDANCE,
     )
     run = Accelerated(Steps([0]), linear).start(fewer, fewer.recorded, fewer.counts)
     first, second, *_ = fewer.states()

@@ -14,7 +14,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Conditions, MaskedImageModel
-from lit_shortcut.decoding.unmasking import guide
+from lit_shortcut.guidance import guide
 from lit_shortcut.metrics.functional import head_kl
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
@@ -27,7 +27,7 @@ MakeConditions = Callable[..., Conditions]
 
 @pytest.mark.parametrize("predictor", [Hold(), Taylor(1), Taylor(2), Shortcut(network())])
 def test_full_budget_loses_nothing(predictor: Predictor) -> None:
-    found = replayed(replay(), {"": Accelerated(Even(NUM_STEPS), predictor)}, GUIDANCE)[""]
+    found = replayed(replay(), {"": Accelerated(Even(NUM_STEPS), predictor)})[""]
     assert found.kl.tolist() == [0] * 5
     assert found.full_steps.tolist() == [NUM_STEPS] * 5
 
@@ -45,20 +45,20 @@ def test_kl_is_that_of_the_guided_heads_where_tokens_were_committed() -> None:
                 for at in (step, held)
             )
             expected[row] += head_kl(truth, guess).sum()
-    found = replayed(replay(), {"": Accelerated(Steps([0, 2]), Hold())}, GUIDANCE)[""]
+    found = replayed(replay(), {"": Accelerated(Steps([0, 2]), Hold())})[""]
     torch.testing.assert_close(found.kl, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_replaying_per_sample_decides_as_replaying_each_sample_by_itself() -> None:
     recorded, method = trajectories(), Accelerated(Adaptive(0.5, per="sample"), Shortcut(network()))
-    together = replayed(Replay(ENDS, recorded), {"": method}, GUIDANCE)[""]
+    together = replayed(Replay(ENDS, recorded, GUIDANCE), {"": method})[""]
     assert len(together.full_steps.unique()) > 1
     for row in range(5):
         own = recorded._replace(
             conditions=recorded.conditions,
             **{n: getattr(recorded, n)[row : row + 1] for n in ("features", "tokens", "committed_at")},
         )
-        single = replayed(Replay(ENDS, own), {"": method}, GUIDANCE)[""]
+        single = replayed(Replay(ENDS, own, GUIDANCE), {"": method})[""]
         assert single.full_steps[0] == together.full_steps[row]
         torch.testing.assert_close(single.kl[0], together.kl[row], rtol=1e-4, atol=1e-5)
 
@@ -86,7 +86,11 @@ def test_replay_sees_the_states_and_features_of_the_recorded_run(
     base, conditions, _ = recording
     decoding = Decoding(5, guidance=2.0)
     run = list(sample(base, conditions, decoding, Vanilla()))
-    recorded = Replay(RecordedEnds(base.spec, base.interface, base.fingerprint), record(base, conditions, decoding))
+    recorded = Replay(
+        RecordedEnds(base.spec, base.interface, base.fingerprint),
+        record(base, conditions, decoding),
+        decoding.guidance_by_step,
+    )
     for one, (state, features) in zip(run, recorded.steps(), strict=True):
         assert state.clock == one.state.clock
         assert torch.equal(state.tokens, one.state.tokens)
@@ -105,7 +109,11 @@ def test_replayed_shortcut_predicts_what_sampling_does_while_tokens_agree(
     decoding = Decoding(5, guidance=2.0)
     method = Accelerated(Even(1), Shortcut(made))
     _, sampled, *_ = sample(base, conditions, decoding, method)
-    recorded = Replay(RecordedEnds(base.spec, base.interface, base.fingerprint), record(base, conditions, decoding))
+    recorded = Replay(
+        RecordedEnds(base.spec, base.interface, base.fingerprint),
+        record(base, conditions, decoding),
+        decoding.guidance_by_step,
+    )
     run = method.start(recorded, recorded.recorded, recorded.counts)
     first, second, *_ = recorded.states()
     run(first)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_shortcut.contracts import Clock, Conditions, MaskedImageModel
-from lit_shortcut.decoding.unmasking import guide
+from lit_shortcut.guidance import guide
 
 OF_CLASSES = ["make_base", "make_base_with_vqgan", "make_halton"]
 OF_PROMPTS = ["make_dimoo", "make_mmada", "make_cross", "make_amused", "make_meissonic", "make_monetico"]

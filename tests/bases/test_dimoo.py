@@ -103,8 +103,8 @@ def test_a_batch_of_equal_prompts_needs_no_mask(dimoo: DiMOO, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     "options",
-    [None, {}, {"grid": 4, "reach": 1}, {"grid": 4, "reach": 1, "rows": "masked", "anchored": True}],
-    ids=["vanilla", "published", "neighbourhood", "neighbourhood, masked rows, anchored"],
+    [None, {}, {"grid": 4, "reach": 1}, {"grid": 4, "reach": 1, "rows": "masked", "anchored": True}, {"guided": True}],
+    ids=["vanilla", "published", "neighbourhood", "neighbourhood, masked rows, anchored", "guided"],
 )
 def test_prompts_of_different_lengths_in_a_batch_give_the_tokens_they_give_alone(
     dimoo: DiMOO, prompted: MakeConditions, options: dict[str, Any] | None

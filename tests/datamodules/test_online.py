@@ -106,6 +106,21 @@ def test_gaps_give_every_two_steps_of_a_pool_once() -> None:
     assert Counter(pairs) == dict.fromkeys(((step, gap) for gap in range(1, 5) for step in range(5 - gap)), 12 * 2)
 
 
+def test_guided_transitions_are_those_of_a_recorded_set() -> None:
+    found = named(make(guided=True, max_gap=3, batch_size=4).train_dataloader())
+    (conditions,) = ClassLabels(12, batch_size=12).loader()
+    recorded, spans = record(ToyBase(), conditions, DECODING), [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)]
+    spans += [(0, 3), (1, 3)]
+    places, gaps = [(row, 0, step) for row in range(12) for step, _ in spans], [gap for _, gap in spans] * 12
+    expected = named([select(recorded, places, gaps=gaps, guidance=DECODING.guidance_by_step)])
+    assert sorted(found) == sorted(expected)
+
+
+def test_guided_transitions_need_guidance() -> None:
+    with pytest.raises(ValueError, match=r"guided must be false where decoding has no guidance"):
+        make(guided=True, decoding=Decoding(5, guidance=0.0))
+
+
 def test_batches_mix_the_images_and_steps_of_a_pool() -> None:
     for batch in make().train_dataloader():
         assert len(batch.step) == 8

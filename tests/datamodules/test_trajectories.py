@@ -25,9 +25,11 @@ from datamodules.loading import EpochLoader
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.contracts import Trajectories, Transition
 from lit_shortcut.files import AccessError
+from lit_shortcut.guidance import guide_rows
+from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import TrajectoryError, problems
 from tests.forged_shards import edit_index
-from tests.tiny_trajectories import SPEC, adopt, interface, trajectories, write_set
+from tests.tiny_trajectories import SPEC, adopt, card, interface, trajectories, write_set
 
 IDS = 0  # the channel that holds the sample's id
 
@@ -65,6 +67,30 @@ def test_epoch_has_as_many_batches_as_transitions_fill(folder: Path) -> None:
     assert len(make(folder, world_size=2).train_dataloader()) == 15 * 2 * 3 // 16
     assert len(make(folder, window=2).train_dataloader()) == 15 * 2 * 2 // 8
     assert len(make(folder, max_gap=2).train_dataloader()) == 15 * 2 * (3 + 2) // 8
+
+
+def test_guided_transitions_are_those_of_both_branches_guided_at_the_step_of_the_target(folder: Path) -> None:
+    scales = Decoding(4, guidance=2.5).guidance_by_step
+    module = make(folder, max_gap=3, guided=True)
+    recorded = trajectories(list(range(15)))
+    seen = set()
+    for encoded in module.train_dataloader():
+        batch = encoded.decode()
+        for row, (step, gap) in enumerate(zip(batch.step.tolist(), batch.gap.tolist(), strict=True)):
+            sample = int(batch.features[row, 0, IDS])
+            both = recorded.features[sample]
+            for found, at in ((batch.features[row], step), (batch.targets[row, 0], step + gap)):
+                expected = guide_rows(both[:, None, at], scales[step + gap], SPEC.num_tokens)[0]
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            seen.add((sample, step, gap))
+    assert len(seen) == 15 * (3 + 2 + 1) // 8 * 8
+
+
+def test_guided_transitions_need_guidance(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    adopt(tmp_path, card(branches=1, decoding={"num_steps": 4, "schedule": "arccos", "guidance": 0.0}))
+    with pytest.raises(TrajectoryError, match=r"guided must be false for a set recorded without guidance"):
+        make(tmp_path, guided=True)
 
 
 def test_epoch_sees_each_transition_once_and_validation_samples_never(folder: Path) -> None:

@@ -4,31 +4,9 @@ import pytest
 import torch
 from scipy import stats
 
-from lit_shortcut.decoding.unmasking import exact_cumulative, guide, sample_codes
+from lit_shortcut.decoding.unmasking import exact_cumulative, sample_codes
 
 NEAREST_ZERO, NEAREST_ONE = 0.5 * 2.0**-23, 1 - 0.5 * 2.0**-23
-
-
-@pytest.fixture
-def logits() -> torch.Tensor:
-    return torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.4, 2.8, -0.5])
-def test_guidance_moves_away_from_the_unconditional_branch(logits: torch.Tensor, scale: float) -> None:
-    conditional, unconditional = logits
-    expected = (1 + scale) * conditional.double() - scale * unconditional.double()
-    torch.testing.assert_close(guide(logits, scale).double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_guidance_of_zero_is_the_conditional_branch(logits: torch.Tensor) -> None:
-    assert torch.equal(guide(logits, 0.0), logits[0])
-    assert torch.equal(guide(logits[:1], 0.0), logits[0])
-
-
-def test_guidance_without_the_unconditional_branch_is_refused(logits: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"scale 2\.8 needs the unconditional branch"):
-        guide(logits[:1], 2.8)
 
 
 def test_codes_are_drawn_in_proportion_to_their_probabilities() -> None:

@@ -66,6 +66,7 @@ CASES = {
     "maskgit": Case(maskgit, partial(ShortcutNet, 32, num_heads=2)),
     "neighbourhood": Case(maskgit, partial(ShortcutNet, 32, num_heads=2, grid=4, reach=1)),
     "masked rows": Case(maskgit, partial(ShortcutNet, 32, num_heads=2, rows="masked", anchored=True)),
+    "guided": Case(maskgit, partial(ShortcutNet, 32, num_heads=2, rows="masked", anchored=True, guided=True)),
     "halton": Case(tiny_halton, partial(ShortcutNet, 32, num_heads=2)),
     "amused": Case(lambda: tiny_amused(0), partial(ShortcutNet, 32, num_heads=2), UNEQUAL_PROMPTS),
     "meissonic": Case(
@@ -76,6 +77,9 @@ CASES = {
     "mmada": Case(tiny_mmada, partial(LLaDAShortcutNet, 16, num_heads=2, mlp_width=32), UNEQUAL_PROMPTS),
     "dimoo": Case(toy_dimoo, partial(LLaDAShortcutNet, 16, num_heads=2, mlp_width=32), EQUAL_PROMPTS),
     "dimoo, padded": Case(toy_dimoo, partial(LLaDAShortcutNet, 16, num_heads=2, mlp_width=32), UNEQUAL_PROMPTS),
+    "dimoo, guided": Case(
+        toy_dimoo, partial(LLaDAShortcutNet, 16, num_heads=2, mlp_width=32, guided=True), UNEQUAL_PROMPTS
+    ),
 }
 
 

@@ -165,6 +165,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"anchored": True},
     {"anchored": True, "rows": "masked", "uses_control": False},
     {"grid": 2, "reach": 1},
+    {"guided": True},
 ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Step
-from lit_shortcut.decoding.unmasking import guide
+from lit_shortcut.guidance import guide
 
 
 def require_same_run(

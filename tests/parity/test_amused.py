@@ -19,7 +19,7 @@ from lit_shortcut.bases.clip_text import CLIPText, EncodedContext
 from lit_shortcut.bases.vq import VQDecoder
 from lit_shortcut.contracts import Clock, Conditions
 from lit_shortcut.decoding.schedules import tokens_per_step
-from lit_shortcut.decoding.unmasking import guide
+from lit_shortcut.guidance import guide
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.weights import load_tensors
 

@@ -16,7 +16,7 @@ from lit_shortcut.bases.clip_text import Encoded, EncodedContext
 from lit_shortcut.bases.meissonic.adapter import Meissonic
 from lit_shortcut.bases.meissonic.transformer import MeissonicTransformer
 from lit_shortcut.contracts import Clock, Conditions
-from lit_shortcut.decoding.unmasking import guide
+from lit_shortcut.guidance import guide
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.published import Names, fill
 from lit_shortcut.sampling import Decoding, generate, sample

@@ -16,7 +16,7 @@ from lit_shortcut.bases.mmada.adapter import MMaDA, MMaDATokens
 from lit_shortcut.bases.mmada.magvit import load_magvit
 from lit_shortcut.contracts import Clock, Conditions
 from lit_shortcut.decoding.schedules import tokens_per_step
-from lit_shortcut.decoding.unmasking import guide
+from lit_shortcut.guidance import guide
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.weights import load_tensors, save_tensors
 

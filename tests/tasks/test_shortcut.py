@@ -16,6 +16,7 @@ from lit_shortcut.acceleration.replay import Replay
 from lit_shortcut.callbacks.ema import ModuleEMA
 from lit_shortcut.callbacks.replay_table import ReplayTable
 from lit_shortcut.contracts import Trajectories, Transition
+from lit_shortcut.guidance import guide_rows
 from lit_shortcut.losses import HeadKL, Loss, MaskedMSE, masked_tokens
 from lit_shortcut.metrics.functional import head_kl, masked_mse
 from lit_shortcut.metrics.places import diagnostics
@@ -477,6 +478,32 @@ def test_windows_are_for_steps_in_a_row_and_gaps_for_anchored_networks(
     task = ShortcutTask(ShortcutNet(width=6, num_heads=1, anchored=anchored))
     with pytest.raises(ValueError, match="anchored"):
         L.Trainer(**QUIET, max_steps=1).fit(task, datamodule=TrajectoryDataModule(str(folder), **steps))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_guided_networks_need_guided_transitions_and_others_none(folder: Path, guided: bool) -> None:
+    task = ShortcutTask(ShortcutNet(width=6, num_heads=1, guided=guided))
+    data = TrajectoryDataModule(str(folder), guided=not guided)
+    with pytest.raises(ValueError, match=f"data.guided is {str(not guided).lower()}, and guided of model.network"):
+        L.Trainer(**QUIET, max_steps=1).fit(task, datamodule=data)
+
+
+def test_guided_validation_compares_guided_features(folder: Path) -> None:
+    """Made anew, the network repeats the guided features of the step before, which hold does, too."""
+    made = ShortcutTask(ShortcutNet(width=6, num_heads=1, guided=True))
+    data = TrajectoryDataModule(str(folder), guided=True, validation_shards=2)
+    trainer = L.Trainer(**QUIET)
+    trainer.validate(made, datamodule=data, verbose=False)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    recorded, scales = trajectories([6, 7, 8, 9, 10]), [0.0, 2.5 / 3, 2.5 * 2 / 3, 2.5]
+    errors = []
+    for step in range(1, 4):
+        before, after = (
+            guide_rows(recorded.features[:, :, at].transpose(0, 1), scales[step], 9) for at in (step - 1, step)
+        )
+        errors.append((before - after)[:, :9][recorded.committed_at >= step].square().flatten())
+    assert logged["val/mse"] == pytest.approx(float(torch.cat(errors).mean()), rel=1e-5)
+    assert logged["val/gain"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["loss", "gain"])
