@@ -92,14 +92,15 @@ def _trained(folder: Path, exact: Path) -> dict[str, float]:
         return AdamW(parameters, lr=1e-3, weight_decay=1e-2)
 
     network: nn.Module = ShortcutNet(
-        width=128, num_heads=1, bottleneck_ratio=2.0, grid=14, reach=3, rows="masked", anchored=True
+        width=128, num_heads=1, bottleneck_ratio=2.0, grid=14, reach=3, rows="masked", anchored=True, guided=True
     )
     losses: dict[str, Loss] = {"mse": MaskedMSE(), "kl": HeadKL()}
     task = ShortcutTask(network, losses=losses, optimizer=adamw, scheduler=scheduled)  # type: ignore[arg-type]
     trainer = L.Trainer(**QUIET, max_steps=STEPS, limit_val_batches=0, gradient_clip_val=1.0)
-    recorded = TrajectoryDataModule(str(folder), 64, max_gap=6, validation_shards=VALIDATION_SHARDS)
+    spans: dict[str, Any] = {"max_gap": 9, "guided": True, "validation_shards": VALIDATION_SHARDS}
+    recorded = TrajectoryDataModule(str(folder), 64, **spans)
     trainer.fit(task, datamodule=recorded)
     judge = L.Trainer(**QUIET)
-    data = TrajectoryDataModule(str(exact), validation_shards=VALIDATION_SHARDS)
+    data = TrajectoryDataModule(str(exact), **spans)
     (measured,) = judge.validate(task, datamodule=data, verbose=False)
     return {name: float(value) for name, value in measured.items()}

@@ -64,10 +64,10 @@ SIZES = (
     Size(  # configs/fashion/fit.yaml
         "fashion default",
         {"width": 128, "num_heads": 1, "bottleneck_ratio": 2.0, "grid": 14, "reach": 3}
-        | {"rows": "masked", "anchored": True},
+        | {"rows": "masked", "anchored": True, "guided": True},
         num_tokens=196,
         codebook_size=64,
-        num_steps=8,
+        num_steps=16,
         kl_weight=1.0,
         batch_size=64,
         gradient_clip=1.0,

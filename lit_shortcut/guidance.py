@@ -9,8 +9,8 @@ from torch import Tensor
 def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
     """Return (1 + w)·conditional − w·unconditional.
 
-    ``logits`` (G, B, M, V), or features in front of a linear head, become (B, M, V); with only one branch ``scale`` w
-    must be 0.
+    ``logits`` (G, …, V), or features in front of a linear head, become (…, V); with only one branch ``scale`` w must
+    be 0.
 
     Raises:
         ValueError: if ``scale`` is not 0 and there is no unconditional branch.
@@ -23,9 +23,9 @@ def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def guide_rows(features: Tensor, scale: float | Tensor, num_rows: int) -> Tensor:
-    """Guide the first ``num_rows`` rows, the image's, of ``features`` (G, B, S, C); return (B, S, C).
+    """Guide the first ``num_rows`` rows, the image's, of ``features`` (G, …, S, C); return (…, S, C).
 
     A linear head maps them to the guided logits. The other rows are the conditional branch's. What is equal in both
     branches stays as it is, whatever the ``scale``.
     """
-    return torch.cat([guide(features[:, :, :num_rows], scale), features[0, :, num_rows:]], dim=1)
+    return torch.cat([guide(features[..., :num_rows, :], scale), features[0, ..., num_rows:, :]], dim=-2)

@@ -25,7 +25,7 @@ from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import synchronize
 from lit_shortcut.sampling import Decoding, LogProbs, generate
 
-PlanName = Literal["even", "early", "even_tokens", "calibrated"]
+PlanName = Literal["even", "early", "calibrated"]
 """Plans by name; ``calibrated`` is read from ``plan.json`` beside a shortcut."""
 
 LEAST_SEED, MOST_SEED = -(2**63), 2**63 - 1

@@ -57,7 +57,7 @@ def test_sides_are_the_pictures_of_the_pipeline_at_one_seed(texts: Pipeline) -> 
 
 
 def test_whole_budget_is_vanilla(classes: Pipeline) -> None:
-    vanilla, shortcut = compare(classes, 7, 1, 12, 12)
+    vanilla, shortcut = compare(classes, 7, 1, 16, 16)
     assert same(vanilla.image, shortcut.image)
 
 
@@ -99,7 +99,7 @@ def test_checkpoint_is_served_where_it_is_asked_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("lit_shortcut.app.serve", lambda *arguments: served.append(arguments))
     main(["app", "--checkpoint", str(CHECKPOINTS / "fashion"), "--host", "0.0.0.0", "--port", "7900"])
     ((pipeline, *where),) = served
-    assert pipeline.decoding.num_steps == 12
+    assert pipeline.decoding.num_steps == 16
     assert where == ["0.0.0.0", 7900]
 
 

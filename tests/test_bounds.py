@@ -20,7 +20,7 @@ from datamodules.prompts import Prompts
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.acceleration.calibrated import Calibrated, CalibratedAdaptive
 from lit_shortcut.acceleration.linear import Linear
-from lit_shortcut.acceleration.plans import Adaptive, Even, EvenTokens
+from lit_shortcut.acceleration.plans import Adaptive, Early, Even
 from lit_shortcut.acceleration.predictors import Taylor
 from lit_shortcut.bases.code_decoder import CodeDecoder
 from lit_shortcut.bases.dimoo.adapter import DiMOO
@@ -159,7 +159,7 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
     (FashionMNIST, FashionMNIST, dict.fromkeys(("batch_size", "validation_images"), (-1, 0, 1))),
     (CaptionedFashionMNIST, CaptionedFashionMNIST, dict.fromkeys(("batch_size", "validation_images"), (-1, 0, 1))),
     (Even, Even, {"budget": (-1, 0, 1)}),
-    (EvenTokens, EvenTokens, {"budget": (-1, 0, 1)}),
+    (Early, Early, {"budget": (-1, 0, 1)}),
     (Adaptive, build(Adaptive, threshold=1.0), {"threshold": (-1, 0, 1), "max_gap": (-1, 0, 1)}),
     (Calibrated, build(Calibrated, path=HERE), {"budget": (-1, 0, None)}),
     (CalibratedAdaptive, build(CalibratedAdaptive, path=HERE), {"budget": (-1, 0, None)}),

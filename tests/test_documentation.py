@@ -150,7 +150,7 @@ def test_notebook_runs_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
     for cell in cells:
         if cell["cell_type"] == "code":
             assert not cell["outputs"], "outputs are made by make docs"
-            exec("".join(cell["source"]).replace("count = 40", "count = 4"), names)
+            exec("".join(cell["source"]).replace("count = 40", "count = 12"), names)
     assert len(shown) == 3
     assert len(names["cosines"]) == names["decoding"].num_steps - 1
     assert all(0.5 < cosine < 1 for cosine in names["cosines"])

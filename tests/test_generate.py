@@ -70,17 +70,17 @@ def test_command_draws_what_the_pipeline_draws(folder: Path) -> None:
 def test_vanilla_is_drawn_beside_at_equal_seeds(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         pictures = generate(folder, "--labels", "0,7", "--budget", 2, "--compare", "--num_images", 3)
-    vanilla = load(CHECKPOINTS / "fashion", budget=12)(labels=[0, 7, 0]).images
+    vanilla = load(CHECKPOINTS / "fashion", budget=16)(labels=[0, 7, 0]).images
     for index, image in enumerate(vanilla):
         path = pictures / f"{index:06d}_vanilla.png"
         assert torch.equal(pixels(Image.open(path)), pixels(image))
-        assert (text(path)["base_passes"], text(path)["label"]) == ("12", str([0, 7, 0][index]))
+        assert (text(path)["base_passes"], text(path)["label"]) == ("16", str([0, 7, 0][index]))
         assert text(pictures / f"{index:06d}.png")["base_passes"] == "2"
     grid = pixels(Image.open(pictures / "grid.png"))
     assert torch.equal(grid[:, :28, :28], pixels(vanilla[0]))
     assert torch.equal(grid[:, :28, 30:58], pixels(Image.open(pictures / "000000.png")))
-    assert "vanilla_n12: 12 of 12 base passes" in caplog.text
-    assert "shortcut_n12_b2_early: 2 of 12 base passes" in caplog.text
+    assert "vanilla_n16: 16 of 16 base passes" in caplog.text
+    assert "shortcut_n16_b2_early: 2 of 16 base passes" in caplog.text
 
 
 def test_progress_in_a_terminal_runs_over_steps(
@@ -90,7 +90,7 @@ def test_progress_in_a_terminal_runs_over_steps(
     words = ("--labels", "3", "--num_images", 2, "--batch_size", 1, "--compare", "--budget", 4)
     generate(folder, *words, quiet=("--trainer.accelerator=cpu",))
     written = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().out)  # colours and moves of the cursor
-    assert "48/48 steps" in written  # two batches of 12 steps, twice each
+    assert "64/64 steps" in written  # two batches of 16 steps, twice each
 
 
 def test_prompts_of_a_file_are_drawn_in_turn(folder: Path) -> None:
@@ -139,9 +139,9 @@ def test_folder_of_something_else_is_left_alone(folder: Path) -> None:
         ("fashion_text", ("--labels", "1"), "takes prompts"),
         ("fashion", ("--labels", "1,x"), "'1,x'"),
         ("fashion", ("--labels", "10"), "10"),
-        ("fashion", ("--labels", "1", "--budget", 13), "1..12"),
-        ("fashion", ("--labels", "1", "--budget", 0), "1..12"),
-        ("fashion", ("--labels", "1", "--num_steps", 8, "--budget", 3), "num_steps 12"),
+        ("fashion", ("--labels", "1", "--budget", 17), "1..16"),
+        ("fashion", ("--labels", "1", "--budget", 0), "1..16"),
+        ("fashion", ("--labels", "1", "--num_steps", 8, "--budget", 3), "num_steps 16"),
         ("fashion", ("--labels", "1", "--seed", 2**63), "64 bits"),
         ("fashion_text", ("--prompt", " "), "prompt 1"),
         ("fashion_text", ("--prompt", "coat " * 40), "at most 32 tokens"),

@@ -131,7 +131,7 @@ def test_budget_without_a_shortcut_is_refused(base: MaskGIT) -> None:
 
 
 def test_embedded_bases_are_those_of_the_shortcuts_own_budget() -> None:
-    assert load(CHECKPOINTS / "fashion")(labels=[0, 1]).full_steps.tolist() == [4, 4]
+    assert load(CHECKPOINTS / "fashion")(labels=[0, 1]).full_steps.tolist() == [3, 3]
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_shortcut_of_another_base_is_refused_by_fingerprint(copied: Path, base: 
 
 
 def test_shortcut_of_another_number_of_steps_is_refused(copied: Path) -> None:
-    with pytest.raises(WeightsError, match=r"num_steps 12.*one of 8"):
+    with pytest.raises(WeightsError, match=r"num_steps 16.*one of 8"):
         load(copied, budget=3, num_steps=8)
     assert load(copied, budget=8, num_steps=8)(labels=[0]).full_steps.tolist() == [8]
 

@@ -34,7 +34,7 @@ COMMANDS = [
     "--trainer.enable_checkpointing=false "
     "--trainer.val_check_interval=2 --data.batch_size=8",
     f"test --config configs/fashion/evaluate.yaml {QUICK} --trainer.logger=false --trainer.callbacks=[] "
-    "--data.num_images=4 --data.batch_size=4 --model.latency_rounds=0 --model.rows=[[12],[12,2,shortcut]] "
+    "--data.num_images=4 --data.batch_size=4 --model.latency_rounds=0 --model.rows=[[16],[16,2,shortcut]] "
     "--model.metrics=null",
     f"generate --config configs/fashion_text/generate.yaml {QUICK} --prompt coat",
 ]
@@ -86,6 +86,6 @@ def test_installed_package_records_fits_tests_and_generates_from_an_empty_folder
     runs = tmp_path / "runs"
     for path in ("fashion/trajectories/shard-000003.tar", "fashion/shortcut/model.safetensors"):
         assert (runs / path).is_file()
-    assert (runs / "fashion/report/rows/shortcut_n12_b2_seed10.json").is_file()
+    assert (runs / "fashion/report/rows/shortcut_n16_b2_seed10.json").is_file()
     assert (runs / "fashion_text/pictures/000000.png").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}

@@ -1,9 +1,8 @@
-"""Plans: fixed by step or token counts, listed, or decided from the features during a run."""
+"""Plans: fixed by the number of steps, listed, or decided from the features during a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -99,23 +98,6 @@ class Early(_Spread):
     def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
         """Decide by step index; raises ValueError if the budget lies outside 1..N."""
         return at_steps(early_steps(len(counts), self.budget, self.power))
-
-
-class EvenTokens(_Spread):
-    """The base whenever another share 1/``budget`` of the tokens has been committed.
-
-    Args:
-        budget: b, number of full steps.
-
-    Raises:
-        ValueError: if the budget is below 1.
-    """
-
-    _name = "even_tokens"
-
-    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
-        """Decide by tokens committed; raises ValueError if the budget lies outside 1..N."""
-        return at_steps(even_token_steps(counts, self.budget))
 
 
 class Adaptive(Plan):
@@ -229,28 +211,6 @@ def early_steps(num_steps: int, budget: int, power: float) -> list[int]:
     steps = [0]
     for k in range(1, budget):
         steps.append(max(steps[-1] + 1, round(num_steps * k**power / budget**power)))
-    return steps
-
-
-def even_token_steps(counts: Sequence[int], budget: int) -> list[int]:
-    """Return the indices of ``budget`` full steps between which equal shares of the tokens are committed.
-
-    Full step k is the first step before which k/b of the tokens are known, shifted if two would coincide.
-
-    >>> even_token_steps([1, 5, 6, 8, 9, 11, 12, 12], budget=4)
-    [0, 4, 6, 7]
-
-    Raises:
-        ValueError: if ``budget`` lies outside 1..N.
-    """
-    num_steps = len(counts)
-    _require_budget(num_steps, budget)
-    known_before = [0, *accumulate(counts)]
-    steps = [0]
-    for k in range(1, budget):
-        share = known_before[-1] * k / budget
-        first = next(step for step in range(num_steps + 1) if known_before[step] >= share)
-        steps.append(min(max(steps[-1] + 1, first), num_steps - budget + k))
     return steps
 
 

@@ -46,7 +46,7 @@ class AcceleratedSampling(L.Callback):
             the network being trained; vanilla is always drawn as well.
         conditions: what to generate.
         methods: other predictors by name.
-        plans: plans by name, besides ``even``, ``early`` and ``even_tokens``.
+        plans: plans by name, besides ``even`` and ``early``.
         metrics: measures of images by name.
         every_n_validations: sample at every n-th validation.
         latency_rounds: how often each row is timed; 0 leaves latency out.

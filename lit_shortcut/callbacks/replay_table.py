@@ -32,7 +32,7 @@ class ReplayTable(L.Callback):
         budgets: b of the even plan, for every method.
         methods: predictors by name, besides ``shortcut``, the network being trained; hold and Taylor by default.
         rows: further rows, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them, with the set's N.
-        plans: plans by name, besides ``even``, ``early`` and ``even_tokens``.
+        plans: plans by name, besides ``even`` and ``early``.
 
     Raises:
         ValueError: if a name is taken.

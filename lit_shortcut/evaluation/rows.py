@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Accelerated, Plan, Predictor, Vanilla
-from lit_shortcut.acceleration.plans import Early, Even, EvenTokens, Steps
+from lit_shortcut.acceleration.plans import Early, Even, Steps
 from lit_shortcut.contracts import Acceleration
 from lit_shortcut.sampling import Decoding
 
@@ -23,7 +23,7 @@ RowEntry = tuple[Any, ...]
 
 VANILLA = "vanilla"
 EVEN = "even"
-KNOWN_PLANS: dict[str, NamedPlan] = {EVEN: Even, "early": Early, "even_tokens": EvenTokens}
+KNOWN_PLANS: dict[str, NamedPlan] = {EVEN: Even, "early": Early}
 
 _FORM = (
     "expected [N] for vanilla, [N, b, method], [N, b, method, plan] or [N, [0, …], method] with the full steps, "
@@ -37,7 +37,7 @@ class Row:
     """One way to decode.
 
     Args:
-        name: name in logs and files: ``vanilla_n8``, ``shortcut_n16_b4_even_tokens``.
+        name: name in logs and files: ``vanilla_n8``, ``shortcut_n16_b4_early``.
         method: label in tables.
         decoding: settings that tokens are drawn with.
         acceleration: computes the features of each step.
@@ -87,7 +87,7 @@ def build_rows(
             mapping at the end overrides fields of ``decoding``.
         decoding: settings of all rows but the number of steps.
         methods: predictors by name.
-        plans: plans by name; ``even``, ``early`` and ``even_tokens`` are always known.
+        plans: plans by name; ``even`` and ``early`` are always known.
 
     Raises:
         ValueError: if a row is malformed, names an unknown method, plan or field, or has a budget outside 1..N; if two

@@ -11,12 +11,19 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor
 
 from lit_shortcut.evaluation.rows import EVEN, VANILLA
 from lit_shortcut.report.table import metric_names, shown_passes
 
 FAINT = 0.35
+_OPPOSITE = {  # offsets of labels in points, and the ones across
+    (5, 5, "left"): (-5, -12, "right"),
+    (-5, -12, "right"): (5, 5, "left"),
+    (-5, 5, "right"): (5, -12, "left"),
+    (5, -12, "left"): (-5, 5, "right"),
+}
 
 
 def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figure:
@@ -31,13 +38,17 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
     if metric not in metric_names(table):
         raise ValueError(f"the plot's metric must be one of {metric_names(table)}, got {metric!r}")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    corners = cycle([(5, 5, "left"), (-5, -12, "right"), (-5, 5, "right"), (5, -12, "left")])  # offsets in points
+    corners = cycle(_OPPOSITE)
     colours = cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
     for name, lines in table.dropna(subset=["latency_ms", metric]).groupby("method", sort=False):
         best = front(lines, metric, higher_is_better=higher_is_better)
         colour, corner = next(colours), next(corners)
         _draw(axes, lines[lines["name"].isin(best)], metric, colour, corner, str(name))
         _draw(axes, lines[~lines["name"].isin(best)], metric, colour, corner, "")
+    axes.set_xscale("log")  # equal distances are equal speed-ups
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.15)
     axes.set_xlabel("latency of the decoding loop, ms per image")
     axes.set_ylabel(f"{metric} ({'higher' if higher_is_better else 'lower'} is better)", parse_math=False)
@@ -78,8 +89,8 @@ def _draw(axes: Axes, lines: pd.DataFrame, metric: str, colour: str, corner: tup
     """Draw points, joined by a line if they have a ``label``, else faint."""
     if lines.empty:
         return
-    lines, (x, y, side) = lines.sort_values("latency_ms"), corner
-    alpha = 1.0 if label else FAINT
+    lines, alpha = lines.sort_values("latency_ms"), 1.0 if label else FAINT
+    corners = cycle([corner, _OPPOSITE[corner]])  # neighbours on a line lie close together
     axes.errorbar(
         lines["latency_ms"],
         lines[metric],
@@ -90,7 +101,7 @@ def _draw(axes: Axes, lines: pd.DataFrame, metric: str, colour: str, corner: tup
         alpha=alpha,
         label=label or "_others",
     )
-    for _, line in lines.iterrows():
+    for (_, line), (x, y, side) in zip(lines.iterrows(), corners, strict=False):
         axes.annotate(
             point_label(line),
             (line["latency_ms"], line[metric]),

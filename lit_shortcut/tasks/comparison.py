@@ -23,7 +23,7 @@ class ComparisonTask(L.LightningModule):
         rows: ways to decode, as :func:`~lit_shortcut.evaluation.rows.build_rows` reads them.
         decoding: how tokens are drawn.
         methods: predictors by name.
-        plans: plans by name, besides ``even``, ``early`` and ``even_tokens``.
+        plans: plans by name, besides ``even`` and ``early``.
         random_weights: the weights are random; only sizes matter.
         compiled: run base and predictors' networks through ``torch.compile``.
         compile_mode: ``reduce-overhead`` replays CUDA graphs, for plans that are fixed before a run.

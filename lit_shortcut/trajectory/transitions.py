@@ -70,10 +70,8 @@ class EncodedTransition(NamedTuple):
         """Decode the features on the device they are on."""
         features = ENCODINGS[self.encoding].decode(self.features)
         if self.guidance is not None:
-            by_branch, scale = features.transpose(0, 1), self.guidance[..., None, None].to(features)
-            num_tokens, leading = self.others.is_masked.shape[-1], self.guidance.shape
-            guided = guide_rows(by_branch.flatten(1, 2), scale.flatten(0, 1), num_tokens)
-            features = guided.unflatten(0, leading)
+            scale, num_tokens = self.guidance[..., None, None].to(features), self.others.is_masked.shape[-1]
+            features = guide_rows(features.transpose(0, 1), scale, num_tokens)
         return self.others._replace(features=features[:, 0], targets=features[:, 1:])
 
 

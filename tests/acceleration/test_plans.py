@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,9 @@ from lit_shortcut.acceleration.plans import (
     Adaptive,
     Early,
     Even,
-    EvenTokens,
     Steps,
     early_steps,
     even_steps,
-    even_token_steps,
 )
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.contracts import Clock, Control, State
@@ -72,26 +70,6 @@ def steps_of(plan: Plan, counts: list[int]) -> list[int]:
     return [0, *(state.clock.step for state in states[1:] if decide(past, state))]
 
 
-@pytest.mark.parametrize(
-    "counts", [[1] * 7, [1, 5, 6, 8, 9, 11, 12, 12], [30, 1, 1, 1, 1], [1, 1, 1, 1, 30], [2, 0, 0, 2]]
-)
-def test_even_tokens_spends_its_budget_where_tokens_are_committed(counts: list[int]) -> None:
-    known = [0, *accumulate(counts)]
-    for budget in range(1, len(counts) + 1):
-        steps = even_token_steps(counts, budget)
-        assert len(steps) == len(set(steps)) == budget
-        assert steps == sorted(steps)
-        assert (steps[0], steps[-1] < len(counts)) == (0, True)
-        for k, step in enumerate(steps[1:], start=1):
-            late_enough = known[step] >= known[-1] * k / budget
-            no_room = step == len(counts) - budget + k
-            assert late_enough or no_room
-
-
-def test_even_tokens_equals_even_where_every_step_commits_as_many() -> None:
-    assert even_token_steps([4] * 12, 3) == even_steps(12, 3)
-
-
 @pytest.mark.parametrize("power", [1.0, 1.3, 1.6, 2.0, 5.0])
 @pytest.mark.parametrize("num_steps", [1, 8, 12, 15, 64])
 def test_early_plan_spends_its_budget_and_only_ever_lies_before_the_even_one(num_steps: int, power: float) -> None:
@@ -122,7 +100,6 @@ def test_plans_decide_by_their_lists() -> None:
     counts = [1, 5, 6, 8, 9, 11, 12, 12]
     assert steps_of(Early(3), counts) == early_steps(8, 3, 1.5)
     assert steps_of(Even(3), counts) == even_steps(8, 3)
-    assert steps_of(EvenTokens(3), counts) == even_token_steps(counts, 3)
     assert steps_of(Steps([0, 1, 6]), counts) == [0, 1, 6]
 
 

@@ -131,7 +131,7 @@ def test_repository_is_fetched_at_its_revision(
 
     monkeypatch.setattr("lit_shortcut.acceleration.shortcut.snapshot_download", fetch)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **options: str(SHIPPED / "config.json"))
-    assert Shortcut.from_pretrained(address).origin.num_steps == 12
+    assert Shortcut.from_pretrained(address).origin.num_steps == 16
     assert asked == [("owner/shortcut", revision)]
     assert load(address, budget=2)(labels=[3]).full_steps.tolist() == [2]
 

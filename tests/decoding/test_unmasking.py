@@ -9,6 +9,11 @@ from lit_shortcut.decoding.unmasking import exact_cumulative, sample_codes
 NEAREST_ZERO, NEAREST_ONE = 0.5 * 2.0**-23, 1 - 0.5 * 2.0**-23
 
 
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+
+
 def test_codes_are_drawn_in_proportion_to_their_probabilities() -> None:
     logits = torch.tensor([0.3, -2.0, 1.5, 0.0, -0.7])
     count = 10_000

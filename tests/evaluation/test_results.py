@@ -92,7 +92,7 @@ def test_class_that_only_a_late_batch_asks_for_is_refused() -> None:
         (lambda: identity(row_of(6, 2, "hold", {"order": "halton"})), "decoding.order"),
         (lambda: identity(row_of(5, 2, "hold")), "decoding.num_steps"),
         (lambda: identity(row_of(6, 3, "hold")), "acceleration.budget"),
-        (lambda: identity(row_of(6, 2, "hold", "even_tokens")), "acceleration.plan"),
+        (lambda: identity(row_of(6, 2, "hold", "early")), "acceleration.plan"),
         (lambda: identity(row_of(6, 2, "hold", hold=shortcut(0))), "acceleration.weights"),
         (lambda: identity(row_of(6, 2, "hold"), ToyBase().bfloat16()), "dtype was 'float32' and is 'bfloat16'"),
         (lambda: identity(row_of(6, 2, "hold"), precision="bf16-mixed"), "precision"),
@@ -146,7 +146,7 @@ def test_finished_row_is_found_under_an_equal_identity_only(tmp_path: Path) -> N
 
 def test_plans_of_one_budget_have_files_of_their_own(tmp_path: Path) -> None:
     results = Results(tmp_path)
-    for entry in ([6, 3, "hold"], [6, 3, "hold", "even_tokens"], [6, [0, 1, 2], "hold"]):
+    for entry in ([6, 3, "hold"], [6, 3, "hold", "early"], [6, [0, 1, 2], "hold"]):
         results.add(row_of(*entry), 0, IDENTITY, {}, PASSES)
         results.add_images(row_of(*entry), torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
     assert len(list((tmp_path / "rows").iterdir())) == len(list((tmp_path / "images").iterdir())) == 3

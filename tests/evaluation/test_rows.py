@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
-from lit_shortcut.acceleration.plans import Adaptive, Even, EvenTokens, Steps
+from lit_shortcut.acceleration.plans import Adaptive, Early, Even, Steps
 from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.decoding.temperature import TemperatureCourse
 from lit_shortcut.evaluation.rows import Row, build_rows
@@ -31,7 +31,7 @@ def plan_of(row: Row) -> Any:
         ([8], "vanilla_n8"),
         ([8, 3, "hold"], "hold_n8_b3"),
         ([16, 4, "taylor2"], "taylor2_n16_b4"),
-        ([16, 4, "hold", "even_tokens"], "hold_n16_b4_even_tokens"),
+        ([16, 4, "hold", "early"], "hold_n16_b4_early"),
         ([16, 4, "hold", "mine"], "hold_n16_b4_mine"),
         ([16, [0, 3, 9], "hold"], "hold_n16_b3_steps0-3-9"),
         ([16, {"order": "halton"}], "vanilla_n16_halton"),
@@ -44,10 +44,10 @@ def test_name_says_all_that_the_row_spells(entry: list[Any], name: str) -> None:
 
 
 def test_row_decodes_as_it_says() -> None:
-    vanilla, held, tokens, listed, own = build(
+    vanilla, held, early, listed, own = build(
         [8],
         [16, 4, "hold"],
-        [16, 4, "hold", "even_tokens"],
+        [16, 4, "hold", "early"],
         [16, [0, 3], "hold"],
         [5, {"guidance": 1, "order": "halton"}],
     )
@@ -55,7 +55,7 @@ def test_row_decodes_as_it_says() -> None:
     assert vanilla.decoding == DECODING.at(8)
     assert held.decoding == DECODING.at(16)
     assert (type(plan_of(held)), plan_of(held).budget) == (Even, 4)
-    assert (type(plan_of(tokens)), plan_of(tokens).budget) == (EvenTokens, 4)
+    assert (type(plan_of(early)), plan_of(early).budget) == (Early, 4)
     assert (type(plan_of(listed)), plan_of(listed).steps) == (Steps, [0, 3])
     assert own.decoding == Decoding(num_steps=5, guidance=1, order="halton")
     assert own.settings == "guidance 1, halton"
@@ -78,7 +78,7 @@ def test_method_is_called_by_its_name_in_yaml() -> None:
     ("entry", "parts"),
     [
         ([8, 3, "shortcut"], ["no method", "'shortcut'", "hold, taylor2"]),
-        ([8, 3, "hold", "calibrated"], ["no plan", "'calibrated'", "even, early, even_tokens, mine, adaptive"]),
+        ([8, 3, "hold", "calibrated"], ["no plan", "'calibrated'", "even, early, mine, adaptive"]),
         ([6, 7, "hold"], ["budget", "1..6", "7"]),
         ([6, 0, "hold"], ["budget", "1..6", "0"]),
         ([6, [1, 2], "hold"], ["steps", "[1, 2]"]),
