@@ -17,7 +17,7 @@ from lit_shortcut.acceleration.replay import replayed
 from lit_shortcut.acceleration.shortcut import Shortcut
 from tests.acceleration.recorded import COUNTS, NUM_STEPS, network, replay
 
-PREDICTORS = [Hold(), Taylor(1), Taylor(2), Shortcut(network()), Shortcut(network(anchored=True))]
+PREDICTORS = [Hold(), Taylor(1), Taylor(2), Shortcut(network()), Shortcut(network(anchored=True, guided=True))]
 every_predictor = pytest.mark.parametrize("predictor", PREDICTORS)
 
 
