@@ -167,7 +167,7 @@ class WindowReader:
         if self.source.is_remote:
             self._fetch_ahead(epoch, positions[0])
         card = self.source.card
-        leading = (len(positions), *([] if self.guidance is None else [card.branches]), self.window + 1)
+        leading = (len(positions), 1 if self.guidance is None else card.branches, self.window + 1)
         parts = room_for(card, leading, card.spec["sequence_length"], self._memory.empty)
         heads, windows, replaced = [], [], []
         for slot, position in enumerate(positions):
@@ -179,7 +179,7 @@ class WindowReader:
         prefix = None
         if card.text_rows:
             num_rows = max(head.rows[window.branch] for head, window in zip(heads, windows, strict=True))
-            parts = {part: values.narrow(len(leading), 0, num_rows).contiguous() for part, values in parts.items()}
+            parts = {part: values[:, :, :, :num_rows].contiguous() for part, values in parts.items()}
             prefix = _prefix_of(heads, windows)
         tokens, committed_at = (torch.stack(grids) for grids in zip(*(head[:2] for head in heads), strict=True))
         step, gap = (torch.tensor(column) for column in zip(*(window[3:] for window in windows), strict=True))
@@ -194,12 +194,10 @@ class WindowReader:
             def read(shard: Shard, window: Window = window) -> Head:
                 first = window.start + window.gap
                 steps = [window.start, *range(first, first + self.window)]
-                if self.guidance is None:
-                    shard.read_steps(window.row, window.branch, steps, room)
-                else:
-                    for branch in range(self.source.card.branches):
-                        own = {part: values[branch] for part, values in room.items()}
-                        shard.read_steps(window.row, branch, steps, own)
+                branches = [window.branch] if self.guidance is None else range(self.source.card.branches)
+                for place, branch in enumerate(branches):
+                    own = {part: values[place] for part, values in room.items()}
+                    shard.read_steps(window.row, branch, steps, own)
                 return shard.head(window.row)
 
             try:

@@ -256,11 +256,12 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
                     own = following(rows[:, : layout.rows.shape[1]], control, state, gap, layout)
                     predicted.append(pad(own, (0, 0, 0, num_rows - own.shape[1])))
                 return torch.stack(predicted).expand(branches, -1, -1, -1)
-            control = _repeated(control, passes)
-            share, masked = state.masked_share.repeat(passes), state.masked.repeat(passes, 1)
-            repeated = state._replace(masked_share=share, masked=masked)
-            gap = None if gap is None else gap.repeat(passes)
-            together = following(features.flatten(0, 1), control, repeated, gap, None)
+            if passes > 1:
+                control = _repeated(control, passes)
+                share, masked = state.masked_share.repeat(passes), state.masked.repeat(passes, 1)
+                state = state._replace(masked_share=share, masked=masked)
+                gap = None if gap is None else gap.repeat(passes)
+            together = following(features.flatten(0, 1), control, state, gap, None)
             return together.unflatten(0, (passes, -1)).expand(branches, -1, -1, -1)
 
         return predict

@@ -43,12 +43,12 @@ class Rollouts(nn.Module):
         predictors: dict[str, Predictor] = {"shortcut": Shortcut(network), "hold": Hold()}
         methods = {name: Accelerated(Even(1), predictor) for name, predictor in predictors.items()}
         interface, mask_id = replay.interface, replay.spec.mask_id
-        # of a trajectory's own rows, whatever the batch
         is_guided = network.options.guided
 
         def seen(features: Tensor, state: State) -> Tensor:
             return guide_rows(features, state.guidance, interface.num_rows)[None] if is_guided else features
 
+        # of a trajectory's own rows, whatever the batch
         means = [seen(features, state)[:, :, : interface.num_rows].mean(2) for state, features in replay.steps()]
         centre = torch.stack(means).mean(0)[:, :, None]
         rolled: list[dict[str, FeatureFn]] = []  # rolled[k]: runs whose last base features are k + 1 steps old

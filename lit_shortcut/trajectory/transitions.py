@@ -16,10 +16,11 @@ from lit_shortcut.trajectory.encoding import ENCODINGS, Parts
 
 
 class EncodedTransition(NamedTuple):
-    """A :class:`Transition` as it leaves the loader, encoded: ``features`` (B, 1 + R, S, …) before it, then targets.
+    """A :class:`Transition` as it leaves the loader, encoded: ``features`` (B, G, 1 + R, S, …) before it, then targets.
 
-    ``others`` holds all its other fields. ``replaced`` (B,) marks windows read in place of damaged ones. Where
-    ``guidance`` (B, 1 + R), scales, is given, ``features`` are (B, G, 1 + R, S, …), and are guided when decoded.
+    G is 1, for a window's own branch, unless ``guidance`` (B, 1 + R) gives the scales by which all branches are guided
+    when they are decoded. ``others`` holds all the other fields. ``replaced`` (B,) marks windows read in place of
+    damaged ones.
     """
 
     encoding: str
@@ -45,7 +46,7 @@ class EncodedTransition(NamedTuple):
         Those are (B, L), of whole trajectories. With ``guidance``, scales of the N steps, ``features`` are those of all
         branches, guided by the scales of the targets' steps; what a target is predicted from has the first one's.
         """
-        window = next(iter(features.values())).shape[1 if guidance is None else 2] - 1
+        window = next(iter(features.values())).shape[2] - 1
         before = step[:, None, None] + torch.arange(window, device=step.device)[:, None]
         after, committed_at = before + gap[:, None, None], committed_at[:, None]
         is_masked = committed_at >= after
@@ -68,10 +69,12 @@ class EncodedTransition(NamedTuple):
 
     def decode(self) -> Transition:
         """Decode the features on the device they are on."""
-        features = ENCODINGS[self.encoding].decode(self.features)
-        if self.guidance is not None:
-            scale, num_tokens = self.guidance[..., None, None].to(features), self.others.is_masked.shape[-1]
-            features = guide_rows(features.transpose(0, 1), scale, num_tokens)
+        by_branch = ENCODINGS[self.encoding].decode(self.features).transpose(0, 1)
+        if self.guidance is None:
+            (features,) = by_branch
+        else:
+            scale, num_tokens = self.guidance[..., None, None].to(by_branch), self.others.is_masked.shape[-1]
+            features = guide_rows(by_branch, scale, num_tokens)
         return self.others._replace(features=features[:, 0], targets=features[:, 1:])
 
 
@@ -85,8 +88,8 @@ def select(
     """Return the windows of ``window`` (R) targets at ``places``: row, branch and the step before the window.
 
     ``gaps`` are the steps from there to the first target, 1 by default. With ``guidance``, scales of the N steps,
-    features are guided, and all branches are 0. Features may be on another device than the
-    other tensors, which are small and best kept on the CPU; so are windows.
+    features are guided, and all branches are 0. Features may be on another device than the other tensors, which are
+    small and best kept on the CPU; so are windows.
     """
     row, branch, step = torch.tensor(places, device=trajectories.tokens.device).unbind(1)
     gap = torch.ones_like(step) if gaps is None else torch.tensor(gaps, device=step.device)
@@ -98,14 +101,12 @@ def select(
         prefix = Prefix(*(part[row.to(part.device), branch.to(part.device)] for part in trajectories.prefix))
         prefix = prefix._replace(control=prefix.control[:, : int(prefix.num_control.max())])
         features = features[..., : frame + int(prefix.lengths.max()), :]
-    if guidance is None:
-        features = features[row[:, None], branch[:, None], steps]
-    else:
-        features = features[row[:, None], :, steps].transpose(1, 2)
+    branches = branch[:, None] if guidance is None else torch.arange(features.shape[1], device=step.device)
+    features = features[row[:, None, None], branches[..., None], steps[:, None]]
     if prefix is not None:
         is_real = torch.arange(features.shape[-2], device=step.device) < frame + prefix.lengths.to(step.device)[:, None]
-        is_real = is_real[(slice(None), *(None,) * (features.ndim - 3), slice(None), None)]
-        features = features.where(is_real.to(features.device), 0)  # other padding is 0, as recorded
+        is_real = is_real[:, None, None, :, None].to(features.device)
+        features = features.where(is_real, 0)  # other padding is 0, as recorded
     tokens, committed_at = trajectories.tokens[row], trajectories.committed_at[row]
     encoding = str(features.dtype).removeprefix("torch.")
     return EncodedTransition.of(encoding, {"npy": features}, tokens, committed_at, step, gap, prefix, guidance).decode()
