@@ -174,7 +174,7 @@ def sample(
         clock, guidance = Clock(index, decoding.num_steps), decoding.guidance_at(index)
         state = State(clock, tokens, committed, shares[index], masked, guidance)
         features, is_full = feature_fn(state)
-        committed, log_probs, masked = _choose(base, features, masked, decoding, noise, index, count)
+        committed, log_probs, masked = _choose(base, features, state, decoding, noise, count)
         tokens = tokens.scatter(1, committed.positions, committed.tokens)
         yield Step(state, features, is_full, committed, tokens, log_probs)
 
@@ -260,21 +260,21 @@ def _first_places(spec: TokenSpec, order: Order, seeds: Tensor) -> Tensor:
 def _choose(
     base: MaskedImageModel,
     features: Tensor,
-    masked: Tensor,
+    state: State,
     decoding: Decoding,
     noise: _Noise,
-    index: int,
     count: int,
 ) -> tuple[Control, Tensor, Tensor]:
-    """Commit ``count`` of the places ``masked`` (B, M): codes and places, their log-probabilities, the places left."""
+    """Commit ``count`` of the places still masked: codes and places, their log-probabilities, the places left."""
+    masked = state.masked
     if decoding.order != "confidence":  # the next places are known: the head runs only there
         turn = masked[:, :count]
-        choice = _draw(base, features, turn, decoding, noise, index)
+        choice = _draw(base, features, turn, state, decoding, noise)
         return Control(choice.codes, turn), choice.log_probs, masked[:, count:]
-    choice = _draw(base, features, masked, decoding, noise, index)
+    choice = _draw(base, features, masked, state, decoding, noise)
     confidence = choice.log_probs
     if noise.confidences is not None:  # log p + scale · Gumbel (arXiv 2202.04200, section 3.2)
-        confidence = confidence + noise.confidences[index].gather(1, masked)
+        confidence = confidence + noise.confidences[state.clock.step].gather(1, masked)
     ranked = confidence.argsort(dim=1, descending=True, stable=True)
     chosen, left = ranked[:, :count], ranked[:, count:]
     committed = Control(choice.codes.gather(1, chosen), masked.gather(1, chosen))
@@ -282,19 +282,19 @@ def _choose(
 
 
 def _draw(
-    base: MaskedImageModel, features: Tensor, places: Tensor, decoding: Decoding, noise: _Noise, index: int
+    base: MaskedImageModel, features: Tensor, places: Tensor, state: State, decoding: Decoding, noise: _Noise
 ) -> Choice:
     """Draw codes at ``places`` (B, M) from the guided logits of ``features``.
 
     A linear head runs once, on guided features: their logits are the guided logits, and rounding is not magnified.
     """
-    interface, scale = base.interface, decoding.guidance_at(index)
+    interface, scale, step = base.interface, state.guidance, state.clock.step
     if interface.is_linear:
         logits = interface.row_logits(guide(interface.rows_at(features, places), scale), places)
     else:
         logits = guide(interface.logits(features, places), scale)
     if noise.codes is None:
         return sample_codes(logits, None)
-    if (sharpness := decoding.sharpness_at(index)) != 1:
+    if (sharpness := decoding.sharpness_at(step)) != 1:
         logits = logits * sharpness
-    return sample_codes(logits, noise.codes[index].gather(1, places))
+    return sample_codes(logits, noise.codes[step].gather(1, places))
