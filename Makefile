@@ -39,7 +39,7 @@ fit: install ## Train the shortcut of BASE on its trajectories
 report: install ## Measure BASE with and without shortcut; WEIGHTS=random: latency only, at published size
 	$(RUN) test --config configs/$(BASE)/$(if $(filter random,$(WEIGHTS)),latency,evaluate).yaml
 
-report-full: install ## Report at full length: thousands of images a row, 3 seeds (hours); goes on where it stopped
+report-full: install ## Report at full length: thousands of images a row, 3 seeds (hours); resumes where it stopped
 	$(RUN) test $(addprefix --config ,configs/$(BASE)/evaluate.yaml $(wildcard configs/$(BASE)/full_length.yaml))
 
 bench: BASE := maskgit

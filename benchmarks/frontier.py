@@ -43,7 +43,7 @@ def main(
 ) -> None:
     """Sweep every method on selection seeds, and report its front on evaluation seeds.
 
-    Finished rows and choices are kept, so that the same command goes on where it stopped. The working directory is the
+    Finished rows and choices are kept, so that the same command resumes where it stopped. The working directory is the
     project's.
 
     Args:

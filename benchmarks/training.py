@@ -1,7 +1,7 @@
 """Training in batches against a loop over single pairs, as the method was published: pairs a second, same loss a pair.
 
 All ways run the same network over the same pairs in turns, with all that a step of the configured training does: loss,
-gradients, clipping, AdamW, average of weights. So the ratio does not hang on the machine's pace.
+gradients, clipping, AdamW, average of weights. So the ratio does not depend on the machine's speed.
 """
 
 from __future__ import annotations

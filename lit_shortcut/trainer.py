@@ -42,7 +42,7 @@ class Trainer(L.Trainer):
 
         Args:
             model: a :class:`~lit_shortcut.tasks.generating.GenerateTask`.
-            datamodule: none; what to draw is said by the options.
+            datamodule: leave it out; the options say what to draw.
             prompt: a text.
             prompts: file of texts: ``.txt``, a line each; ``.json``, a list of them; ``.jsonl``, a JSON value a line.
             labels: classes with commas between them, for a base without prompts: ``0,7``.

@@ -31,7 +31,7 @@ class EvaluationTask(ComparisonTask):
     ``test`` draws each batch of conditions for every row that is not finished yet and feeds the row's metrics; after
     the last batch of a run seed it stores all rows. Metrics that compare an image with its original get those of
     vanilla at ``decoding.num_steps``. What was measured is kept batch by batch, so that a run that was
-    stopped goes on where it was. Last, all rows' latencies are measured in turns, so that a change of the machine's
+    stopped resumes where it was. Last, all rows' latencies are measured in turns, so that a change of the machine's
     speed meets all alike.
 
     Args:
