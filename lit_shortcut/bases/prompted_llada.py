@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -149,6 +150,10 @@ class PromptedLLaDA(FrozenBase, ABC):
         texts = [[self.prompt_ids(prompt) for prompt in prompts]]
         if guided:
             texts.append([self.unconditional_ids()] * len(prompts))
+        return self.context_of(texts)
+
+    def context_of(self, texts: Sequence[Sequence[list[int]]]) -> Context:
+        """Return the context of the token ids of a prompt for each branch and sample, ``texts[branch][sample]``."""
         lengths = [[len(ids) for ids in branch] for branch in texts]
         longest = max(max(branch) for branch in lengths)
         padded = [[ids + [0] * (longest - len(ids)) for ids in branch] for branch in texts]

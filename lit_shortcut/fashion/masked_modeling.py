@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -11,10 +12,9 @@ from torch.nn import functional as F
 
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
-from lit_shortcut.bases.dimoo.prompt import UNCONDITION
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.bounds import require_share
-from lit_shortcut.contracts import Clock, Conditions
+from lit_shortcut.contracts import Clock
 from lit_shortcut.decoding.schedules import share_masked
 from lit_shortcut.images import CaptionedImages, ImageTokenizer, LabelledImages
 from lit_shortcut.tasks.optimized import OptimizedTask
@@ -133,13 +133,16 @@ class PromptedMaskedModelingTask(MaskedTokensTask[CaptionedImages]):
         super().__init__(base.transformer, tokenizer, prompt_drop, label_smoothing, **optimization)
         self.base = base
 
+    def texts(self, prompts: Sequence[str], is_dropped: Tensor) -> list[list[int]]:
+        """Return the token ids of ``prompts`` (B,), and those of the unconditional prompt where ``is_dropped`` (B,)."""
+        return [
+            self.base.unconditional_ids() if dropped else self.base.prompt_ids(prompt)
+            for prompt, dropped in zip(prompts, is_dropped.tolist(), strict=True)
+        ]
+
     def logits(self, codes: Tensor, is_masked: Tensor, batch: CaptionedImages, is_dropped: Tensor) -> Tensor:
         """Return logits (M, V) given the batch's captions."""
-        prompts = tuple(
-            UNCONDITION if dropped else prompt
-            for prompt, dropped in zip(batch.prompts, is_dropped.tolist(), strict=True)
-        )
-        context = self.base.context(Conditions(batch.labels, batch.labels, batch.labels, prompts), guided=False)
+        context = self.base.context_of([self.texts(batch.prompts, is_dropped)])
         features = self.base.features(codes.masked_fill(is_masked, self.base.spec.mask_id), context, Clock(0, 1))[0]
         first = self.base.special.first_code
         head = self.network.head_weight[first : first + self.base.spec.codebook_size]

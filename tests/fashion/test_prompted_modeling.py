@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.toy import toy_dimoo
+from lit_shortcut.bases.prompted_llada import PromptContext
+from lit_shortcut.contracts import Conditions
 from lit_shortcut.fashion.masked_modeling import PromptedMaskedModelingTask
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
 from lit_shortcut.images import CaptionedImages
@@ -79,6 +81,16 @@ def test_dropped_prompts_say_nothing(prompt_drop: float) -> None:
         return task._loss(changed, torch.Generator().manual_seed(0))[0].item()
 
     assert (loss("a red cat") == loss("a blue dog")) == (prompt_drop == 1.0)
+
+
+def test_a_dropped_prompt_is_the_one_that_guidance_contrasts_with() -> None:
+    task, pictures = make_task(), batch()
+    is_dropped = torch.ones(len(pictures.prompts), dtype=torch.bool)
+    conditions = Conditions(pictures.labels, pictures.labels, pictures.labels, pictures.prompts)
+    guided = task.base.context(conditions, guided=True)
+    assert isinstance(guided, PromptContext)
+    (length,) = {len(ids) for ids in task.texts(pictures.prompts, is_dropped)}
+    assert task.texts(pictures.prompts, is_dropped) == guided.ids[1, :, :length].tolist()
 
 
 def test_a_tokenizer_that_only_decodes_is_refused() -> None:
