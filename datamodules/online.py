@@ -11,7 +11,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from datamodules.conditions import InTurn, sample_seed
@@ -24,7 +24,6 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import card_of, record
 from lit_shortcut.tasks.shortcut import ShortcutTask
@@ -189,11 +188,6 @@ class OnlineDataModule(L.LightningDataModule):
     def interface(self) -> TokenInterface:
         """The cheap ends of the base."""
         return self.base.interface
-
-    def velocity_scale(self) -> Tensor:
-        """Standard deviation (C,) of the features' change in a step, at places still masked, over the first images."""
-        drawn = self.draw(self.conditions.loader().dataset[0])
-        return velocity_scale([(drawn.features, drawn.committed_at[:, None])])
 
     def train_dataloader(self) -> EpochLoader[Transition]:
         """Batches of :class:`Transition`, with images and steps shuffled, of new images each epoch.

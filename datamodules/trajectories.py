@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.loading import EpochLoader, epoch_of
@@ -21,7 +20,6 @@ from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Trajectories
 from lit_shortcut.files import is_remote
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.metrics.functional import velocity_scale
 from lit_shortcut.places import located_source
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import Card, Source, TrajectoryError
@@ -167,10 +165,6 @@ class TrajectoryDataModule(L.LightningDataModule):
     @cached_property
     def _shards(self) -> Source:
         return Source(self.source, self.card, kept=2 * self.shuffle_shards + self.validation_shards, cache=self.cache)
-
-    def velocity_scale(self) -> Tensor:
-        """Standard deviation (C,) of the features' change in a step, at places still masked, over the first shard."""
-        return velocity_scale((one.features, one.committed_at[:, None]) for one in self._shards.trajectories(0))
 
     def setup(self, stage: str) -> None:
         """Check the sizes of all shards in a folder; shards behind a URL are checked as they are fetched.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,15 +31,8 @@ class Loss(ABC):
     def __init__(self, weight: float = 1.0, places: Places = "masked") -> None:
         require_above(0, weight=weight)  # a loss is left out by its absence
         if places not in get_args(Places):
-            raise ValueError(f"rows must be one of {', '.join(get_args(Places))}; got {places!r}")
+            raise ValueError(f"places must be one of {', '.join(get_args(Places))}; got {places!r}")
         self.weight, self.places = weight, places
-
-    def prepare(self, data: Any) -> None:  # noqa: B027 - most losses need nothing
-        """Read everything needed beside the batches from the datamodule ``data``.
-
-        Raises:
-            ValueError: if it is missing.
-        """
 
     @abstractmethod
     def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:
@@ -60,27 +53,18 @@ class MaskedMSE(Loss):
     Args:
         weight: in the sum of all losses.
         rows: ``masked`` as published for MaskGIT, ``all`` as for DiMOO.
-        standardised: divide each channel by the standard deviation of its velocity before squaring, so that loud
-            channels do not drown the others; false is the published raw error.
+
+    Raises:
+        ValueError: if the weight is not positive or ``rows`` is unknown.
     """
 
-    def __init__(self, weight: float = 1.0, rows: LossRows = "masked", standardised: bool = False) -> None:
+    def __init__(self, weight: float = 1.0, rows: LossRows = "masked") -> None:
+        if rows not in get_args(LossRows):
+            raise ValueError(f"rows must be one of {', '.join(get_args(LossRows))}; got {rows!r}")
         super().__init__(weight, rows)
-        self.standardised = standardised
-        self._scale: Tensor | None = None
-
-    def prepare(self, data: Any) -> None:
-        """Measure the scale of each channel on the recorded features."""
-        if self.standardised:
-            if not hasattr(data, "velocity_scale"):
-                raise ValueError(f"standardised needs velocity_scale, which {type(data).__name__} does not offer")
-            self._scale = data.velocity_scale()
 
     def __call__(self, prediction: Tensor, target: Tensor, where: Tensor, interface: TokenInterface) -> Tensor:
         """Return the mean over channels and rows."""
-        if self._scale is not None:
-            self._scale = self._scale.to(prediction.device)
-            prediction, target = prediction / self._scale, target / self._scale
         return masked_mse(prediction, target, where)
 
 

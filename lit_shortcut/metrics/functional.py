@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
 
 import torch
 from scipy.special import stdtrit  # quantiles of Student's t
@@ -57,27 +56,6 @@ def centred_cosine(a: Tensor, b: Tensor, is_masked: Tensor, centre: Tensor) -> T
     (tensor(1.), tensor(-1.))
     """
     return masked_cosine(a - centre, b - centre, is_masked)
-
-
-def velocity_scale(recorded: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the standard deviation (C,) of the features' change in a step over places still masked.
-
-    ``recorded`` are pairs of features (..., N, S, C) and ``committed_at`` (..., L), the step that committed each place,
-    broadcast over guidance branches. A channel that never changes gets the scale 1.
-
-    >>> features = torch.tensor([[0.0, 7.0], [1.0, 7.0], [4.0, 7.0]])[:, None]  # changes by 1, then by 3
-    >>> velocity_scale([(features, torch.tensor([2]))])
-    tensor([1., 1.])
-    """
-    total = squares = torch.zeros((), dtype=torch.float64)
-    rows = 0
-    for features, committed_at in recorded:
-        velocity = features.float().diff(dim=-3)[..., : committed_at.shape[-1], :]
-        is_masked = committed_at[..., None, :] > torch.arange(velocity.shape[-3], device=velocity.device)[:, None]
-        counted = velocity[is_masked.expand(velocity.shape[:-1])].double()
-        total, squares, rows = total + counted.sum(0), squares + counted.square().sum(0), rows + len(counted)
-    scale = (squares / rows - (total / rows).square()).clamp(min=0).sqrt().float()
-    return scale.where(scale > 0, 1)
 
 
 def gain_over_hold(error: Tensor, hold_error: Tensor) -> Tensor:

@@ -135,11 +135,6 @@ class ShortcutTask(OptimizedTask):
                 f"{self.network.options.width}; set model.init_args.network.init_args.width to {spec.width}"
             )
         require_kind(self.network, self.ends, data.source)
-        for name, loss in self.losses.items():
-            try:
-                loss.prepare(data)
-            except ValueError as error:
-                raise ValueError(f"model.losses.{name}: {error}") from error
         if (data.window if self.network.options.anchored else data.max_gap) > 1:
             raise ValueError("data: an anchored network takes max_gap in place of window, others window only")
         if data.guided != self.network.options.guided:

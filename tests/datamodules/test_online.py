@@ -225,12 +225,6 @@ def test_pool_of_different_texts_has_the_transitions_of_all_its_batches(
         torch.testing.assert_close(one, other)
 
 
-def test_scale_of_the_velocity_is_that_of_a_recorded_set(tmp_path: Path) -> None:
-    trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(tmp_path, "float32")])
-    trainer.predict(RecordingTask(ToyBase(), decoding=DECODING), ClassLabels(12, batch_size=2))
-    torch.testing.assert_close(make().velocity_scale(), TrajectoryDataModule(str(tmp_path)).velocity_scale())
-
-
 @pytest.mark.parametrize(("over", "stays"), [(0, True), (1, False)])
 def test_pool_stays_on_the_device_if_two_fit(monkeypatch: pytest.MonkeyPatch, over: int, stays: bool) -> None:
     found: list[bool] = []

@@ -177,15 +177,6 @@ def test_kl_is_added_by_its_weight(folder: Path, temperature: float) -> None:
     torch.testing.assert_close(task.logged["train/kl"], kl.detach())
 
 
-def test_standardised_loss_divides_each_channel_by_the_scale_of_its_velocity(folder: Path) -> None:
-    batch = batch_of(folder)
-    task = Task(folder, network(), losses={"mse": MaskedMSE(standardised=True)})
-    scale = task.data.velocity_scale()
-    assert scale.std() > 0
-    expected = masked_mse(batch.features / scale, batch.targets[:, 0] / scale, batch.is_masked[:, 0])
-    torch.testing.assert_close(task.training_step(batch, 0), expected)
-
-
 def test_all_rows_count_when_asked_for(folder: Path) -> None:
     batch = batch_of(folder)
     expected = (batch.features - batch.targets[:, 0]).square().mean()
@@ -401,7 +392,7 @@ def test_checkpoint_holds_the_network_alone_and_what_ties_it_to_its_base(folder:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 @pytest.mark.parametrize("options", [{}, {"anchored": True, "rows": "masked"}])
 def test_fit_and_validate_run_in_every_precision(folder: Path, precision: Any, options: dict[str, Any]) -> None:
-    losses: dict[str, Loss] = {"mse": MaskedMSE(standardised=True), "kl": HeadKL()}
+    losses: dict[str, Loss] = {"mse": MaskedMSE(), "kl": HeadKL()}
     task = ShortcutTask(ShortcutNet(width=6, num_heads=1, **options), losses=losses)
     ema, table = ModuleEMA(0.9), ReplayTable([1, 2])
     trainer = L.Trainer(**QUIET, max_steps=3, log_every_n_steps=1, precision=precision, callbacks=[ema, table])
@@ -450,7 +441,7 @@ def test_diagnostics_run_at_log_steps_only(folder: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("options", [{}, {"rows": "masked"}, {"anchored": True}])
-@pytest.mark.parametrize("losses", [None, {"mse": MaskedMSE(standardised=True), "kl": HeadKL()}])
+@pytest.mark.parametrize("losses", [None, {"mse": MaskedMSE(), "kl": HeadKL()}])
 def test_training_step_waits_for_no_device(
     folder: Path, options: dict[str, Any], losses: dict[str, Loss] | None
 ) -> None:
@@ -510,12 +501,6 @@ def test_guided_validation_compares_guided_features(folder: Path) -> None:
 def test_name_that_is_logged_already_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"train/{name}"):
         ShortcutTask(network(), losses={name: MaskedMSE()})
-
-
-def test_loss_without_its_data_is_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(TrajectoryDataModule, "velocity_scale")
-    with pytest.raises(ValueError, match=r"model\.losses\.error.*velocity_scale"):
-        Task(folder, network(), losses={"error": MaskedMSE(standardised=True)})
 
 
 def test_validation_holds_a_few_steps_of_features_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
