@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.published import SHORTCUT, STATE_KEYS, save_published, state_in
 from lit_shortcut.weights import WeightsError, first_sentence, load_module_with_metadata, save_tensors
+
+_PUBLISHED = {
+    "reach": 0,
+    "rows": "all",
+    "anchored": False,
+    "guided": False,
+    "uses_time": True,
+    "uses_control": True,
+    "uses_prefix": True,
+}
+"""Options of published networks that their files do not tell."""
 
 
 class Inert:
@@ -60,10 +72,10 @@ def to_published(source: Path, target: Path) -> None:
         WeightsError: if ``source`` is missing, damaged, not a shortcut, or a network that the release lacks.
     """
     network, _ = load_module_with_metadata((ShortcutNet, LLaDAShortcutNet), source)
-    if network.hparams.get("reach"):
-        raise WeightsError(
-            f"{source}: reach: expected 0, found {network.hparams['reach']}; the release's form has no neighbourhood"
-        )
+    options = asdict(network.options)
+    others = [f"{name} {options[name]}, not {value}" for name, value in _PUBLISHED.items() if options[name] != value]
+    if others:
+        raise WeightsError(f"{source}: the release's form has no place for {'; '.join(others)}")
     save_published(target, network, SHORTCUT if isinstance(network, ShortcutNet) else DIMOO_SHORTCUT)
 
 

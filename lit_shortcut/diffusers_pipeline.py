@@ -46,11 +46,11 @@ def enable_shortcut(
         shortcut: folder of the shortcut, its address on the hub (``owner/repository``), or a predictor.
         budget: b of ``num_inference_steps``; None takes the shortcut's own, or all of them if it has none.
         plan: which steps the transformer runs at; None takes the shortcut's own.
-        dtype: dtype that the shortcut runs in; None takes that of its file.
+        dtype: dtype that the shortcut runs in; None takes float32.
 
     Raises:
-        ValueError: if the pipeline has no such transformer, or a shortcut already; or if the budget lies outside 1..N,
-            which is raised only when the pipeline runs if N is not known before.
+        ValueError: if the pipeline has no such transformer, or a shortcut already; if the shortcut is guided; or if the
+            budget lies outside 1..N, which is raised only when the pipeline runs if N is not known before.
         WeightsError: if the shortcut is unavailable or damaged, or was trained for another base or N.
     """
     transformer = _transformer_of(pipe)
@@ -59,6 +59,11 @@ def enable_shortcut(
     predictor = Shortcut.from_pretrained(shortcut, dtype=dtype) if isinstance(shortcut, str | Path) else shortcut
     own, num_steps = "", 0
     if isinstance(predictor, Shortcut):
+        if predictor.network.options.guided:
+            raise ValueError(
+                "a guided shortcut predicts features after guidance, and a pipeline of diffusers guides the logits "
+                "itself; train one with guided: false"
+            )
         origin, num_steps = predictor.origin, predictor.origin.num_steps
         budget, plan = budget if budget is not None else origin.budget or None, plan or cast(PlanName, origin.plan)
         own = _fingerprint_like(transformer, predictor.base_fingerprint)

@@ -115,6 +115,15 @@ def test_shortcut_goes_to_the_released_form_and_back(tmp_path: Path) -> None:
     assert returned.hparams == network.hparams
 
 
+@pytest.mark.parametrize("option", [{"guided": True}, {"rows": "masked"}, {"anchored": True}, {"uses_control": False}])
+def test_shortcut_that_the_released_form_cannot_tell_apart_is_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    save_module(tmp_path / "ours.safetensors", ShortcutNet(32, num_heads=2, **option))
+    (name,) = option
+    with pytest.raises(WeightsError, match=rf"ours\.safetensors: the release's form has no place for {name} "):
+        to_published(tmp_path / "ours.safetensors", tmp_path / "maskgit-shortcut.pth")
+    assert not (tmp_path / "maskgit-shortcut.pth").exists()
+
+
 def test_command_line_converts(of_old_lightning: Path) -> None:
     target = of_old_lightning.with_suffix(".safetensors")
     command = [sys.executable, "-m", "lit_shortcut.convert", "to_safetensors", of_old_lightning, target]

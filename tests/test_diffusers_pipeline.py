@@ -377,6 +377,12 @@ def test_shortcut_of_another_base_is_refused() -> None:
     assert "forward" not in disabled.__dict__
 
 
+def test_guided_shortcut_is_refused() -> None:
+    pipe = AmusedPipeline(**make_parts())
+    with pytest.raises(ValueError, match=r"guides the logits itself; train one with guided: false"):
+        enable_shortcut(pipe, make_shortcut(guided=True), budget=B)
+
+
 def test_shortcut_for_another_grid_is_refused() -> None:
     pipe = AmusedPipeline(**make_parts())
     enable_shortcut(pipe, make_shortcut(reach=1, grid=SIZE + 2), budget=B)
