@@ -20,6 +20,7 @@ from lit_shortcut.acceleration.calibrated import Calibrated
 from lit_shortcut.acceleration.origin import PLAN
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Step
+from lit_shortcut.evaluation.identity import acceleration_identity
 from lit_shortcut.evaluation.rows import NamedPlan, Row, build_rows, vanilla_row
 from lit_shortcut.files import replacing
 from lit_shortcut.metrics.latency import synchronize
@@ -114,13 +115,15 @@ def conditions_of(
 
     Raises:
         ValueError: if not exactly one of the two is given, the base takes the other, there is not one seed per image,
-            or a seed is outside 64 bits.
+            a seed is outside 64 bits, or a label is no class of the base.
     """
     require_wanted(base, takes_prompts=bool(prompts), takes_labels=bool(labels))
     count = len(prompts) or len(labels)
     if len(seeds) != count:
         raise ValueError(f"expected a seed for each of {count} images, got {len(seeds)}")
     require_seeds(seeds)
+    if outside := [label for label in labels if not 0 <= label < base.spec.num_classes]:
+        raise ValueError(f"class labels must lie in 0..{base.spec.num_classes - 1}; got {outside}")
     ids = torch.arange(count, device=device)
     numbers = torch.tensor(labels, device=device) if labels else ids
     return Conditions(ids, torch.tensor(list(seeds), dtype=torch.int64, device=device), numbers, tuple(prompts))
@@ -143,7 +146,7 @@ def require_seeds(seeds: Sequence[int]) -> None:
 
 def settings_of(base: MaskedImageModel, row: Row) -> dict[str, Any]:
     """Return everything that determines a picture besides its seed and its prompt or label, as JSON values."""
-    acceleration = {"budget": row.budget} | row.acceleration.identity()
+    acceleration = {"budget": row.budget} | acceleration_identity(base, row)
     return {"base": base.identity(), "decoding": asdict(row.decoding), "acceleration": acceleration}
 
 

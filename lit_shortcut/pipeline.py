@@ -180,7 +180,7 @@ def load(
         base: the base to accelerate; None builds the one that the shortcut names.
         num_steps: N; None takes that of the shortcut's trajectories.
         device: device to run on; None takes a GPU if there is one.
-        dtype: dtype that the shortcut runs in; None takes that of its file.
+        dtype: dtype that the shortcut runs in; None takes float32.
         revision: revision of the shortcut's repository.
 
     Raises:

@@ -21,6 +21,7 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.shortcut import ShortcutNet
+from lit_shortcut.pictures import conditions_of
 from lit_shortcut.sampling import Decoding, LogProbs, generate
 from lit_shortcut.weights import WeightsError
 from tests.command_line import CONFIGS
@@ -112,6 +113,12 @@ def test_an_image_depends_on_neither_batch_size_nor_its_neighbours(pipe: Pipelin
 def test_bad_request_is_refused(pipe: Pipeline, arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         pipe(**arguments)
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_class_is_checked_before_it_goes_to_a_device(base: MaskGIT, label: int) -> None:
+    with pytest.raises(ValueError, match=rf"class labels must lie in 0\.\.4; got \[{label}\]"):
+        conditions_of(base, (), [0, label], [1, 2], device="meta")
 
 
 @pytest.mark.parametrize("prompts", [[""], ["a cat", " "]])

@@ -90,7 +90,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
 
         Args:
             path: path of the file or folder.
-            dtype: dtype to run in; None takes the file's.
+            dtype: dtype to run in; None takes float32, whatever the file's.
 
         Raises:
             WeightsError: if the file is missing, damaged, or not a shortcut.
@@ -124,7 +124,7 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
             cache_dir: folder of the downloads.
             local_files_only: download nothing.
             revision: branch, tag or commit.
-            model_kwargs: ``dtype`` to run in; None takes the file's.
+            model_kwargs: ``dtype`` to run in; None takes float32, whatever the file's.
 
         Raises:
             WeightsError: if it is unavailable, damaged, or not a shortcut.
@@ -176,7 +176,8 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         found, origin = read_config(folder)
         tensors, _ = load_tensors(folder / WEIGHTS)
         network = build_module(NETWORKS, found, tensors, folder / CONFIG)
-        identity: Any = {"base_fingerprint": origin.base.fingerprint or None, "weights": fingerprint(tensors)}
+        weights = fingerprint(network.state_dict())
+        identity: Any = {"base_fingerprint": origin.base.fingerprint or None, "weights": weights}
         shortcut = cls(network, origin=origin, **identity, **model_kwargs)
         shortcut.folder = folder
         return shortcut
@@ -205,7 +206,8 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         Raises:
             WeightsError: if the file is unavailable, damaged, or not a MIGM-Shortcut.
         """
-        return cls(ShortcutNet.load_published(local_file(path), num_heads))
+        network = ShortcutNet.load_published(local_file(path), num_heads)
+        return cls(network, weights=fingerprint(network.state_dict()))
 
     def identity(self) -> dict[str, Any]:
         """Name, and the fingerprint of the weights."""

@@ -28,10 +28,16 @@ def loop_identities(
         compiled: whether networks run through ``torch.compile``, or its mode.
     """
     shared = {"base": base.identity(), "dtype": dtype_of(base), "precision": precision, "compiled": compiled}
-    return {
-        row.name: _as_json(shared | {"decoding": asdict(row.decoding), "acceleration": row.acceleration.identity()})
-        for row in rows
+    own = {
+        row.name: {"decoding": asdict(row.decoding), "acceleration": acceleration_identity(base, row)} for row in rows
     }
+    return {name: _as_json(shared | identity) for name, identity in own.items()}
+
+
+def acceleration_identity(base: MaskedImageModel, row: Row) -> dict[str, Any]:
+    """Return the identity of the row's acceleration, with the dtype of its weights if that is not the base's."""
+    identity, weights = row.acceleration.identity(), _dtypes(row.acceleration)
+    return identity | ({"dtype": weights} if weights not in ("", dtype_of(base)) else {})
 
 
 def row_identity(
@@ -55,9 +61,12 @@ def row_identity(
 
 def dtype_of(base: MaskedImageModel) -> str:
     """Return the dtypes of the base's weights, such as ``bfloat16``."""
-    tensors = base.parameters() if isinstance(base, nn.Module) else ()
-    found = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-    return "+".join(sorted(found)) or str(base.interface.code_embedding.dtype).removeprefix("torch.")
+    return _dtypes(base) or str(base.interface.code_embedding.dtype).removeprefix("torch.")
+
+
+def _dtypes(module: object) -> str:
+    tensors = module.parameters() if isinstance(module, nn.Module) else ()
+    return "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
 
 def differences(before: object, after: object, path: str = "") -> list[str]:

@@ -86,6 +86,7 @@ class EvaluationTask(ComparisonTask):
             OSError: if the results' folder cannot be written.
         """
         super().setup(stage)
+        _ = self.base.fingerprint  # of the weights as loaded: it is kept, and the trainer casts them after this
         if is_trial(self.trainer, "test"):
             self.trial_folder = TemporaryDirectory()
             self.stored = Results(Path(self.trial_folder.name))

@@ -97,6 +97,10 @@ def test_class_that_only_a_late_batch_asks_for_is_refused() -> None:
         (lambda: identity(row_of(6, 2, "hold"), ToyBase().bfloat16()), "dtype was 'float32' and is 'bfloat16'"),
         (lambda: identity(row_of(6, 2, "hold"), precision="bf16-mixed"), "precision"),
         (lambda: identity(row_of(6, 2, "hold"), compiled=True), "compiled was False and is True"),
+        (
+            lambda: identity(row_of(6, 2, "hold", hold=shortcut(0, dtype="bfloat16"))),
+            "acceleration.dtype was nothing and is 'bfloat16'",
+        ),
     ],
 )
 def test_identity_holds_what_values_depend_on_and_says_what_differs(changed: Any, what: str) -> None:
