@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from operator import methodcaller
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from xxhash import xxh3_64
 
@@ -20,7 +21,7 @@ def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
     """Yield every problem of the set at folder or URL prefix ``source``, with its file; none if the set is sound.
 
     A damaged shard is reported once, by its checksum, and then each of its damaged samples. Shards behind a URL are
-    fetched into ``cache``.
+    fetched one by one into ``cache``, or into a temporary folder, never from what a training keeps of them.
     """
     try:
         card = Card.read(source)
@@ -35,7 +36,12 @@ def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
     for path in [] if is_remote(source) else sorted(Path(source).glob("shard-*.tar")):
         if path.name not in known:
             yield f"{path}: not a shard of this set, which has {card.num_shards}"
-    opened, frames = Source(source, card, kept=1, cache=cache), set()
+    with TemporaryDirectory() as folder:
+        yield from _problems_of_shards(Source(source, card, kept=1, cache=cache or Path(folder)))
+
+
+def _problems_of_shards(opened: Source) -> Iterator[str]:
+    card, frames = opened.card, set[int]()
     for index in range(card.num_shards):
         path = opened.folder / shard_name(index)
         try:

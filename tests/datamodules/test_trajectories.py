@@ -291,20 +291,6 @@ def test_interface_is_the_recorded_one(folder: Path) -> None:
     assert torch.equal(make(folder).interface.head_weight, interface().head_weight)
 
 
-def test_velocity_scale_is_the_deviation_over_masked_places(folder: Path) -> None:
-    rows = []
-    for i in range(3):
-        recorded = trajectories([i])
-        for step in range(3):
-            masked = recorded.committed_at[0] > step
-            change = recorded.features[0, :, step + 1, :9] - recorded.features[0, :, step, :9]
-            rows.append(change[:, masked].flatten(0, 1))
-    expected = torch.cat(rows).std(0, correction=0)
-    found = make(folder).velocity_scale()
-    assert found[IDS] == 1  # never changes
-    torch.testing.assert_close(found[1:], expected[1:])
-
-
 def test_missing_folder_and_empty_folder_are_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(TrajectoryError, match=rf"{path}/card\.json"):
@@ -419,6 +405,18 @@ def test_set_behind_http_is_read_like_a_folder(folder: Path, tmp_path: Path) -> 
 def test_set_in_an_object_store_is_read_like_a_folder(folder: Path, tmp_path: Path, bucket: str) -> None:
     assert order(make(bucket, cache=tmp_path, num_workers=2)) == order(make(folder))
     assert list(problems(bucket, tmp_path)) == []
+
+
+def test_verification_reads_the_store_and_not_what_a_training_keeps_of_it(
+    folder: Path, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_shortcut.trajectory.source._CACHE", tmp_path)
+    order(make(bucket))
+    kept = sorted(tmp_path.glob("*/shard-*.tar"))
+    assert len(kept) > 1
+    fsspec.filesystem("memory").pipe("/bucket/set/shard-000001.tar", b"half")
+    assert any("shard-000001.tar" in problem for problem in problems(bucket))
+    assert sorted(tmp_path.glob("*/shard-*.tar")) == kept
 
 
 @pytest.mark.parametrize(("protocol", "extra"), [("s3", "s3"), ("gs", "gs"), ("gcs", "gs")])
