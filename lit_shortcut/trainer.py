@@ -71,7 +71,8 @@ class Trainer(L.Trainer):
         classes = _numbers(labels)
         require_wanted(model.base, takes_prompts=bool(texts), takes_labels=bool(classes))
         data = Listed(texts, classes, num_images, batch_size, seed)
-        callbacks = [StepProgress() if isinstance(one, RichProgressBar) else one for one in self.callbacks]
+        others = [one for one in self.callbacks if not isinstance(one, ImageWriter)]  # that of an earlier call
+        callbacks = [StepProgress() if isinstance(one, RichProgressBar) else one for one in others]
         self.callbacks = [*callbacks, ImageWriter(output, overwrite)]
         self.predict(model, datamodule=data, return_predictions=False)
 

@@ -182,11 +182,13 @@ def network_fingerprint(network: object) -> str:
 def update_manifest(weights: Path, facts: dict[str, Any], manifest: Path | None = None) -> None:
     """Add ``weights`` to ``manifest``, by default that of its folder: size, sha256, this command and ``facts``."""
     manifest = manifest or weights.with_name("manifest.yaml")
-    entries: dict[str, Any] = yaml.safe_load(manifest.read_text()) if manifest.exists() else {}
+    entries: dict[str, Any] = yaml.safe_load(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     content = weights.read_bytes()
     entries[weights.relative_to(manifest.parent).as_posix()] = {
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
         "made_by": " ".join(["lightning", *sys.argv[1:]]),
     } | facts
-    manifest.write_text(yaml.safe_dump(entries, sort_keys=True, allow_unicode=True, width=120))
+    with replacing(manifest) as aside:
+        text = yaml.safe_dump(entries, sort_keys=True, allow_unicode=True, width=120)
+        aside.write_text(text, encoding="utf-8")

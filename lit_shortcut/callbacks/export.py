@@ -9,7 +9,8 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from lit_shortcut.acceleration.origin import WEIGHTS, BaseReference, Origin
+from lit_shortcut.acceleration.card import PICTURES
+from lit_shortcut.acceleration.origin import CARD, WEIGHTS, BaseReference, Origin
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.optimized import OptimizedTask
@@ -105,6 +106,8 @@ class ExportShortcut(ExportWeights):
         recorded = Origin.of_metadata(task.network_facts())
         base = replace(self.origin.base, fingerprint=recorded.base.fingerprint)
         origin = replace(self.origin, base=base, num_steps=recorded.num_steps, decoding=recorded.decoding)
+        for name in (CARD, *PICTURES):  # of the shortcut that was here; saving would keep its card
+            (self.path / name).unlink(missing_ok=True)
         Shortcut(task.network, base.fingerprint, origin=origin).save_pretrained(self.path)
         return self.path / WEIGHTS
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import ceil, sqrt
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -26,6 +26,13 @@ from lit_shortcut.weights import require_writable
 
 _SETTINGS = "settings.json"
 _GRID = "grid.png"
+
+
+class _Batch(NamedTuple):
+    """What the summary needs of a batch: base passes by image, and milliseconds an image."""
+
+    full_steps: list[int]
+    latency_ms: float
 
 
 class ImageWriter(BasePredictionWriter):
@@ -54,7 +61,7 @@ class ImageWriter(BasePredictionWriter):
         assert isinstance(pl_module, GenerateTask)
         trainer.predict_loop.return_predictions = False
         self.settings = pl_module.settings()
-        self.drawn: dict[str, list[Drawing]] = {name: [] for name in self.settings}
+        self.drawn: dict[str, list[_Batch]] = {name: [] for name in self.settings}
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.num_images = data.num_images
         settings = {"methods": self.settings, "precision": str(trainer.precision), **_asked(data)}
@@ -96,7 +103,7 @@ class ImageWriter(BasePredictionWriter):
                 wanted = {"prompt": batch.prompts[row]} if batch.prompts else {"label": int(batch.labels[row])}
                 own = wanted | {"seed": int(batch.seeds[row]), "base_passes": passes}
                 write_png(self._path(int(batch.ids[row]), name), image, own | _flat(self.settings[name]))
-            self.drawn[name].append(drawing._replace(images=drawing.images[:0], tokens=drawing.tokens[:0]))
+            self.drawn[name].append(_Batch(full_steps, drawing.latency_ms))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the grid and print a summary; not in ``on_predict_end``, which a rank without batches never reaches."""
@@ -137,7 +144,7 @@ class ImageWriter(BasePredictionWriter):
         for name, batches in self.drawn.items():
             if not batches:  # all of them went to other ranks
                 continue
-            passes = fmean(value for batch in batches for value in batch.full_steps.tolist())
+            passes = fmean(value for batch in batches for value in batch.full_steps)
             weights = [len(batch.full_steps) for batch in batches]
             means[name] = fmean((batch.latency_ms for batch in batches), weights)
             lines.append(

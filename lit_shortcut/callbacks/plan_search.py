@@ -59,12 +59,14 @@ class PlanSearch(L.Callback):
         self._samples = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that budgets are below the set's N, and that the file can be written."""
+        """Check that budgets are below the set's N, and that the file can be written; one that is there is added to."""
         assert isinstance(pl_module, ShortcutTask)
         num_steps = trainer.datamodule.card.num_steps  # type: ignore[attr-defined]
         if not all(1 <= budget < num_steps for budget in self.budgets):
             raise ValueError(f"budgets must lie in 1..{num_steps - 1}, below the set's steps; got {self.budgets}")
         require_writable_file(trainer, "validate", self.path)
+        if self.path.exists():
+            PlanFile.read(self.path)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int

@@ -99,8 +99,8 @@ class Report(L.Callback):
             rank_zero_info(f"\n{text}\na trial run: nothing is written or logged")
             return
         folder = results.folder
-        (folder / "report.md").write_text(text)
-        (folder / "report.json").write_text(figures)
+        (folder / "report.md").write_text(text, encoding="utf-8")
+        (folder / "report.json").write_text(figures, encoding="utf-8")
         written = ["report.md", "report.json", *self._pictures(trainer, task, table, higher_is_better)]
         written += self._page(trainer, task, table, below, higher_is_better)
         log_table(trainer, "report/table", table)

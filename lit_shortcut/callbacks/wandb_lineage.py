@@ -11,9 +11,11 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.callbacks.export import ExportWeights
 from lit_shortcut.loggers import carry_on, log_artifact
 from lit_shortcut.tasks.evaluation import EvaluationTask
+from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.weights import fingerprint, load_tensors
 
 _SHORTCUT = "shortcut"
@@ -48,15 +50,17 @@ class WandbLineage(L.Callback):
             if isinstance(callback, ExportWeights) and callback.written is not None:
                 with carry_on(f"logging {callback.written}"):
                     tensors, metadata = load_tensors(callback.written)
-                    log_artifact(trainer, f"{_SHORTCUT}-{fingerprint(tensors)}", "model", [callback.written], metadata)
+                    kind = _SHORTCUT if isinstance(pl_module, ShortcutTask) else callback.written.stem
+                    log_artifact(trainer, f"{kind}-{fingerprint(tensors)}", "model", [callback.written], metadata)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mark the shortcuts of all rows as used."""
         if not isinstance(pl_module, EvaluationTask) or not trainer.is_global_zero:
             return
         accelerations = [row.acceleration for row in pl_module.rows if isinstance(row.acceleration, Accelerated)]
-        weights = [acceleration.predictor.identity().get("weights") for acceleration in accelerations]
-        _use(trainer, [f"{_SHORTCUT}-{each}" for each in dict.fromkeys(weights) if each])
+        shortcuts = [each.predictor for each in accelerations if isinstance(each.predictor, Shortcut)]
+        names = [f"{_SHORTCUT}-{shortcut.identity()['weights']}" for shortcut in shortcuts]
+        _use(trainer, list(dict.fromkeys(names)))
 
 
 def _use(trainer: L.Trainer, names: list[str]) -> None:

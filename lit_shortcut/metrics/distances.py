@@ -147,10 +147,8 @@ class KernelDistance(ReferenceMetric):
         return super().identity() | {"subsets": self.subsets, "subset_size": self.subset_size}
 
     def compute(self) -> Tensor:
-        """Return the mean over subsets, which a size below ``subset_size`` leaves unbiased; of one image it is NaN."""
+        """Return the mean over subsets, which a size below ``subset_size`` leaves unbiased."""
         features = self.gathered()
-        if len(features) < 2:
-            return torch.tensor(torch.nan, device=self.device)
         found = kid_features_to_metric(
             features,
             self.reference["features"],

@@ -115,3 +115,10 @@ def test_shortcut_is_exported_as_a_folder_with_its_base(tmp_path: Path, monkeypa
     assert found.origin == expected
     for name, tensor in found.network.state_dict().items():
         assert torch.equal(tensor, task.network.state_dict()[name])
+    readme = tmp_path / "shortcut" / "README.md"
+    fresh = readme.read_text()
+    readme.write_text("measurements of the shortcut that was here before")
+    (tmp_path / "shortcut" / "pareto.png").write_bytes(b"")
+    export.write(task)
+    assert readme.read_text() == fresh
+    assert not (tmp_path / "shortcut" / "pareto.png").exists()

@@ -80,6 +80,14 @@ def test_budgets_out_of_range_are_refused(folder: Path, budgets: list[int]) -> N
         validate(folder, PlanSearch(folder / "plan.json", budgets))
 
 
+def test_file_that_cannot_be_added_to_is_refused_before_the_search(folder: Path) -> None:
+    (folder / "plan.json").write_text("[]")
+    search = PlanSearch(folder / "plan.json", [2])
+    with pytest.raises(ValueError, match=r"plan\.json: expected a file of calibrated plans"):
+        validate(folder, search)
+    assert search._segments is None
+
+
 @pytest.mark.parametrize(
     ("table", "named"),
     [

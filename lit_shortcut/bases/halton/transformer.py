@@ -135,7 +135,7 @@ class HaltonTransformer(nn.Module):
         }
         self.codebook_size, self.num_classes, self.width = codebook_size, num_classes, width
         self.num_tokens = self.sequence_length = grid * grid
-        self.mask_id, self.dropped_class_id = codebook_size, num_classes
+        self.mask_id = codebook_size
         self.token_embedding = nn.Embedding(codebook_size + 1, width)
         self.position_embedding = nn.Embedding(self.num_tokens, width)
         self.class_embedding = nn.Embedding(num_classes + 1, width)
