@@ -56,6 +56,9 @@ class Plan(ABC):
     def identity(self) -> dict[str, Any]:
         """JSON values that determine its decisions, ``plan`` (its name) and ``budget`` among them."""
 
+    def require_base(self, base: BaseEnds) -> None:  # noqa: B027 - most plans know no base
+        """Raise ValueError if it was made for another base."""
+
     @abstractmethod
     def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
         """Return a deciding function for one batch whose N steps commit ``counts`` tokens, ``predictor`` in between.
@@ -102,6 +105,7 @@ class Accelerated(nn.Module):
         Raises:
             ValueError: if the plan or the predictor does not fit the base or the steps.
         """
+        self.plan.require_base(base)
         decide, predict = self.plan.start(counts, self.predictor), self.predictor.start(base, context)
         memory, full = self.predictor.memory, list[tuple[int, Tensor]]()
         latest: Tensor | None = None

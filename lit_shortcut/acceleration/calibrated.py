@@ -12,6 +12,7 @@ from typing import Any
 from lit_shortcut.acceleration.accelerated import DecideFn, Plan, Predictor
 from lit_shortcut.acceleration.plans import Adaptive, Steps
 from lit_shortcut.bounds import require_at_least
+from lit_shortcut.contracts import BaseEnds
 from lit_shortcut.files import replacing
 from lit_shortcut.places import located
 
@@ -95,6 +96,13 @@ class _FromFile(Plan):
     def identity(self) -> dict[str, Any]:
         """Name and budget, and a digest of the file."""
         return {"plan": self._name, "budget": self.budget, "file": self._digest}
+
+    def require_base(self, base: BaseEnds) -> None:
+        """Raise ValueError if the search ran on trajectories of another base."""
+        if base.fingerprint != self._file.base_fingerprint:
+            raise ValueError(
+                f"{self.path}: plans for base {self._file.base_fingerprint}, not for base {base.fingerprint}"
+            )
 
     def _entry(self, counts: Sequence[int], predictor: Predictor) -> Any:
         """Look up the entry once: a predictor's identity is a hash of its weights, too slow for every batch."""

@@ -111,6 +111,13 @@ def test_plans_are_read_from_their_file(path: Path) -> None:
     assert full_steps_of(CalibratedAdaptive(2, path), Hold()) == [0, 3]  # hold never changes: by its largest gap
 
 
+def test_plan_searched_on_another_base_is_refused(path: Path) -> None:
+    content = json.loads(path.read_text()) | {"base_fingerprint": "f" * 16}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"plan\.json: plans for base f{{16}}, not for base {replay().fingerprint}"):
+        full_steps_of(Calibrated(3, path), Hold())
+
+
 def test_identity_changes_with_the_file(path: Path) -> None:
     before = Calibrated(2, path).identity()
     assert before == Calibrated(2, path).identity() != CalibratedAdaptive(2, path).identity()
