@@ -99,29 +99,15 @@ class Context:
     prefix: Prefix | None = None
     prefix_sizes: tuple[PrefixSize, ...] = ()
 
-    def first(self, count: int) -> Self:
-        """Return the context of the first ``count`` samples."""
-        return self._map(lambda tensor: tensor[:, :count], lambda entries: entries)
-
     def rows(self, index: Tensor) -> Self:
         """Return the context of the samples at ``index`` (n,)."""
-        return self._map(lambda tensor: tensor[:, index.to(tensor.device)], lambda entries: entries)
-
-    def branch(self, index: int) -> Self:
-        """Return the context of guidance branch ``index``; its G is 1."""
-        chosen = slice(index, index + 1)
-        return self._map(lambda tensor: tensor[chosen], lambda entries: entries[chosen])
-
-    def _map(self, of_tensor: Callable[[Tensor], Tensor], of_tuple: Callable[[Any], Any]) -> Self:
         changes: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                changes[field.name] = of_tensor(value)
+                changes[field.name] = value[:, index.to(value.device)]
             elif isinstance(value, Prefix):
-                changes[field.name] = value.map(of_tensor)
-            elif isinstance(value, tuple):
-                changes[field.name] = of_tuple(value)
+                changes[field.name] = value.map(lambda tensor: tensor[:, index.to(tensor.device)])
         return replace(self, **changes)
 
 

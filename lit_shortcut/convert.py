@@ -12,8 +12,9 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from lit_shortcut.networks.llada_shortcut import NAMES as DIMOO_SHORTCUT
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
+from lit_shortcut.networks.shortcut import NAMES as SHORTCUT
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.published import SHORTCUT, STATE_KEYS, save_published, state_in
+from lit_shortcut.published import STATE_KEYS, save_published, state_in
 from lit_shortcut.weights import WeightsError, first_sentence, load_module_with_metadata, save_tensors
 
 _PUBLISHED = {

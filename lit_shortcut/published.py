@@ -52,51 +52,6 @@ def _respelled(name: str, pairs: list[tuple[str, str]]) -> str:
     return name
 
 
-MASKGIT = Names(
-    [
-        ("tok_emb.", "token_embedding."),
-        ("pos_emb", "position_embedding"),
-        ("bias", "head_bias"),
-        ("first_layer.0.", "first.0."),
-        ("first_layer.2.", "first.1."),  # the published block has dropout at 1 and 5
-        ("first_layer.4.", "first.3."),
-        ("first_layer.6.", "first.4."),
-        ("last_layer.0.", "last.0."),
-        ("last_layer.2.", "last.1."),
-        ("last_layer.4.", "last.3."),
-        ("transformer.layers.#.0.norm.", "layers.#.attention_norm."),
-        ("transformer.layers.#.0.fn.mha.in_proj_", "layers.#.attention.in_proj."),
-        ("transformer.layers.#.0.fn.mha.out_proj.", "layers.#.attention.out_proj."),
-        ("transformer.layers.#.1.norm.", "layers.#.mlp_norm."),
-        ("transformer.layers.#.1.fn.net.0.", "layers.#.mlp.0."),
-        ("transformer.layers.#.1.fn.net.3.", "layers.#.mlp.2."),
-    ]
-)
-
-SHORTCUT = Names(
-    [
-        ("proj_in.", "narrow_features."),
-        ("new_token_proj_in.", "narrow_control."),
-        ("proj_out.", "widen."),
-        ("last_layer.", "last."),
-        ("time_embedder.mlp.", "time_mlp."),
-        ("adaLN_modulation.", "modulation."),
-        *(
-            (f"blocks.#.{kind}_attn{published}", f"blocks.#.{kind}_{ours}")
-            for kind in ("cross", "self")
-            for published, ours in [
-                (".norm.", "norm."),
-                (".fn.mha.in_proj_", "attention.in_proj."),
-                (".fn.mha.out_proj.", "attention.out_proj."),
-                ("_ff.norm.", "mlp_norm."),
-                ("_ff.fn.net.0.", "mlp.0."),
-                ("_ff.fn.net.3.", "mlp.2."),
-            ]
-        ),
-    ]
-)
-
-
 def state_in(content: Any) -> dict[str, Tensor] | None:
     """Return the state dict that ``content`` of a checkpoint is, or holds under a usual key; None if there is none."""
     if not isinstance(content, dict):

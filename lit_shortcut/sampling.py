@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from math import inf, prod
 from typing import Any, Literal, NamedTuple, get_args
@@ -79,18 +79,34 @@ class Decoding:
         Raises:
             ValueError: if a field is unknown, of another kind, or has no such value; the message names it.
         """
-        expected = asdict(cls())
+        return cls().replaced(values)
+
+    def replaced(self, values: Mapping[str, Any]) -> Decoding:
+        """Return the decoding with fields of other ``values``, as JSON and YAML hold them; courses are merged.
+
+        Raises:
+            ValueError: as :meth:`from_values`.
+        """
+        changes: dict[str, Any] = {}
         for name, value in values.items():
-            if name not in expected:
-                raise ValueError(f"{name} is no field of a decoding; known are {', '.join(expected)}")
-            is_number = isinstance(value, int | float) and isinstance(expected[name], int | float)
-            if not is_number and not isinstance(value, type(expected[name])):
-                raise ValueError(f"{name} must be of type {type(expected[name]).__name__}, got {value!r}")
-        course = values.get("temperature_course", {})
-        try:
-            return cls(**{**values, "temperature_course": TemperatureCourse(**course)})
-        except TypeError as error:
-            raise ValueError(f"temperature_course: {error}") from error
+            if name not in (known := [field.name for field in fields(self)]):
+                raise ValueError(f"{name} is no field of a decoding; known are {', '.join(known)}")
+            current = getattr(self, name)
+            if isinstance(current, TemperatureCourse):
+                kind, is_one = "a mapping of its fields", isinstance(value, Mapping)
+            elif isinstance(current, str):
+                kind, is_one = "a word", isinstance(value, str)
+            elif isinstance(current, int):
+                kind, is_one = "a whole number", type(value) is int
+            else:
+                kind, is_one = "a number", type(value) in (int, float)
+            if not is_one:
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
+            try:
+                changes[name] = replace(current, **value) if isinstance(value, Mapping) else value
+            except TypeError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return replace(self, **changes)
 
     @property
     def is_guided(self) -> bool:

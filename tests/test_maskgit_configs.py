@@ -12,9 +12,11 @@ import torch
 import yaml
 
 from lit_shortcut.bases.maskgit import imagenet
+from lit_shortcut.bases.maskgit.transformer import NAMES as MASKGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
+from lit_shortcut.networks.shortcut import NAMES as SHORTCUT
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.published import MASKGIT, SHORTCUT, save_published
+from lit_shortcut.published import save_published
 from lit_shortcut.trajectory import Card
 from lit_shortcut.weights import WeightsError, fingerprint
 from tests.command_line import CONFIGS, lightning

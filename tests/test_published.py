@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_shortcut.bases.maskgit.imagenet import Size, imagenet_sizes
+from lit_shortcut.bases.maskgit.transformer import NAMES as MASKGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
+from lit_shortcut.networks.shortcut import NAMES as SHORTCUT
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.published import MASKGIT, SHORTCUT, Names, fill, load_state, save_published
+from lit_shortcut.published import Names, fill, load_state, save_published
 from lit_shortcut.weights import WeightsError, load_tensors
 
 GOLDEN, META = load_tensors(Path(__file__).parent / "parity" / "maskgit_tiny.safetensors")

@@ -26,7 +26,7 @@ from lit_shortcut.acceleration.origin import (
 from lit_shortcut.contracts import BaseEnds, Context, Control, State
 from lit_shortcut.guidance import guide_rows
 from lit_shortcut.hub import local_file
-from lit_shortcut.networks.control import Layout, advance, lay_out_branches, require_kind
+from lit_shortcut.networks.control import Layout, advance, joined_masks, lay_out_branches, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.places import located
@@ -298,9 +298,4 @@ def _repeated(control: Control, times: int) -> Control:
 def _joined(controls: list[Control]) -> Control:
     """Concatenate the tokens of several steps, with a mask if any has padding."""
     tokens, positions = (torch.cat(parts, dim=1) for parts in list(zip(*controls, strict=True))[:2])
-    if all(one.is_real is None for one in controls):
-        return Control(tokens, positions)
-    is_real = [
-        torch.ones_like(one.tokens, dtype=torch.bool) if one.is_real is None else one.is_real for one in controls
-    ]
-    return Control(tokens, positions, torch.cat(is_real, dim=1))
+    return Control(tokens, positions, joined_masks([(one.tokens, one.is_real) for one in controls]))

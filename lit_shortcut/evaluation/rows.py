@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -163,27 +163,12 @@ def _steps(entry: Sequence[Any], steps: list[Any]) -> Steps:
 
 
 def _override(entry: Sequence[Any], decoding: Decoding, num_steps: int, overrides: dict[str, Any]) -> Decoding:
-    known = [field.name for field in fields(Decoding) if field.name != "num_steps"]
-    changes: dict[str, Any] = {}
     try:
-        for name, value in overrides.items():
-            if name not in known:
-                raise ValueError(f"decoding has no field {name!r} to override; known are {_list(known)}")
-            current = getattr(decoding, name)
-            kind, types = _kind(current)
-            if isinstance(value, bool) or not isinstance(value, types):
-                raise ValueError(f"{name} must be {kind}, got {value!r}")
-            changes[name] = replace(current, **value) if isinstance(value, Mapping) else value
-        return replace(decoding, num_steps=num_steps, **changes)
-    except (TypeError, ValueError) as error:  # replace() raises TypeError if a course lacks a field
+        if "num_steps" in overrides:
+            raise ValueError("num_steps is the row's first number")
+        return decoding.replaced(overrides | {"num_steps": num_steps})
+    except ValueError as error:
         raise ValueError(f"row {list(entry)}: {error}") from error
-
-
-def _kind(value: object) -> tuple[str, tuple[type, ...]]:
-    """Return the kind of value that may override ``value``, in words and types."""
-    if isinstance(value, str):
-        return "a word", (str,)
-    return ("a number", (int, float)) if isinstance(value, float) else ("a mapping of its fields", (Mapping,))
 
 
 def _name(method: str, num_steps: int, suffix: str, overrides: Mapping[str, Any]) -> str:

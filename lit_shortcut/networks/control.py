@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ def embed_control(interface: TokenInterface, control: Control, layout: Layout | 
     assert prefix.places.control is not None
     return EmbeddedControl(
         tokens=torch.cat([prefix.tokens.to(committed.dtype), committed], dim=1),
-        is_real=_joined(prefix, control),
+        is_real=joined_masks([(prefix.tokens[..., 0], prefix.is_real), (control.tokens, control.is_real)]),
         places=Places(
             rows=layout.rows,
             control=torch.cat([prefix.places.control, layout.rows.gather(1, index)], dim=1),
@@ -165,9 +166,12 @@ def require_kind(network: ShortcutNetwork, base: BaseEnds, whose: str) -> None:
         )
 
 
-def _joined(prefix: EmbeddedControl, control: Control) -> Tensor | None:
-    """Return the mask (B, P + K), false at padding, of ``prefix``, then ``control``; None if there is no padding."""
-    if prefix.is_real is None and control.is_real is None:
+def joined_masks(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """Return the mask (B, K), false at padding, of tokens (B, Kᵢ) and their masks side by side; None without padding.
+
+    A mask of None means that all tokens are real.
+    """
+    if all(is_real is None for _, is_real in parts):
         return None
-    parts = (prefix.tokens[..., 0], prefix.is_real), (control.tokens, control.is_real)
-    return torch.cat([torch.ones_like(of, dtype=torch.bool) if real is None else real for of, real in parts], dim=1)
+    masks = [torch.ones_like(of, dtype=torch.bool) if is_real is None else is_real for of, is_real in parts]
+    return torch.cat(masks, dim=1)

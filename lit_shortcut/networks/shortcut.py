@@ -16,13 +16,36 @@ from lit_shortcut.interface import Places
 from lit_shortcut.networks.attention import Attention, feed_forward
 from lit_shortcut.networks.neighbourhood import Neighbourhood
 from lit_shortcut.networks.rows import ALL_ROWS, Options, RowChoice, Rows
-from lit_shortcut.published import SHORTCUT, fill, load_state
+from lit_shortcut.published import Names, fill, load_state
 from lit_shortcut.weights import WeightsError, load_module
 
 _FREQUENCIES = 128  # half of the sinusoidal embedding's 256 values
 _MAX_PERIOD = 10_000.0
 _TIME_SCALE = 1000.0  # from masked shares in [0, 1] to the range of the embedding's periods
 _LAST_EPS = 1e-12
+
+NAMES = Names(
+    [
+        ("proj_in.", "narrow_features."),
+        ("new_token_proj_in.", "narrow_control."),
+        ("proj_out.", "widen."),
+        ("last_layer.", "last."),
+        ("time_embedder.mlp.", "time_mlp."),
+        ("adaLN_modulation.", "modulation."),
+        *(
+            (f"blocks.#.{kind}_attn{published}", f"blocks.#.{kind}_{ours}")
+            for kind in ("cross", "self")
+            for published, ours in [
+                (".norm.", "norm."),
+                (".fn.mha.in_proj_", "attention.in_proj."),
+                (".fn.mha.out_proj.", "attention.out_proj."),
+                ("_ff.norm.", "mlp_norm."),
+                ("_ff.fn.net.0.", "mlp.0."),
+                ("_ff.fn.net.3.", "mlp.2."),
+            ]
+        ),
+    ]
+)
 
 
 class Block(nn.Module):
@@ -238,7 +261,7 @@ class ShortcutNet(ShortcutNetwork):
             ) from error
         except ValueError as error:
             raise WeightsError(f"{path}: {error}") from error
-        fill(network, state, SHORTCUT, path)
+        fill(network, state, NAMES, path)
         return network
 
     def refine(self, x: Tensor, control: Tensor, is_real: Tensor | None, places: Places | None, rows: Rows) -> Tensor:

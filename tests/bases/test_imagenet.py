@@ -14,11 +14,13 @@ from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit import imagenet
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
+from lit_shortcut.bases.maskgit.transformer import NAMES as MASKGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.bases.maskgit.vqgan import VQGAN
 from lit_shortcut.contracts import Conditions, TokenSpec
+from lit_shortcut.networks.shortcut import NAMES as SHORTCUT
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.published import MASKGIT, SHORTCUT, save_published
+from lit_shortcut.published import save_published
 from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.weights import WeightsError, fingerprint
 from tests.parity.taming import Sizes, random_weights, write_folder

@@ -12,10 +12,12 @@ from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
+from lit_shortcut.bases.maskgit.transformer import NAMES as MASKGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.contracts import Acceleration, Conditions
+from lit_shortcut.networks.shortcut import NAMES as SHORTCUT
 from lit_shortcut.networks.shortcut import ShortcutNet
-from lit_shortcut.published import MASKGIT, SHORTCUT, fill
+from lit_shortcut.published import fill
 from lit_shortcut.sampling import Decoding, sample
 from lit_shortcut.weights import load_tensors
 from tests.parity.greedy import require_same_run

@@ -93,8 +93,8 @@ def test_features_and_logits_equal_the_reference(base: MMaDA) -> None:
     ids = GOLDEN["in.tokens"][:, -NUM_TOKENS - 1 : -1]
     tokens = torch.where(ids == base.special.mask, base.spec.mask_id, ids - base.special.first_code)
     context = base.context(conditions(), guided=True)
-    conditional = base.features(tokens[:-1], context.branch(0), Clock(0, 1))[0]
-    unconditional = base.features(tokens[-1:], context.first(1).branch(1), Clock(0, 1))[0]
+    conditional = base.features(tokens[:-1], context, Clock(0, 1))[0]
+    unconditional = base.features(tokens[-1:], context.rows(torch.tensor([0])), Clock(0, 1))[1]
     rows = [*conditional, *unconditional]
     lengths = [len(base.prompt_ids(text)) for text in TEXTS] + [len(base.unconditional_ids())]
     for row, length, expected, mask in zip(

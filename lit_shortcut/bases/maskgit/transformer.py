@@ -11,10 +11,31 @@ from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.networks.attention import Attention, feed_forward
 from lit_shortcut.networks.deepening import deepened
-from lit_shortcut.published import MASKGIT, filled, load_state
+from lit_shortcut.published import Names, filled, load_state
 from lit_shortcut.weights import load_module
 
 _OUTER_EPS = 1e-12  # in the layer norms of the first and last block; those inside the layers keep torch's 1e-5
+
+NAMES = Names(
+    [
+        ("tok_emb.", "token_embedding."),
+        ("pos_emb", "position_embedding"),
+        ("bias", "head_bias"),
+        ("first_layer.0.", "first.0."),
+        ("first_layer.2.", "first.1."),  # the published block has dropout at 1 and 5
+        ("first_layer.4.", "first.3."),
+        ("first_layer.6.", "first.4."),
+        ("last_layer.0.", "last.0."),
+        ("last_layer.2.", "last.1."),
+        ("last_layer.4.", "last.3."),
+        ("transformer.layers.#.0.norm.", "layers.#.attention_norm."),
+        ("transformer.layers.#.0.fn.mha.in_proj_", "layers.#.attention.in_proj."),
+        ("transformer.layers.#.0.fn.mha.out_proj.", "layers.#.attention.out_proj."),
+        ("transformer.layers.#.1.norm.", "layers.#.mlp_norm."),
+        ("transformer.layers.#.1.fn.net.0.", "layers.#.mlp.0."),
+        ("transformer.layers.#.1.fn.net.3.", "layers.#.mlp.2."),
+    ]
+)
 
 
 class Layer(nn.Module):
@@ -141,4 +162,4 @@ class MaskGITTransformer(nn.Module):
         Raises:
             WeightsError: if the file is missing, damaged, or not of these sizes.
         """
-        return filled(lambda: cls(**sizes), load_state(path), MASKGIT, path)
+        return filled(lambda: cls(**sizes), load_state(path), NAMES, path)
