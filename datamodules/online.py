@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import nn
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from datamodules.conditions import InTurn, sample_seed
 from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
+from datamodules.transitions import TransitionDataModule
 from datamodules.windows import Order, require_spans, spans
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.plans import Even
@@ -83,7 +83,7 @@ class _Validation(Dataset[Trajectories | None]):
         return self.draw(self.conditions[number]) if number < self.count else None
 
 
-class OnlineDataModule(L.LightningDataModule):
+class OnlineDataModule(TransitionDataModule):
     """Training and validation on trajectories that the base generates on demand.
 
     Replaces :class:`~datamodules.trajectories.TrajectoryDataModule`: it needs no disk and never repeats a pair, at the
@@ -198,20 +198,15 @@ class OnlineDataModule(L.LightningDataModule):
         """
         batches = self._training()
         self._policy()
-        layout: dict[str, int | str] = {
+        facts: dict[str, int | str] = {
             "images": self.card.digest,
             "world_size": batches.world_size,
             "batch_size": self.batch_size,
             "pool_images": self.pool_images,
-            "window": self.window,
-            "max_gap": self.max_gap,
-            "seed": self.seed,
         }
-        if self.guided:
-            layout["guided"] = 1
         if self.on_policy_budget is not None:
-            layout["on_policy_budget"] = self.on_policy_budget
-        return EpochLoader(batches, len(batches), partial(epoch_of, self), layout)
+            facts["on_policy_budget"] = self.on_policy_budget
+        return EpochLoader(batches, len(batches), partial(epoch_of, self), self.layout(**facts))
 
     def first_targets(self, epoch: int, number: int) -> list[list[int]]:
         """Step of the first target of each window of training batch ``number`` of ``epoch``, rank by rank."""
@@ -226,17 +221,8 @@ class OnlineDataModule(L.LightningDataModule):
             raise ValueError(
                 f"{self.conditions.num_images} images an epoch do not fill {world_size} pools of {self.pool_images}"
             )
-        order = Order(
-            pools,
-            self.pool_images,
-            1 if self.guided else self.decoding.branches,
-            self.decoding.num_steps - self.window,
-            group=1,
-            seed=self.seed,
-            max_gap=self.max_gap,
-        )
-        guidance = self.decoding.guidance_by_step if self.guided else None
-        return _Training(self._pool, order, self.batch_size, self.window, guidance, rank, world_size)
+        order = self.order_of(pools, self.pool_images, group=1)
+        return _Training(self._pool, order, self.batch_size, self.window, self.guidance(), rank, world_size)
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on exactly one rank; the last may be smaller."""
@@ -244,12 +230,6 @@ class OnlineDataModule(L.LightningDataModule):
         loader = self.validation.loader()
         batches = _Validation(self.draw, loader.dataset, len(loader), rank, world_size)
         return EpochLoader(batches, -(-len(loader) // world_size))
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave whole trajectories on the host: validation moves them step by step."""
-        if isinstance(batch, Trajectories):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def draw(self, conditions: Conditions, *, method: Acceleration = _VANILLA, stays: bool = False) -> Trajectories:
         """Generate trajectories of ``conditions`` in one batch, as ``predict`` does, and move them to the host.

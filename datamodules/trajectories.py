@@ -9,19 +9,17 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import torch
 from torch.utils.data import Dataset
 
 from datamodules.loading import EpochLoader, epoch_of
 from datamodules.ranks import rank_and_world_size
+from datamodules.transitions import TransitionDataModule
 from datamodules.windows import OnCorrupt, Order, WindowReader, require_spans
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Trajectories
 from lit_shortcut.files import is_remote
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.places import located_source
-from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import Card, Source, TrajectoryError
 from lit_shortcut.trajectory.index import check_shards
 from lit_shortcut.trajectory.interface_file import load_interface
@@ -71,7 +69,7 @@ class _Validation(Dataset[Trajectories | None]):
             return None
 
 
-class TrajectoryDataModule(L.LightningDataModule):
+class TrajectoryDataModule(TransitionDataModule):
     """Training on shuffled transitions and validation on whole trajectories, by random access to recorded shards.
 
     An epoch sees each training transition once, but for a rest that does not fill a batch on all ranks. The order
@@ -191,23 +189,17 @@ class TrajectoryDataModule(L.LightningDataModule):
             raise TrajectoryError(
                 f"{self.source}: {len(order)} training windows do not fill {world_size} batches of {self.batch_size}"
             )
-        guidance = Decoding.from_values(card.decoding).guidance_by_step if self.guided else None
-        reader = WindowReader(self._shards, order, self.window, self.on_corrupt, guidance)
-        layout: dict[str, int | str] = {
+        reader = WindowReader(self._shards, order, self.window, self.on_corrupt, self.guidance())
+        facts: dict[str, int | str] = {
             "set": card.digest,
             "batch_size over all ranks": self.batch_size * world_size,
             "shuffle_shards": self.shuffle_shards,
-            "window": self.window,
-            "max_gap": self.max_gap,
-            "seed": self.seed,
         }
-        if self.guided:
-            layout["guided"] = 1
         return EpochLoader(
             _Training(reader, self.batch_size, rank, world_size),
             length,
             partial(epoch_of, self),
-            layout,
+            self.layout(**facts),
             self.num_workers,
         )
 
@@ -223,10 +215,8 @@ class TrajectoryDataModule(L.LightningDataModule):
         return [order.first_targets(epoch, range(first, first + self.batch_size)) for first in firsts]
 
     def _order(self) -> Order:
-        card = self.card
-        starts, shards = card.num_steps - self.window, card.num_shards - self.validation_shards
-        branches = 1 if self.guided else card.branches
-        return Order(shards, card.samples_per_shard, branches, starts, self.shuffle_shards, self.seed, self.max_gap)
+        shards = self.card.num_shards - self.validation_shards
+        return self.order_of(shards, self.card.samples_per_shard, self.shuffle_shards)
 
     def val_dataloader(self) -> EpochLoader[Trajectories]:
         """Batches of whole :class:`Trajectories`, each on exactly one rank; the last may be smaller."""
@@ -242,12 +232,6 @@ class TrajectoryDataModule(L.LightningDataModule):
         if isinstance(batch, EncodedTransition):
             self.num_replaced += int(batch.replaced.sum())
         return batch
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave whole trajectories on the host: validation moves them step by step."""
-        if isinstance(batch, Trajectories):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Decode features on the device, so that int8 transfers a quarter of the bytes."""
