@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lit_shortcut.files import replacing
@@ -51,8 +51,9 @@ def identity(module: nn.Module) -> dict[str, Any]:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write ``tensors`` and JSON ``metadata`` to ``path`` atomically."""
-    with replacing(path) as aside:
-        save_file(tensors, aside, metadata={key: json.dumps(value) for key, value in metadata.items()})
+    content = save(tensors, metadata={key: json.dumps(value) for key, value in metadata.items()})
+    with replacing(path) as aside:  # save_file would leave a file that only its owner can read
+        aside.write_bytes(content)
 
 
 def require_writable(folder: Path) -> None:

@@ -12,7 +12,6 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_shortcut import weights
 from lit_shortcut.weights import (
     WeightsError,
     fingerprint,
@@ -81,11 +80,11 @@ def test_tensors_of_every_type_return(tmp_path: Path, dtype: torch.dtype) -> Non
 def test_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
 
-    def half_way(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        Path(path).write_bytes(b"half")
+    def half_way(path: Path, content: bytes) -> None:
+        path.write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights, "save_file", half_way)
+    monkeypatch.setattr(Path, "write_bytes", half_way)
     with pytest.raises(OSError, match="disk full"):
         save_tensors(saved, {"a": torch.ones(1)}, {})
     assert saved.read_bytes() == before
@@ -272,3 +271,9 @@ def test_metadata_is_json(saved: Path) -> None:
     header = saved.read_bytes()
     length = int.from_bytes(header[:8], "little")
     assert json.loads(header[8 : 8 + length])["__metadata__"]["hparams"] == '{"width": 4}'
+
+
+def test_written_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {})
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
