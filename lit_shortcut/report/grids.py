@@ -35,7 +35,7 @@ def grids(images: Mapping[str, Tensor], captions: Sequence[str] = ()) -> Figure:
         axis.imshow(strip.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.set_ylabel(name.replace("_", " "), **label)
+        axis.set_ylabel(textwrap.fill(name.replace("_", " "), width=22), **label)
     below = {"transform": axes[-1, 0].transAxes, "ha": "center", "va": "top", "fontsize": 8, "linespacing": 1.1}
     for column, caption in enumerate(captions):
         axes[-1, 0].text((column + 0.5) / len(captions), -0.04, caption, parse_math=False, **below)

@@ -109,6 +109,15 @@ def test_grid_shows_each_strip_with_its_name() -> None:
     assert [axis.get_ylabel() for axis in figure.axes] == ["vanilla n8", "hold n8 b2"]
 
 
+def test_long_name_of_a_row_stays_within_the_grid() -> None:
+    name = "shortcut_wide_n16_b4_early_confidence_noise40_halton_rolled"
+    figure = grids({name: torch.zeros(3, 10, 40, dtype=torch.uint8)})
+    figure.canvas.draw()
+    label = figure.axes[0].yaxis.label
+    assert label.get_text().replace("\n", " ") == name.replace("_", " ")
+    assert label.get_window_extent().x0 >= 0
+
+
 def test_grid_of_one_row_with_one_image_works(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.add_images(VANILLA, torch.full((1, 3, 8, 8), 128, dtype=torch.uint8))
