@@ -51,9 +51,9 @@ def test_sides_are_the_pictures_of_the_pipeline_at_one_seed(texts: Pipeline) -> 
         (image,) = texts("a dark, wide coat", seeds=5, **numbers).images
         assert same(side.image.resize(image.size, Image.Resampling.NEAREST), image)
     assert vanilla.full == (True,) * 4
-    assert (sum(shortcut.full), len(shortcut.full), shortcut.full[0]) == (3, 12, True)
-    assert steps == [(done, 16) for done in range(1, 17)]
-    assert re.fullmatch(r"shortcut: 3 of 12 base passes, [\d.]+ ms  \n●[●○]{11}", str(shortcut))
+    assert (sum(shortcut.full), len(shortcut.full), shortcut.full[0]) == (3, 16, True)
+    assert steps == [(done, 20) for done in range(1, 21)]
+    assert re.fullmatch(r"shortcut: 3 of 16 base passes, [\d.]+ ms  \n●[●○]{15}", str(shortcut))
 
 
 def test_whole_budget_is_vanilla(classes: Pipeline) -> None:
@@ -68,14 +68,14 @@ def test_whole_budget_is_vanilla(classes: Pipeline) -> None:
         ({"wanted": "a" * (MOST_CHARACTERS + 1)}, "got 501"),
         ({"wanted": 3}, "takes prompts"),
         ({"seed": 2**63}, "seed"),
-        ({"num_steps": 13}, "steps must lie in 1..12, got 13"),
-        ({"num_steps": 0}, "steps must lie in 1..12, got 0"),
+        ({"num_steps": 17}, "steps must lie in 1..16, got 17"),
+        ({"num_steps": 0}, "steps must lie in 1..16, got 0"),
         ({"budget": 0}, "budget"),
-        ({"budget": 13}, "budget"),
+        ({"budget": 17}, "budget"),
     ],
 )
 def test_server_refuses_what_is_out_of_range(texts: Pipeline, changed: dict[str, Any], message: str) -> None:
-    asked: dict[str, Any] = {"wanted": "a coat", "seed": 0, "num_steps": 12, "budget": 3}
+    asked: dict[str, Any] = {"wanted": "a coat", "seed": 0, "num_steps": 16, "budget": 3}
     with pytest.raises(ValueError, match=re.escape(message)):
         compare(texts, **(asked | changed))
 
@@ -163,14 +163,14 @@ def test_person_types_moves_and_sees(browser: Chrome, address: str) -> None:
     prompt.send_keys("a dark, wide coat", Keys.ENTER)
     wait(lambda: len(sources()) == 2)
     vanilla, shortcut = wait(captions)
-    assert vanilla.startswith("vanilla: 12 of 12 base passes")
-    assert vanilla.endswith("●" * 12)
-    assert shortcut.startswith("shortcut: 4 of 12 base passes")
+    assert vanilla.startswith("vanilla: 16 of 16 base passes")
+    assert vanilla.endswith("●" * 16)
+    assert shortcut.startswith("shortcut: 3 of 16 base passes")
     before = sources()
     slider = field("range slider for Shortcut")
-    from_middle = int(-4.5 * slider.size["width"] / 11)  # of 1 … 12, to 2
+    from_middle = int(-6.5 * slider.size["width"] / 15)  # of 1 … 16, to 2
     ActionChains(browser).click_and_hold(slider).move_by_offset(from_middle, 0).release().perform()
-    wait(lambda: len(captions()) == 2 and captions()[1].startswith("shortcut: 2 of 12 base passes"))
+    wait(lambda: len(captions()) == 2 and captions()[1].startswith("shortcut: 2 of 16 base passes"))
     wait(lambda: sources()[1] != before[1])
     assert console(browser) == []
     fetched = "return performance.getEntriesByType('resource').map(entry => entry.name)"

@@ -58,13 +58,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fashion_text")
     (folder / "checkpoints").symlink_to(SHIPPED.parent)
     shutil.copytree(SHIPPED / "shortcut", folder / "runs/fashion_text/shortcut")
-    words = ('--model.rows=[[12], [12, 3, "shortcut"]]', "--data.run_seeds=[77]", "--model.latency_rounds=1")
+    words = ('--model.rows=[[16], [16, 3, "shortcut", "early"]]', "--data.run_seeds=[77]", "--model.latency_rounds=1")
     words += ("--data.num_images=20", "--data.batch_size=20", "--model.latency_batch_size=2", "--trainer.logger=false")
     lightning(folder, "test", "--config", CONFIGS / "fashion_text" / "evaluate.yaml", *words)
     return folder / "runs" / "fashion_text" / "report"
 
 
-@pytest.mark.parametrize("row", ["vanilla_n12", "shortcut_n12_b3"])
+@pytest.mark.parametrize("row", ["vanilla_n16", "shortcut_n16_b3_early"])
 def test_images_follow_their_prompts(report: Path, row: str) -> None:
     values = json.loads((report / "rows" / f"{row}_seed77.json").read_text())["values"]
     assert values["class_agreement"] > 0.75
