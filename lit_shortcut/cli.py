@@ -160,7 +160,7 @@ def verify(source: str, cache: Path | None = None) -> None:
 
     Args:
         source: folder of the set, or URL prefix.
-        cache: folder for fetched shards, ~/.cache/lit-shortcut by default.
+        cache: folder for fetched shards, one at a time; a temporary one by default.
     """
     count = 0
     for count, problem in enumerate(problems(source, cache), start=1):  # noqa: B007 - counts

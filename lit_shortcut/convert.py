@@ -22,7 +22,6 @@ _PUBLISHED = {
     "rows": "all",
     "anchored": False,
     "guided": False,
-    "uses_time": True,
     "uses_control": True,
     "uses_prefix": True,
 }

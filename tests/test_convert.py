@@ -103,8 +103,9 @@ def test_checkpoint_without_a_state_dict_is_refused(tmp_path: Path) -> None:
         to_safetensors(tmp_path / "a.ckpt", tmp_path / "a.safetensors")
 
 
-def test_shortcut_goes_to_the_released_form_and_back(tmp_path: Path) -> None:
-    network = ShortcutNet(32, num_heads=2)
+@pytest.mark.parametrize("uses_time", [True, False])
+def test_shortcut_goes_to_the_released_form_and_back(tmp_path: Path, uses_time: bool) -> None:
+    network = ShortcutNet(32, num_heads=2, uses_time=uses_time)
     torch.nn.init.normal_(network.widen.weight)
     save_module(tmp_path / "ours.safetensors", network)
     to_published(tmp_path / "ours.safetensors", tmp_path / "maskgit-shortcut.pth")

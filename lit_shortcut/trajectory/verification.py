@@ -21,7 +21,8 @@ def problems(source: str | Path, cache: Path | None = None) -> Iterator[str]:
     """Yield every problem of the set at folder or URL prefix ``source``, with its file; none if the set is sound.
 
     A damaged shard is reported once, by its checksum, and then each of its damaged samples. Shards behind a URL are
-    fetched one by one into ``cache``, or into a temporary folder, never from what a training keeps of them.
+    fetched one by one into ``cache``, by default into a temporary folder and not that of a training, whose shards would
+    be taken for those behind the URL.
     """
     try:
         card = Card.read(source)
