@@ -18,6 +18,7 @@ from lit_shortcut.evaluation.rows import EVEN, VANILLA
 from lit_shortcut.report.table import metric_names, shown_passes
 
 FAINT = 0.35
+_OTHER = "*"
 _OPPOSITE = {  # offsets of labels in points, and the ones across
     (5, 5, "left"): (-5, -12, "right"),
     (-5, -12, "right"): (5, 5, "left"),
@@ -52,7 +53,8 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
     axes.margins(x=0.15)
     axes.set_xlabel("latency of the decoding loop, ms per image")
     axes.set_ylabel(f"{metric} ({'higher' if higher_is_better else 'lower'} is better)", parse_math=False)
-    legend = axes.legend(title="at a point: N or (N, base passes)")
+    others = f"\n{_OTHER}: another decoding (see the table)" if table["decoding"].any() else ""
+    legend = axes.legend(title=f"at a point: N or (N, base passes){others}")
     for text in legend.get_texts():
         text.set_parse_math(False)
     axes.grid(alpha=0.3)
@@ -60,10 +62,14 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
 
 
 def point_label(line: Mapping[Any, Any]) -> str:
-    """Return the label of a point: N for vanilla; else N, base passes, and the plan if it is not the even one."""
+    """Return the label of a point: N for vanilla; else N, base passes, and the plan if it is not the even one.
+
+    A star follows if the decoding differs from that of most rows.
+    """
+    star = _OTHER if line["decoding"] else ""
     if line["method"] == VANILLA:
-        return f"N={line['N']}"
-    return f"({line['N']}, {shown_passes(line)}) {_own_plan(line)}".rstrip()
+        return f"N={line['N']}{star}"
+    return f"({line['N']}, {shown_passes(line)}){star} {_own_plan(line)}".rstrip()
 
 
 def variant(line: Mapping[Any, Any]) -> str:

@@ -40,6 +40,7 @@ def test_plot_has_a_line_a_method_ordered_by_latency(table: pd.DataFrame) -> Non
     lines = {container.get_label(): container.lines[0].get_xydata().tolist() for container in axes.containers}
     assert lines == {"vanilla": [[40.0, 9.5], [80.0, 7.0]], "hold": [[20.0, 8.5]]}
     assert {text.get_text() for text in axes.texts} == {"N=4", "N=8", "(8, 2)"}
+    assert "*" not in axes.get_legend().get_title().get_text()
 
 
 def test_line_goes_through_the_points_that_no_other_beats_and_the_rest_are_faint(results: Results) -> None:
@@ -67,7 +68,9 @@ def test_plans_and_decodings_of_one_method_share_its_line(results: Results) -> N
     (axes,) = pareto(collected(results, [*ROWS, halton, adaptive], [0]), "distance", higher_is_better=False).axes
     labels = [container.get_label() for container in axes.containers]
     assert labels == ["vanilla", "_others", "hold"]
-    assert "(8, 2.5 (1–4)) adaptive" in {text.get_text() for text in axes.texts}
+    texts = {text.get_text() for text in axes.texts}
+    assert texts == {"N=4", "N=8", "N=8*", "(8, 2)", "(8, 2.5 (1–4)) adaptive"}
+    assert "*: another decoding" in axes.get_legend().get_title().get_text()
 
 
 def test_row_without_latency_is_no_point(results: Results) -> None:
