@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/pip install --progress-bar on -e ".[dev]"
 	touch $@
 
-demo: install ## Record, fit and report on an embedded default (12 to 15 minutes on two cores after installation)
+demo: install ## Record, fit and report on an embedded default (12 to 17 minutes on two cores after installation)
 	$(MAKE) extract-trajectories fit report
 
 extract-trajectories: install ## Record trajectories of BASE
