@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from lit_shortcut.evaluation.rows import VANILLA
-from lit_shortcut.report.plot import FAINT, front, point_label, variant
+from lit_shortcut.report.plot import FAINT, front, legend_title, point_label, variant
 from lit_shortcut.report.table import for_people, shown_passes
 
 _THEME = "plotly_white"
@@ -106,7 +106,7 @@ def _figure(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> go.F
         hoverlabel={"align": "left", "bgcolor": "white"},
         xaxis_title_text="latency of the decoding loop, ms per image",
         yaxis_title_text=_escaped(f"{metric} ({direction} is better)"),
-        legend={"title_text": "at a point: N or (N, base passes)", "orientation": "h", "y": 1.02, "yanchor": "bottom"},
+        legend={"title_text": "<br>".join(legend_title(table)), "orientation": "h", "y": 1.02, "yanchor": "bottom"},
     )
     return figure
 

@@ -18,7 +18,7 @@ from lit_shortcut.evaluation.rows import EVEN, VANILLA
 from lit_shortcut.report.table import metric_names, shown_passes
 
 FAINT = 0.35
-_OTHER = "*"
+_OWN_DECODING = "*"
 _OPPOSITE = {  # offsets of labels in points, and the ones across
     (5, 5, "left"): (-5, -12, "right"),
     (-5, -12, "right"): (5, 5, "left"),
@@ -53,27 +53,32 @@ def pareto(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> Figur
     axes.margins(x=0.15)
     axes.set_xlabel("latency of the decoding loop, ms per image")
     axes.set_ylabel(f"{metric} ({'higher' if higher_is_better else 'lower'} is better)", parse_math=False)
-    others = f"\n{_OTHER}: another decoding (see the table)" if table["decoding"].any() else ""
-    legend = axes.legend(title=f"at a point: N or (N, base passes){others}")
+    legend = axes.legend(title="\n".join(legend_title(table)))
     for text in legend.get_texts():
         text.set_parse_math(False)
     axes.grid(alpha=0.3)
     return figure
 
 
+def legend_title(table: pd.DataFrame) -> list[str]:
+    """Return the lines that explain what :func:`point_label` writes for the rows of ``table``."""
+    starred = [f"{_OWN_DECODING}: another decoding (see the table)"] if table["decoding"].any() else []
+    return ["at a point: N or (N, base passes)", *starred]
+
+
 def point_label(line: Mapping[Any, Any]) -> str:
     """Return the label of a point: N for vanilla; else N, base passes, and the plan if it is not the even one.
 
-    A star follows if the decoding differs from that of most rows.
+    A star follows if the row has a decoding of its own.
     """
-    star = _OTHER if line["decoding"] else ""
+    star = _OWN_DECODING if line["decoding"] else ""
     if line["method"] == VANILLA:
         return f"N={line['N']}{star}"
     return f"({line['N']}, {shown_passes(line)}){star} {_own_plan(line)}".rstrip()
 
 
 def variant(line: Mapping[Any, Any]) -> str:
-    """Return method, plan if it is not the even one, and decoding if it differs from that of most rows."""
+    """Return method, plan if it is not the even one, and decoding if the row has its own."""
     return " ".join(part for part in (line["method"], _own_plan(line), line["decoding"]) if part)
 
 
