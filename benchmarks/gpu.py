@@ -52,11 +52,16 @@ def main(scale: Scale = "published", folder: Path = Path("benchmarks/results")) 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if has_native_bfloat16() else torch.float32
     machine = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
-    tables = [table for system in systems(scale) for table in measure(system, device, dtype)]
-    text = "\n".join(
-        [f"# {machine['device']}\n", *(table.markdown() for table in tables), _facts(machine | {"weights": "random"})]
-    )
-    print(text)  # noqa: T201 - what the command is for
+    tables: list[Table] = []
+    text = f"# {machine['device']}\n"
+    print(text, flush=True)  # noqa: T201 - what the command is for
+    for system in systems(scale):
+        for table in measure(system, device, dtype):
+            tables.append(table)
+            print(table.markdown(), flush=True)  # noqa: T201 - a table as soon as it is measured: the next takes minutes
+    facts = _facts(machine | {"weights": "random"})
+    print(facts)  # noqa: T201
+    text = "\n".join([text, *(table.markdown() for table in tables), facts])
     path = folder / re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     for suffix, content in ((".md", text), (".json", _json(machine, tables))):
         with replacing(path.with_suffix(suffix)) as aside:

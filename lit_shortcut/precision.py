@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 
@@ -21,6 +24,17 @@ def has_native_bfloat16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Let tensors made without a dtype be float32; Lightning's ``bf16-true`` makes them bfloat16 during each step."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def require_precision(precision: str, device: torch.device) -> None:

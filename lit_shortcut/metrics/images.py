@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lit_shortcut.contracts import Conditions
+from lit_shortcut.precision import float32_by_default
 from lit_shortcut.weights import fingerprint
 
 
@@ -49,7 +50,8 @@ class ImageMetric(Metric):
     """Metric of generated images; ``compute`` is called on all ranks and covers the images of all of them.
 
     Subclasses set ``higher_is_better``, implement ``update(images, conditions)`` and ``compute()``, a scalar, and keep
-    networks as :class:`FrozenNetwork`. Only states are reduced over ranks, not reference statistics.
+    networks as :class:`FrozenNetwork`. Only states are reduced over ranks, not reference statistics. Values have the
+    precision of float32 in a trainer of any precision.
     """
 
     is_differentiable = False
@@ -67,6 +69,14 @@ class ImageMetric(Metric):
         """Return all that the value depends on but the images: class, networks, and arguments that subclasses add."""
         networks = {name: part.identity for name, part in vars(self).items() if isinstance(part, FrozenNetwork)}
         return {"class": type(self).__name__} | networks
+
+    def _wrap_update(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped: Callable[..., Any] = super()._wrap_update(float32_by_default()(update))
+        return wrapped
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped: Callable[..., Any] = super()._wrap_compute(float32_by_default()(compute))
+        return wrapped
 
     def gathers(self) -> object:
         """Return a key shared by metrics with equal states, which one ``update`` serves."""

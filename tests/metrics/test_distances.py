@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,22 @@ def reference(tmp_path: Path) -> Path:
 @pytest.fixture
 def metric(reference: Path) -> FrechetDistance:
     return FrechetDistance(Projection(), reference)
+
+
+@pytest.mark.parametrize("kind", [FrechetDistance, partial(KernelDistance, subset_size=20), Precision, Recall])
+def test_values_have_the_precision_of_float32_in_a_trainer_of_bfloat16(
+    kind: Callable[..., ImageMetric], reference: Path
+) -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        metric = kind(Projection(), reference)
+        torch.set_default_dtype(dtype)  # Lightning's bf16-true does so around each step
+        try:
+            metric.update(GENERATED, asked(LABELS))
+            found.append(metric.compute())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*found)
 
 
 def measured(metric: ImageMetric, images: Tensor, batches: int = 3) -> float:
