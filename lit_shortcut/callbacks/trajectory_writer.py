@@ -58,9 +58,10 @@ class TrajectoryWriter(BasePredictionWriter):
         encoding: how features are stored: ``bfloat16``, ``float16``, ``float32``, or ``int8`` with a scale for each
             row; or one registered with :func:`lit_shortcut.trajectory.register`.
         overwrite: record again if ``folder`` holds a complete set, or a different one; its shards are deleted first.
-        waiting: batches that may wait to be written before generation pauses. Together with the one being generated
-            they take at most ``waiting`` + 1 times the ``memory_limit_gb`` of the recording task; those in scratch
-            files take as much space on the disk and no memory.
+        waiting: batches that may wait to be written before generation pauses. Each is written by a thread of its own,
+            since a GPU computes features faster than one thread writes them. Together with the one being generated they
+            take at most ``waiting`` + 1 times the ``memory_limit_gb`` of the recording task; those in scratch files
+            take as much space on the disk and no memory.
     """
 
     def __init__(self, folder: Path, encoding: str = "bfloat16", overwrite: bool = False, waiting: int = 2) -> None:
@@ -101,7 +102,7 @@ class TrajectoryWriter(BasePredictionWriter):
         )
         self.finished, self._shards = set(), self.folder
         if is_trial(trainer, "predict"):
-            self._shards, self.jobs = Path(self._held.enter_context(TemporaryDirectory())), Background()
+            self._shards, self.jobs = Path(self._held.enter_context(TemporaryDirectory())), Background(self.waiting)
             report_trial(self.folder)
             return
         if trainer.is_global_zero:
@@ -113,7 +114,7 @@ class TrajectoryWriter(BasePredictionWriter):
             self._prepare(module.base, replace)
         self.finished = trainer.strategy.broadcast(set(finished_shards(self.folder, self.card)))
         if len(self.finished) < self.card.num_shards:
-            self.jobs = Background()
+            self.jobs = Background(self.waiting)
 
     def write_on_batch_end(
         self,
