@@ -23,7 +23,6 @@ from lit_shortcut.trajectory.encoding import require_finite
 from lit_shortcut.trajectory.index import Index, Member, checksum, step_ending
 
 _AT_ONCE = 2**22  # bytes of features encoded together, at least one step
-_PIECE = 2**20  # bytes passed on at once; tarfile's own 10 kB take half of a shard's time
 
 
 def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card) -> None:
@@ -45,7 +44,6 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
         hashing = _Hashing(file)
         with TarWriter(hashing, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
             tar.tarstream.format = tarfile.USTAR_FORMAT  # the same bytes as WebDataset's default, written faster
-            tar.tarstream.copybufsize = tar.tarstream.fileobj.bufsize = _PIECE
             for row, key in enumerate(f"{number:08d}" for number in ids):
                 samples[key] = {}
                 try:
