@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
+import lightning as L
 import torch
-from lightning.pytorch.plugins.precision import HalfPrecision, Precision
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 
 
 def bfloat16_where_native() -> Precision:
@@ -19,11 +21,29 @@ def bfloat16_where_native() -> Precision:
     return HalfPrecision("bf16-true") if has_native_bfloat16() else Precision()
 
 
+def bfloat16_mixed_where_native() -> Precision:
+    """Precision ``bf16-mixed``, to train in, if the device has instructions for bfloat16, else ``32-true``."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return MixedPrecision("bf16-mixed", device) if has_native_bfloat16() else Precision()
+
+
 def has_native_bfloat16() -> bool:
     """Return whether the GPU, or the CPU if there is none, computes in bfloat16 without conversion."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def sampling_precision(trainer: L.Trainer) -> Precision:
+    """Return the precision that a base is sampled in during ``fit``: the trainer's, or if that is mixed its half type.
+
+    A frozen base has nothing to gain from float32 weights, which autocast would cast at every pass; published systems
+    are tested in ``bf16-true`` and trained in ``bf16-mixed``.
+    """
+    name = str(trainer.precision)
+    if not name.endswith("mixed"):
+        return trainer.precision_plugin
+    return HalfPrecision(cast(Any, name.replace("mixed", "true")))
 
 
 @contextmanager

@@ -41,6 +41,15 @@ def commands(path: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
+@pytest.mark.parametrize("base", ["maskgit", "halton", "dimoo", "mmada", "amused", "meissonic"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("extract", "bf16-true"), ("evaluate", "bf16-true"), ("generate", "bf16-true"), ("fit", "bf16-mixed")],
+)
+def test_published_systems_state_their_precision(base: str, name: str, precision: str) -> None:
+    assert yaml.safe_load((CONFIGS / base / f"{name}.yaml").read_text())["trainer"]["precision"] == precision
+
+
 @pytest.mark.parametrize("path", YAMLS, ids=relative)
 def test_yaml_parses_under_the_commands_it_names(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning as L
 import pytest
 import torch
@@ -7,15 +9,26 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.plugins.precision import Precision
 
 from lit_shortcut import precision
-from lit_shortcut.precision import bfloat16_where_native, require_precision
+from lit_shortcut.precision import bfloat16_mixed_where_native, bfloat16_where_native, require_precision
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
-@pytest.mark.parametrize(("is_native", "name"), [(True, "bf16-true"), (False, "32-true")])
-def test_bfloat16_is_chosen_where_it_is_native(is_native: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("choice", "is_native", "name"),
+    [
+        (bfloat16_where_native, True, "bf16-true"),
+        (bfloat16_where_native, False, "32-true"),
+        (bfloat16_mixed_where_native, True, "bf16-mixed"),
+        (bfloat16_mixed_where_native, False, "32-true"),
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_native(
+    choice: Callable[[], Precision], is_native: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(precision, "has_native_bfloat16", lambda: is_native)
-    trainer = L.Trainer(accelerator="cpu", plugins=[bfloat16_where_native()], logger=False, barebones=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    trainer = L.Trainer(accelerator="cpu", plugins=[choice()], logger=False, barebones=True)
     assert trainer.precision == name
 
 

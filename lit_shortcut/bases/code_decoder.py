@@ -10,12 +10,13 @@ from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_shortcut.bases.frozen import KeptDtype
 from lit_shortcut.bounds import require_at_least
 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
-class CodeDecoder(nn.Module):
+class CodeDecoder(KeptDtype):
     """Decoder from codes to colour images: a code table, a 1×1 convolution and the decoder half of a VQGAN.
 
     Args:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 from diffusers import VQModel
-from torch import Tensor, nn
+from torch import Tensor
 
+from lit_shortcut.bases.frozen import KeptDtype
 from lit_shortcut.bases.saved import DIFFUSERS, Variant, build, read_weights, take
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.weights import WeightsError
 
 
-class VQDecoder(nn.Module):
+class VQDecoder(KeptDtype):
     """Frozen decoder from codes on a grid to images.
 
     Args:

@@ -22,6 +22,7 @@ from lit_shortcut.loggers import carry_on, log_picture
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.paired import are_paired
 from lit_shortcut.networks.shortcut import ShortcutNetwork
+from lit_shortcut.precision import sampling_precision
 from lit_shortcut.report.grids import grids
 from lit_shortcut.report.plot import pixels
 from lit_shortcut.sampling import Decoding
@@ -111,8 +112,9 @@ class AcceleratedSampling(L.Callback):
         if (self.validations - 1) % self.every_n_validations:
             return
         assert isinstance(self.base, nn.Module)
-        trainer.precision_plugin.convert_module(self.base).to(pl_module.device)
-        with trainer.precision_plugin.forward_context():
+        precision = sampling_precision(trainer)
+        precision.convert_module(self.base).to(pl_module.device)
+        with precision.forward_context():
             self._sample(trainer, pl_module)
 
     def _rows(self, network: ShortcutNetwork) -> list[Row]:

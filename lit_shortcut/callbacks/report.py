@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_shortcut.acceleration.accelerated import Accelerated
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_share
-from lit_shortcut.evaluation.identity import dtype_of
+from lit_shortcut.evaluation.identity import computed_in, dtype_of
 from lit_shortcut.loggers import carry_on, log_artifact, log_page, log_picture, log_table
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.report.closing import closing
@@ -78,7 +78,7 @@ class Report(L.Callback):
             next(iter(latencies.values()), None),
             higher_is_better=higher_is_better,
             num_steps=task.decoding.num_steps,
-            precision=str(trainer.precision),
+            dtype=computed_in(task.base, str(trainer.precision)),
             incomplete=[row.name for row in task.rows if row.name not in latencies],
             shortcuts=_shortcuts(task),
             step_share=self.step_share,

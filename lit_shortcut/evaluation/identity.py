@@ -64,6 +64,16 @@ def dtype_of(base: MaskedImageModel) -> str:
     return _dtypes(base) or str(base.interface.code_embedding.dtype).removeprefix("torch.")
 
 
+def computed_in(base: MaskedImageModel, precision: str) -> str:
+    """Return what the features of ``base`` are computed in under the trainer's ``precision``, such as ``bfloat16``.
+
+    The weights decide, since a trainer in ``32-true`` leaves those of a base loaded in bfloat16 as they are; a mixed
+    precision is named beside them.
+    """
+    dtype = str(base.interface.code_embedding.dtype).removeprefix("torch.")
+    return f"{precision} on {dtype} weights" if precision.endswith("mixed") else dtype
+
+
 def _dtypes(module: object) -> str:
     tensors = module.parameters() if isinstance(module, nn.Module) else ()
     return "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))

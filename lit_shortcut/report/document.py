@@ -24,7 +24,7 @@ def notes(
     *,
     higher_is_better: bool,
     num_steps: int,
-    precision: str,
+    dtype: str,
     incomplete: Sequence[str] = (),
     shortcuts: Collection[str] = (),
     step_share: float | None = None,
@@ -37,7 +37,7 @@ def notes(
         latency: the stored latency of one row; None if latency was not measured.
         higher_is_better: whether a higher ``quality`` is better.
         num_steps: N of the vanilla that speed-ups refer to.
-        precision: the trainer's precision.
+        dtype: what the rows were computed in.
         incomplete: names of the rows whose latency is missing.
         shortcuts: names of the rows with a shortcut.
         step_share: share of a base pass that a shortcut step takes on another base, to compute what the rows would cost
@@ -60,7 +60,7 @@ def notes(
     if latency is not None:
         lines += [
             f"Latency: decoding loop only, median (interquartile range) of {latency['rounds']} rounds in turns, batch "
-            f"{latency['batch_size']}, precision {precision}, {latency['device']}; its cost is also given in passes of "
+            f"{latency['batch_size']}, {dtype}, {latency['device']}; its cost is also given in passes of "
             f"the base, timed beside it. Speed-ups refer to vanilla at N = {num_steps}."
         ]
         if incomplete:

@@ -48,6 +48,21 @@ def half_masked(model: MaskedImageModel, count: int) -> Tensor:
     return tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 0.5, model.spec.mask_id)
 
 
+@pytest.mark.parametrize(
+    "maker",
+    ["make_base_with_vqgan", "make_halton", "make_mmada", "make_amused", "make_meissonic", "make_dimoo"],
+    indirect=True,
+)
+def test_no_precision_casts_a_published_image_decoder(make: MakeBase) -> None:
+    model = make(0)
+    assert isinstance(model, nn.Module)
+    tokens = torch.randint(model.spec.codebook_size, (2, model.spec.num_tokens), generator=torch.Generator())
+    before = model.decode(tokens)
+    model.to(torch.bfloat16)
+    assert model.interface.code_embedding.dtype == torch.bfloat16
+    assert torch.equal(model.decode(tokens), before)
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_spec_tells_the_shapes(model: MaskedImageModel, conditions: MakeConditions, guided: bool) -> None:
     spec, branches = model.spec, 1 + guided

@@ -173,16 +173,22 @@ def test_count_of_validations_goes_on_from_a_checkpoint(recorded: Path) -> None:
     assert ["sampling/shortcut_n6_b2/speedup" in logged for logged in watch.logged] == [False, True]
 
 
-def test_images_are_drawn_in_the_trainers_precision(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[bool] = set()
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("bf16-true", torch.bfloat16), ("32-true", torch.float32)]
+)
+def test_images_are_drawn_in_the_precision_of_test_and_weights_are_cast_once(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, dtype: torch.dtype
+) -> None:
+    seen: set[Any] = set()
 
     def noted(base: ToyBase, conditions: Any, row: Row) -> Drawn:
-        seen.add(torch.is_autocast_enabled("cpu"))
+        weights = {parameter.dtype for parameter in base.parameters()}
+        seen.add((*weights, torch.is_autocast_enabled("cpu")))
         return draw(base, conditions, row)
 
     monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.draw", noted)
-    fit(recorded, make(latency_rounds=0), max_steps=2, precision="bf16-mixed")
-    assert seen == {True}
+    fit(recorded, make(latency_rounds=0), max_steps=2, precision=precision)
+    assert seen == {(dtype, False)}
 
 
 def test_base_in_bfloat16_is_sampled_with_a_copy_of_the_network(recorded: Path) -> None:

@@ -42,15 +42,17 @@ def measure(
     logger: Any = False,
     run_seeds: list[int] | None = None,
     then: str = "",
+    base: ToyBase | None = None,
+    precision: Any = "32-true",
     **arguments: Any,
 ) -> str:
     """Measure three rows and return the report."""
     settings: dict[str, Any] = {"latency_rounds": 1, "latency_batch_size": 2, "grid_images": 1}
     settings |= {"metrics": {"count": Count()}, "methods": {"hold": Hold()}}
     settings |= {"rows": [[5], [3], [5, 2, "hold"]]}
-    task = EvaluationTask(ToyBase(), decoding=Decoding(num_steps=5), results=folder, **(settings | arguments))
+    task = EvaluationTask(base or ToyBase(), decoding=Decoding(num_steps=5), results=folder, **(settings | arguments))
     quiet: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "logger": logger}
-    trainer = L.Trainer(**quiet, callbacks=[Report(quality, then)])
+    trainer = L.Trainer(**quiet, precision=precision, callbacks=[Report(quality, then)])
     trainer.test(task, datamodule=ClassLabels(num_images, batch_size=4, run_seeds=run_seeds), verbose=False)
     return (folder / "report.md").read_text()
 
@@ -65,7 +67,7 @@ def test_report_says_what_was_measured_and_how(tmp_path: Path) -> None:
         ["hold", "5", "2"],
     ]
     assert {row[-1] for row in rows[1:]} == {"6.000 ± 0.000"}
-    for part in ("6 images per row and seed, 2 seed(s)", "N = 5", "of 1 rounds in turns, batch 2", "precision 32-true"):
+    for part in ("6 images per row and seed, 2 seed(s)", "N = 5", "of 1 rounds in turns", "batch 2, float32, "):
         assert part in text
     assert "dominates" not in text  # all distances are equal
     for name in ("grids.png", "pareto.png", "report.html"):
@@ -75,6 +77,16 @@ def test_report_says_what_was_measured_and_how(tmp_path: Path) -> None:
     assert (figures["seeds"], figures["precision"], figures["dtype"]) == ([4, 5], "32-true", "float32")
     assert figures["identities"]["vanilla_n5"]["conditions"]["num_images"] == 6
     assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize(
+    ("precision", "told"),
+    [("32-true", "bfloat16"), ("bf16-true", "bfloat16"), ("bf16-mixed", "bf16-mixed on bfloat16 weights")],
+)
+def test_report_names_the_dtype_of_the_weights_not_of_the_trainer(tmp_path: Path, precision: Any, told: str) -> None:
+    text = measure(tmp_path, base=ToyBase().bfloat16(), precision=precision)
+    assert f"batch 2, {told}, " in text
+    assert "32-true" not in text
 
 
 def test_report_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,11 +160,11 @@ def test_cost_at_a_lighter_step_is_computed_for_rows_with_a_shortcut(table: pd.D
         latency,
         higher_is_better=False,
         num_steps=8,
-        precision="32-true",
+        dtype="float32",
         shortcuts=[HOLD.name],
         step_share=0.05,
     )
     assert f"2.30 for {HOLD.name}" in below  # 2 + (8 − 2) · 0.05
     assert "0.05" not in notes(
-        table, "distance", latency, higher_is_better=False, num_steps=8, precision="32-true", shortcuts=[HOLD.name]
+        table, "distance", latency, higher_is_better=False, num_steps=8, dtype="float32", shortcuts=[HOLD.name]
     )

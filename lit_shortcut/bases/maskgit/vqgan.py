@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import yaml
 from diffusers import VQModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_shortcut.bases.code_decoder import taming_pairs
+from lit_shortcut.bases.frozen import KeptDtype
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.published import Names, filled, load_state
 from lit_shortcut.weights import WeightsError
@@ -20,7 +21,7 @@ from lit_shortcut.weights import WeightsError
 _TRAINING_ONLY = ("loss.",)  # discriminator and perceptual loss, also in the checkpoint
 
 
-class VQGAN(nn.Module):
+class VQGAN(KeptDtype):
     """Tokenizer from colour images to a grid of codes and back; by default MaskGIT's f16 VQGAN with 1024 codes.
 
     Args:
