@@ -10,7 +10,7 @@ import lightning as L
 from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
-from lit_shortcut.acceleration.compilation import compile_networks
+from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import require_feasible
@@ -30,6 +30,7 @@ class GenerateTask(L.LightningModule):
         budget: b, the number of those steps; None is all steps, vanilla.
         compare: also draw each picture with vanilla.
         compiled: run base and shortcut through ``torch.compile``.
+        compile_mode: ``reduce-overhead`` replays CUDA graphs.
     """
 
     def __init__(
@@ -42,13 +43,15 @@ class GenerateTask(L.LightningModule):
         budget: int | None = None,
         compare: bool = False,
         compiled: bool = False,
+        compile_mode: Mode = "default",
     ) -> None:
         super().__init__()
         assert isinstance(base, nn.Module)
         self.base: MaskedImageModel = base
         self.decoding, self.shortcut = decoding or Decoding(), shortcut
         self.plan: PlanName = plan
-        self.budget, self.compare, self.compiled = budget, compare, compiled
+        self.budget, self.compare = budget, compare
+        self.compiled, self.compile_mode = compiled, compile_mode
         self.on_step: Callable[[], None] | None = None
         if isinstance(shortcut, Shortcut):
             shortcut.require_fit(base)  # before the number of steps: another base is the better explanation
@@ -89,7 +92,8 @@ class GenerateTask(L.LightningModule):
     def on_predict_start(self) -> None:
         """Compile networks if ``compiled``."""
         if self.compiled:
-            compile_networks(self.base, [self.shortcut] if isinstance(self.shortcut, nn.Module) else [])
+            methods = [self.shortcut] if isinstance(self.shortcut, nn.Module) else []
+            compile_networks(self.base, methods, self.compile_mode)
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> dict[str, Drawing]:
         """Return the pictures of one batch by row; the first batch is preceded by two steps of each to warm up."""
