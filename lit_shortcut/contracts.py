@@ -77,7 +77,7 @@ class PrefixSize(NamedTuple):
     is_padded: bool
 
     @classmethod
-    def of(cls, lengths: list[int], num_control: list[int]) -> PrefixSize:
+    def of(cls, lengths: Sequence[int], num_control: Sequence[int]) -> PrefixSize:
         """Return the size of prefixes, from the numbers of each sample."""
         is_padded = min(lengths) < max(lengths) or min(num_control) < max(num_control)
         return cls(max(lengths), max(num_control), is_padded)

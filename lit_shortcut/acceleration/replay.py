@@ -16,6 +16,8 @@ from lit_shortcut.contracts import (
     Conditions,
     Context,
     Control,
+    Prefix,
+    PrefixSize,
     State,
     TokenSpec,
     Trajectories,
@@ -61,7 +63,8 @@ class Replay:
         self.guidance = guidance
         self.spec, self.interface, self.fingerprint = ends.spec, ends.interface, ends.fingerprint
         num_steps = trajectories.features.shape[2]
-        self.counts = torch.bincount(trajectories.committed_at[0].long(), minlength=num_steps).tolist()
+        first = trajectories.committed_at.tolist()[0]
+        self.counts = [first.count(step) for step in range(num_steps)]
         self._features = trajectories.features
         device = self.interface.code_embedding.device
         self._tokens, self._committed_at = (
@@ -73,6 +76,7 @@ class Replay:
         prefix = trajectories.prefix
         self.recorded = ReplayContext(
             prefix=prefix and prefix.map(lambda part: part.transpose(0, 1)),  # (B, G, …) to (G, B, …)
+            prefix_sizes=() if prefix is None else _sizes(prefix),
             samples=torch.arange(batch, device=device).expand(branches, -1),
         )
 
@@ -125,6 +129,12 @@ class Replay:
         known = sum(self.counts[:step])
         places = self._order[:, known : known + self.counts[step]]
         return Control(self._tokens.gather(1, places), places)
+
+
+def _sizes(prefix: Prefix) -> tuple[PrefixSize, ...]:
+    """Return the sizes of ``prefix`` (B, G, …) on the host, one for each branch."""
+    lengths, num_control = (zip(*part.tolist(), strict=True) for part in (prefix.lengths, prefix.num_control))
+    return tuple(map(PrefixSize.of, lengths, num_control))
 
 
 class Replayed(NamedTuple):

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import asdict
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -22,23 +25,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.plans import Adaptive
 from lit_shortcut.acceleration.predictors import Hold
-from lit_shortcut.contracts import Clock, Conditions, Control, MaskedImageModel, Trajectories
+from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.decoding.unmasking import sample_codes
-from lit_shortcut.losses import HeadKL, masked_tokens
-from lit_shortcut.metrics.functional import head_kl, masked_cosine, masked_mean, masked_mse, token_agreement
-from lit_shortcut.networks.control import advance, lay_out_branches
+from lit_shortcut.losses import HeadKL, MaskedMSE
+from lit_shortcut.metrics.places import PlaceMean
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.sampling import Decoding, generate, sample
 from lit_shortcut.tasks import room
 from lit_shortcut.tasks.recording import record
 from lit_shortcut.tasks.room import HostRing, HostRoom
+from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.trajectory.transitions import select
 from tests.gpu.cases import CASES, accelerations
 from tests.gpu.launches import Launches, launches_of
 
 NUM_STEPS, CUDA = 3, "cuda:0"
-META = "meta"  # takes gradients without a driver, too; CUDA's autograd asks for one
+META = "meta"
+DRAWS_DEPTH_2 = 2  # number of a batch for which the task draws two predictions in a row
 DECODINGS = {
     "default": Decoding(NUM_STEPS),
     "unguided": Decoding(NUM_STEPS, guidance=0.0, temperature=0.7),
@@ -52,6 +57,7 @@ class OnDevice(NamedTuple):
     mode: FakeTensorMode
     base: MaskedImageModel
     network: ShortcutNetwork
+    task: ShortcutTask
     conditions: Conditions
     device: torch.device
 
@@ -70,10 +76,25 @@ def move(module: nn.Module, mode: FakeTensorMode, device: str) -> None:
                 tensors[name] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
 
 
+def task_of(base: MaskedImageModel, network: ShortcutNetwork) -> ShortcutTask:
+    """A task set up as by a trainer, which logs nothing."""
+    decoding = asdict(DECODINGS["default"])
+    card = SimpleNamespace(spec=base.spec._asdict(), decoding=decoding, num_steps=NUM_STEPS, base_fingerprint="")
+    guided = network.options.guided
+    data = SimpleNamespace(card=card, interface=base.interface, source="", window=1, max_gap=1, guided=guided)
+    task = ShortcutTask(network, losses={"mse": MaskedMSE(), "all": MaskedMSE(rows="all"), "kl": HeadKL()})
+    task.trainer = SimpleNamespace(  # type: ignore[assignment]
+        datamodule=data, precision="32-true", world_size=1, current_epoch=0, global_step=0, log_every_n_steps=0
+    )
+    task.setup("fit")
+    return task
+
+
 @contextmanager
 def fake(name: str, monkeypatch: pytest.MonkeyPatch, device: str = CUDA) -> Iterator[OnDevice]:
     case = CASES[name]
     base, network, conditions = case.make_base(), case.make_network(), case.conditions()
+    task = task_of(base, network)
     for decoding in DECODINGS.values():  # what is computed once, on the CPU
         tokens_per_step(decoding.schedule, NUM_STEPS, base.spec.num_tokens)
     places = halton_order(*base.spec.grid)
@@ -82,8 +103,10 @@ def fake(name: str, monkeypatch: pytest.MonkeyPatch, device: str = CUDA) -> Iter
         assert isinstance(base, nn.Module)
         for module in (base, network):
             move(module, mode, device)
+        assert task.rollouts is not None
+        task.rollouts.to(device)
         tensors = (mode.from_tensor(part).to(device) for part in conditions[:3])
-        yield OnDevice(mode, base, network, Conditions(*tensors, conditions.prompts), torch.device(device))
+        yield OnDevice(mode, base, network, task, Conditions(*tensors, conditions.prompts), torch.device(device))
 
 
 RUNS = [(name, method, "default") for name in CASES for method in ("vanilla", "shortcut")]
@@ -179,49 +202,73 @@ def test_a_tensor_left_on_the_host_is_caught(monkeypatch: pytest.MonkeyPatch) ->
             generate(on.base, on.conditions, DECODINGS["default"], Vanilla())
 
 
-def one_step(on: OnDevice, is_masked: Tensor) -> tuple[Tensor, Tensor]:
-    """Features before a step and the network's prediction of those after it, of the conditional branch."""
-    base, network = on.base, on.network
-    context = base.context(on.conditions, guided=False)
-    codes = on.moved(torch.randint(base.spec.codebook_size, (2, base.spec.num_tokens)))
-    layout = next(iter(lay_out_branches(network, base.interface, context)), None)
-    features = base.features(codes, context, Clock(0, NUM_STEPS))[0]
-    share = on.moved(torch.tensor([0.5, 0.5]))
-    control, gap = Control(codes[:, :3], codes[:, :3]), share if network.options.anchored else None
-    return features, advance(network, base.interface, features, control, share, layout, masked=is_masked, gap=gap)
+def trajectories(name: str) -> Trajectories:
+    """Trajectories in the host's memory, whose values are known as in validation."""
+    case = CASES[name]
+    found = record(case.make_base(), case.conditions(), DECODINGS["default"])
+    return apply_to_collection(found, Tensor, Tensor.clone)  # outside inference mode
+
+
+def windows(name: str) -> Transition:
+    """Windows of two targets, or gaps of one step and of two, as a loader makes them."""
+    options, places = CASES[name].make_network().options, [(0, 0, 0), (1, 0, 0)]
+    guidance = DECODINGS["default"].guidance_by_step if options.guided else None
+    window, gaps = (1, [1, 2]) if options.anchored else (2, None)
+    return select(trajectories(name), places, window, gaps, guidance)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_network_trains_and_is_validated_without_waiting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward, losses over masked places, backward, and an optimiser's step."""
+def test_a_step_of_training_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two predictions in a row, all losses, backward, and an optimiser's step.
+
+    On ``meta``, which takes gradients without a driver; CUDA's autograd asks for one.
+    """
+    batch = windows(name)
     with fake(name, monkeypatch, META) as on:
         optimizer = torch.optim.AdamW(on.network.requires_grad_(True).parameters(), lr=1e-3)
-        is_masked = on.moved(torch.rand(2, on.base.spec.num_tokens) < 0.5)
-        rows = on.base.interface.masked_rows(is_masked)
-        features, predicted = one_step(on, is_masked)
-        loss = masked_mse(predicted, features, rows) + masked_cosine(predicted, features, rows)
-        tokens = masked_tokens(is_masked, is_masked.shape[1])
-        loss = loss + HeadKL()(predicted, features, tokens, on.base.interface)
-        loss.backward()
+        batch = apply_to_collection(batch, Tensor, on.moved)
+        with Launches() as launches:
+            loss = on.task.training_step(batch, DRAWS_DEPTH_2)
+            loss.backward()
         optimizer.step()
-        with torch.no_grad():
-            target, guess = (on.base.interface.logits(rows) for rows in one_step(on, is_masked))
-            measured = masked_mean(head_kl(target, guess), is_masked), token_agreement(guess, target, is_masked)
-        assert {part.device for part in (loss, *measured)} == {on.device}
+        gradients = [parameter.grad for parameter in on.network.parameters()]
+        assert {part.device for part in (loss, *gradients) if part is not None} == {on.device}
+        assert not launches.reads
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_loss_of_the_head_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with fake(name, monkeypatch) as on, torch.no_grad():
-        is_masked = on.moved(torch.rand(2, on.base.spec.num_tokens) < 0.5)
-        features, predicted = one_step(on, is_masked)
-        with Launches() as launches:
-            tokens = masked_tokens(is_masked, count=5)
-            loss = HeadKL()(predicted, features, tokens, on.base.interface)
-        assert loss.device == on.device
-        assert not launches.reads
-        with pytest.raises(DynamicOutputShapeException):
-            masked_tokens(is_masked, None)
+def test_validation_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trajectories(name)
+    with fake(name, monkeypatch) as on:
+        on.task.validation_step(found, 0)
+        totals = [metric.total for metric in on.task.modules() if isinstance(metric, PlaceMean)]
+        assert {total.device for total in totals} == {on.device}
+
+
+def read_back(network: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.sum().item()
+
+
+def test_a_network_that_reads_its_output_is_caught_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = windows("toy")
+    with fake("toy", monkeypatch, META) as on:
+        on.network.register_forward_hook(read_back)
+        with pytest.raises(DataDependentOutputException):
+            on.task.training_step(apply_to_collection(batch, Tensor, on.moved), 0)
+
+
+def test_a_network_that_reads_its_output_is_caught_in_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trajectories("toy")
+    with fake("toy", monkeypatch) as on:
+        on.network.register_forward_hook(read_back)
+        with pytest.raises(DataDependentOutputException):
+            on.task.validation_step(found, 0)
+
+
+def test_masked_tokens_counted_on_the_device_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = windows("toy")._replace(num_masked=())
+    with fake("toy", monkeypatch, META) as on, pytest.raises(DynamicOutputShapeException):
+        on.task.training_step(apply_to_collection(batch, Tensor, on.moved), 0)
 
 
 class Cumsums(TorchDispatchMode):
