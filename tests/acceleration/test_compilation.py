@@ -20,8 +20,7 @@ from lit_shortcut.sampling import Decoding, generate
 from tests.gpu.cases import CASES
 
 DECODING = Decoding(num_steps=5)
-WHOLE = [(name, "default") for name in ("toy", "cross toy", "neighbourhood", "dimoo, padded")]
-WHOLE += [("maskgit", "reduce-overhead")]
+WHOLE: list[tuple[str, compilation.Mode]] = [(n, "reduce-overhead" if n == "maskgit" else "default") for n in CASES]
 
 
 @pytest.fixture

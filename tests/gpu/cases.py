@@ -68,9 +68,9 @@ CASES = {
     "masked rows": Case(maskgit, partial(ShortcutNet, 32, num_heads=2, rows="masked", anchored=True)),
     "guided": Case(maskgit, partial(ShortcutNet, 32, num_heads=2, rows="masked", anchored=True, guided=True)),
     "halton": Case(tiny_halton, partial(ShortcutNet, 32, num_heads=2)),
-    "amused": Case(lambda: tiny_amused(0), partial(ShortcutNet, 32, num_heads=2), UNEQUAL_PROMPTS),
+    "amused": Case(lambda: tiny_amused(0, num_hidden_layers=1), partial(ShortcutNet, 32, num_heads=2), UNEQUAL_PROMPTS),
     "meissonic": Case(
-        lambda: tiny_meissonic(0, 64, downsample=True, upsample=True),
+        lambda: tiny_meissonic(0, 64, downsample=True, upsample=True, num_single_layers=1),
         partial(ShortcutNet, 24, num_heads=2),
         UNEQUAL_PROMPTS,
     ),
