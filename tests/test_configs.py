@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections import Counter
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,21 @@ def test_yaml_parses_under_the_commands_it_names(
             assert names.count("LastCheckpoint") == 1, "the same in all configurations, with intervals that fit the run"
             written = [callback["init_args"].get("filename") for callback in callbacks]
             assert "last" not in written
+
+
+FITS = [configs for path in YAMLS for verb, configs in commands(path) if verb == "fit"]
+
+
+@pytest.mark.parametrize("configs", FITS, ids=lambda configs: configs[-1])
+def test_each_rank_of_fit_has_a_batch_to_sample(configs: list[str]) -> None:
+    trainer: dict[str, Any] = {}
+    for config in configs:
+        trainer |= yaml.safe_load((CONFIGS.parent / config).read_text()).get("trainer", {})
+    for callback in trainer["callbacks"]:
+        if callback["class_path"].endswith(".AcceleratedSampling"):
+            conditions = callback["init_args"]["conditions"]["init_args"]
+            num_batches = ceil(conditions["num_images"] / conditions["batch_size"])
+            assert num_batches >= trainer.get("devices", 1) * trainer.get("num_nodes", 1)
 
 
 @pytest.mark.parametrize("base", ["fashion", "fashion_text"])

@@ -93,8 +93,17 @@ class AcceleratedSampling(L.Callback):
         self.validations = state_dict["validations"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check, before training, that this base recorded the trajectories and that all rows can be run."""
+        """Check, before training, that this base recorded the trajectories and that all rows can be run on each rank.
+
+        Raises:
+            ValueError: if it is another base, a row cannot be run, or there are fewer batches of conditions than ranks.
+        """
         assert isinstance(pl_module, ShortcutTask)
+        if (num_batches := len(self.conditions.loader())) < trainer.world_size:
+            raise ValueError(
+                f"conditions of AcceleratedSampling make {num_batches} batch{'es' * (num_batches > 1)}, and each of "
+                f"{trainer.world_size} ranks needs one: lower their batch_size or raise num_images"
+            )
         require_feasible(self.base, self._rows(pl_module.network), self.conditions)
         recorded = trainer.datamodule.card.base_fingerprint  # type: ignore[attr-defined]
         if recorded != self.base.fingerprint:
@@ -142,8 +151,6 @@ class AcceleratedSampling(L.Callback):
             for k, batch in enumerate(self.conditions.loader())
             if k % trainer.world_size == trainer.global_rank
         ]
-        if not mine:
-            raise ValueError(f"conditions hold fewer batches than there are ranks ({trainer.world_size})")
         vanilla, *others = rows
         if self.vanilla is None:
             self.vanilla = self._measure(vanilla, mine)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -253,3 +254,10 @@ def test_what_cannot_be_sampled_is_refused_before_anything_is_trained(
     monkeypatch.setattr(ShortcutTask, "training_step", never)
     with pytest.raises(ValueError, match=message):
         fit(recorded, make(**arguments))
+
+
+def test_fewer_batches_than_ranks_are_refused_on_every_rank() -> None:
+    """Six images in batches of four are two batches."""
+    task, ranks = ShortcutTask(ShortcutNet(width=16, num_heads=2)), SimpleNamespace(world_size=3)
+    with pytest.raises(ValueError, match=r"conditions.* make 2 batches, and each of 3 ranks needs one: .*batch_size"):
+        make().setup(ranks, task, "fit")  # type: ignore[arg-type]
