@@ -1,6 +1,7 @@
 """What acceleration is worth on this machine's device: both published systems with random weights, in ten minutes.
 
-``make gpu`` writes Markdown and JSON named after the device. No figure of quality comes from random weights.
+``make gpu`` writes Markdown and JSON named after the device, again after each table: a run that is cut leaves what it
+measured. No figure of quality comes from random weights.
 """
 
 from __future__ import annotations
@@ -45,27 +46,22 @@ def main(scale: Scale = "published", folder: Path = Path("benchmarks/results")) 
 
     Args:
         scale: sizes; ``tiny`` tries the path in seconds.
-        folder: for the report and its numbers.
+        folder: for the report and its numbers; those of the same device are replaced.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")  # Lightning's advice on small runs
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if has_native_bfloat16() else torch.float32
     machine = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
+    path = folder / re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     tables: list[Table] = []
-    text = f"# {machine['device']}\n"
-    print(text, flush=True)  # noqa: T201 - what the command is for
+    print(f"# {machine['device']}\n", flush=True)  # noqa: T201 - what the command is for
     for system in systems(scale):
         for table in measure(system, device, dtype):
             tables.append(table)
             print(table.markdown(), flush=True)  # noqa: T201 - a table as soon as it is measured: the next takes minutes
-    facts = _facts(machine | {"weights": "random"})
-    print(facts)  # noqa: T201
-    text = "\n".join([text, *(table.markdown() for table in tables), facts])
-    path = folder / re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    for suffix, content in ((".md", text), (".json", _json(machine, tables))):
-        with replacing(path.with_suffix(suffix)) as aside:
-            aside.write_text(content + "\n")
+            _write(path, machine, tables)
+    print(f"{_facts(machine)}\nwritten to {path}.md and {path}.json")  # noqa: T201
 
 
 def measure(system: System, device: torch.device, dtype: torch.dtype) -> Iterator[Table]:
@@ -174,9 +170,11 @@ def training_table(name: str, size: Size, device: torch.device, dtype: torch.dty
         if len(rows) > 2 and rate < 1.05 * rows[-3]["pairs/s"]:
             break
         batch *= 2
+    note = "Loss, gradients, AdamW and average of weights; pairs lie on the device."
+    if not rows:
+        return Table(f"{name}: training", [{"batch": 1, "pairs/s": None}], f"Batch 1 does not fit in memory. {note}")
     best = max(rows, key=lambda row: float(row["pairs/s"]))
-    note = f"Best at batch {best['batch']}. Loss, gradients, AdamW and average of weights; pairs lie on the device."
-    return Table(f"{name}: training", rows, note)
+    return Table(f"{name}: training", rows, f"Best at batch {best['batch']}. {note}")
 
 
 def pairs_per_second(size: Size, batch_size: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -187,12 +185,17 @@ def pairs_per_second(size: Size, batch_size: int, device: torch.device, dtype: t
     return 1000 / measure_latency({"step": step}, device, batch_size, rounds=10, warmup=3)["step"].median_ms
 
 
-def _facts(facts: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
+def _write(path: Path, machine: dict[str, str], tables: list[Table]) -> None:
+    """Write ``tables`` as Markdown and JSON, each whole or not at all."""
+    text = "\n".join([f"# {machine['device']}\n", *(table.markdown() for table in tables), _facts(machine)])
+    numbers = json.dumps({"machine": machine, "tables": [table._asdict() for table in tables]}, indent=1)
+    for suffix, content in ((".md", text), (".json", numbers)):
+        with replacing(path.with_suffix(suffix)) as aside:
+            aside.write_text(content + "\n")
 
 
-def _json(machine: dict[str, str], tables: list[Table]) -> str:
-    return json.dumps({"machine": machine, "tables": [table._asdict() for table in tables]}, indent=1)
+def _facts(machine: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (machine | {"weights": "random"}).items())
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def systems(scale: Scale) -> list[System]:
             num_recorded=256,
             training=SIZES[-1],
         ),
+        # decoding only: at the paper's 23 s an image, recording 8 images in three ways takes as long as all else, and
+        # 54 GB of disk; random pairs to train on have no prompts
         System(
             "Lumina-DiMOO 1024×1024",
             lambda device: dimoo.random_weights(device=str(device)),
