@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_shortcut.background import Background
+from lit_shortcut.contracts import Trajectories
 from lit_shortcut.trajectory import TrajectoryError
 
 Batch = TypeVar("Batch")
@@ -38,8 +39,8 @@ class EpochLoader(Generic[Batch]):
         length: batches in an epoch.
         epoch: returns the epoch's number; called when the epoch begins.
         layout: everything the order depends on, compared when a checkpoint is resumed.
-        num_workers: threads, each at most two batches ahead, in pinned memory if there is a GPU; 0 makes each batch on
-            demand.
+        num_workers: threads, each at most two batches ahead, in pinned memory if there is a GPU and they are no
+            trajectories; 0 makes each batch on demand.
     """
 
     def __init__(
@@ -90,9 +91,13 @@ class EpochLoader(Generic[Batch]):
         self._position = self._resume = (state["epoch"], state["done"])
 
     def _made(self, place: tuple[int, int]) -> Batch | None:
-        """Return the batch at ``place``, in pinned memory if there is a GPU."""
+        """Return the batch at ``place``, in pinned memory if there is a GPU.
+
+        Not whole trajectories: they take GB, which pinning rounds up to a power of 2, and go to the device by steps,
+        each of which is gathered first.
+        """
         batch = self._batches[place]
-        if not torch.cuda.is_available():
+        if isinstance(batch, Trajectories) or not torch.cuda.is_available():
             return batch
         pinned: Batch | None = apply_to_collection(batch, Tensor, Tensor.pin_memory)
         return pinned

@@ -78,8 +78,9 @@ class TrajectoryDataModule(TransitionDataModule):
 
     A reading thread holds up to two batches as stored, batch_size × (R + 1) × S × C × bytes per value each (0.1 GB for
     64 pairs of MaskGIT at 512×512 in int8; G times as much if ``guided``), and some MB. Batches are decoded on the
-    training device. In validation one thread holds up to two batches of decoded trajectories, validation_batch_size × G
-    × N × S × C × 4 bytes each (0.8 GB for 8 of MaskGIT at 512×512).
+    training device. In validation one thread holds up to two batches of trajectories, validation_batch_size × G × N × S
+    × C × bytes per value each, decoded: in int8 or float32 0.8 GB for 8 of MaskGIT at 512×512, and 8.9 GB for 1 of
+    Lumina-DiMOO at 1024×1024, which takes 4.5 GB in bfloat16.
 
     Args:
         source: folder, or URL prefix that fsspec opens (``https://…``, ``s3://…``, ``gs://…``, ``hf://…``).

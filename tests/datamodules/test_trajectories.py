@@ -498,10 +498,15 @@ def test_batches_to_overfit_are_those_of_the_first_epoch(folder: Path) -> None:
     assert module.seen == 3 * order(make(folder))[:2]
 
 
-def test_batches_made_ahead_are_pinned_where_there_is_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transitions_are_pinned_where_there_is_a_gpu_and_trajectories_are_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pinned = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
     batch = next(iter(make(folder, num_workers=1).train_dataloader()))
     assert batch.features["npy"].shape in pinned
     assert batch.others.control.tokens.shape in pinned
+    pinned.clear()
+    assert isinstance(next(iter(make(folder, num_workers=1).val_dataloader())), Trajectories)
+    assert not pinned
