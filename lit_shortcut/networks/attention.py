@@ -51,16 +51,19 @@ def split_heads(packed: Tensor, num_heads: int) -> Tensor:
     return packed.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, is_real: Tensor | None = None) -> Tensor:
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, is_real: Tensor | None = None, *, is_self: bool = False
+) -> Tensor:
     """Return fused attention of heads (B, heads, Q or K, D), merged to (B, Q, C).
 
-    ``is_real`` (B, K) is false where keys are padding. Attention to no keys, or only to padding, is 0.
+    ``is_real`` (B, K) is false where keys are padding. Attention to no keys, or only to padding, is 0; with ``is_self``
+    rows attend to one another, and no sample may be only padding.
     """
     if not keys.shape[2]:
         return torch.zeros_like(queries).transpose(1, 2).flatten(2)
     mask = None if is_real is None else is_real[:, None, None, :]
     heads = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-    if is_real is not None:  # softmax over nothing is undefined, and kernels differ in its result
+    if is_real is not None and not is_self:  # softmax over nothing is undefined, and kernels differ in its result
         heads = torch.where(is_real.any(dim=1)[:, None, None, None], heads, heads.new_zeros(()))
     return heads.transpose(1, 2).flatten(2)
 

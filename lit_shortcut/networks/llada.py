@@ -89,7 +89,8 @@ class LLaDABlock(nn.Module):
         Args:
             x: rows, (B, S, C).
             by: rotation of their places.
-            is_real: (B, S), or (B, K) with ``memory``, false at padding, which is not attended to.
+            is_real: (B, S), or (B, K) with ``memory``, false at padding, which is not attended to; without ``memory``
+                some rows of each sample must be real.
             memory: other rows (B, K, C) to attend to, with their rotation; the same norm applies to them.
         """
         normed = self.attn_norm(x)
@@ -98,7 +99,8 @@ class LLaDABlock(nn.Module):
             split_heads(project(rows), self.num_heads)
             for project, rows in ((self.q_proj, normed), (self.k_proj, source), (self.v_proj, source))
         )
-        x = x + self.attn_out(attend(rotate(queries, by), rotate(keys, source_by), values, is_real))
+        queries, keys = rotate(queries, by), rotate(keys, source_by)
+        x = x + self.attn_out(attend(queries, keys, values, is_real, is_self=memory is None))
         normed = self.ff_norm(x)
         refined: Tensor = x + self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed))
         return refined
