@@ -26,6 +26,7 @@ def test_shards_are_read_beside_the_reference_way(monkeypatch: pytest.MonkeyPatc
     assert [row["way"] for row in rows if row["times the reference"] == 1] == list(loader.REFERENCES)
     sizes = {row["way"]: row["MB a trajectory branch"] for row in rows}
     assert sizes["int8"] < sizes["bfloat16"] < sizes["reference, in the process"]
+    assert [row["way"] for row in rows].count("int8, 2 threads") == len(loader.REFERENCES)
     assert all(row["pairs/s"] > 0 for row in rows)
 
 
