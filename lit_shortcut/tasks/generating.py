@@ -92,7 +92,7 @@ class GenerateTask(L.LightningModule):
     def on_predict_start(self) -> None:
         """Compile networks if ``compiled``."""
         if self.compiled:
-            methods = [self.shortcut] if isinstance(self.shortcut, nn.Module) else []
+            methods: list[nn.Module] = [self.shortcut] if isinstance(self.shortcut, nn.Module) else []
             compile_networks(self.base, methods, self.compile_mode)
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> dict[str, Drawing]:
