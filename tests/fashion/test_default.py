@@ -29,7 +29,10 @@ from tests.metrics.asked import asked
 
 SHIPPED = CONFIGS.parent / "checkpoints" / "fashion"
 MANIFEST = yaml.safe_load((SHIPPED / "manifest.yaml").read_text())
-DECODING = Decoding(**yaml.safe_load((CONFIGS / "parts" / "fashion_decoding.yaml").read_text()))
+DECODING, ACCELERATED = (
+    Decoding(**yaml.safe_load((CONFIGS / "parts" / f"fashion_{name}.yaml").read_text()))
+    for name in ("decoding", "accelerated_decoding")
+)
 MOST_BYTES = 15_000_000
 
 
@@ -111,5 +114,5 @@ def test_command_records_the_default_base(default: MaskGIT, tmp_path: Path) -> N
     samples = [one for shard in (0, 1) for one in read_shard(folder, shard, card)]
     assert [int(one.conditions.labels) for one in samples] == [0, 1, 2, 3]
     (conditions,) = ClassLabels(4, batch_size=4, seed=card.seed).loader()
-    drawn = draw(default, conditions, *build_rows([[4]], DECODING)).images
+    drawn = draw(default, conditions, *build_rows([[4]], ACCELERATED)).images
     assert torch.equal(default.decode(torch.cat([one.tokens for one in samples])), drawn)
