@@ -10,10 +10,11 @@ import pytest
 
 from lit_shortcut.callbacks.fit_linear import FitLinear
 from tests.command_line import CONFIGS, TOY, lightning, record_toy
+from tests.idx import write_test_split
 
 FIT = ("--config", TOY / "fit.yaml", "--trainer.logger=false")
 CALIBRATE = (*FIT, "--config", TOY / "calibrate.yaml")
-REFERENCE = ("--config", CONFIGS / "fashion/reference.yaml", "--trainer.accelerator=cpu")
+REFERENCE = ("--config", CONFIGS / "fashion/reference.yaml", "--trainer.accelerator=cpu", "--data.folder=images")
 PICTURES = (
     "--config",
     CONFIGS / "fashion/generate.yaml",
@@ -63,6 +64,7 @@ def test_trial_run_writes_nothing_and_says_so(
     verb: str, words: tuple[object, ...], place: str, recorded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(recorded, tmp_path / "runs/toy/trajectories")
+    write_test_split(tmp_path / "images", count=20)
     before = files(tmp_path)
     with caplog.at_level(logging.INFO):
         lightning(tmp_path, verb, *words)

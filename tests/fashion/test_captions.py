@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import struct
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,11 @@ from torch import Tensor
 from lit_shortcut.fashion.captions import SPECIAL_TOKENS, CaptionedFashionMNIST, captions, train_tokenizer, write_texts
 from lit_shortcut.fashion.garments import follows, measure, read_prompt
 from lit_shortcut.fashion.images import FashionMNIST
+from tests.idx import idx
 
 
 def write_idx(path: Path, values: Tensor) -> None:
-    header = struct.pack(f">HBB{values.dim()}I", 0, 8, values.dim(), *values.shape)
-    path.write_bytes(gzip.compress(header + values.numpy().tobytes()))
+    path.write_bytes(gzip.compress(idx(values)))
 
 
 @pytest.fixture

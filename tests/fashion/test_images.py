@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,16 +11,11 @@ from torch import Tensor
 from lit_shortcut.fashion.classifier import ClassifierTask, FashionCNN
 from lit_shortcut.fashion.images import FashionMNIST, read_idx
 from lit_shortcut.images import LabelledImages
+from tests.idx import idx
 from tests.tasks.short_runs import short_trainer
 
 TRAIN, TEST, SIDE = 20, 6, 4
 STEMS = ("images-idx3-ubyte", "labels-idx1-ubyte")
-
-
-def idx(values: Tensor) -> bytes:
-    """LeCun's format: two zero bytes, 8 for uint8, the rank, big-endian sizes, the values."""
-    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
-    return header + values.numpy().tobytes()
 
 
 def split(count: int, seed: int) -> tuple[Tensor, Tensor]:
