@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -63,8 +64,8 @@ class Replay:
         self.guidance = guidance
         self.spec, self.interface, self.fingerprint = ends.spec, ends.interface, ends.fingerprint
         num_steps = trajectories.features.shape[2]
-        first = trajectories.committed_at.tolist()[0]
-        self.counts = [first.count(step) for step in range(num_steps)]
+        committed = Counter(trajectories.committed_at.tolist()[0])
+        self.counts = [committed[step] for step in range(num_steps)]
         self._features = trajectories.features
         device = self.interface.code_embedding.device
         self._tokens, self._committed_at = (

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import nn
 
 from lit_shortcut.contracts import MaskedImageModel
@@ -61,7 +62,7 @@ def row_identity(
 
 def dtype_of(base: MaskedImageModel) -> str:
     """Return the dtypes of the base's weights, such as ``bfloat16``."""
-    return _dtypes(base) or str(base.interface.code_embedding.dtype).removeprefix("torch.")
+    return _dtypes(base) or _name(base.interface.code_embedding.dtype)
 
 
 def computed_in(base: MaskedImageModel, precision: str) -> str:
@@ -70,13 +71,17 @@ def computed_in(base: MaskedImageModel, precision: str) -> str:
     The weights decide, since a trainer in ``32-true`` leaves those of a base loaded in bfloat16 as they are; a mixed
     precision is named beside them.
     """
-    dtype = str(base.interface.code_embedding.dtype).removeprefix("torch.")
+    dtype = _name(base.interface.code_embedding.dtype)
     return f"{precision} on {dtype} weights" if precision.endswith("mixed") else dtype
 
 
 def _dtypes(module: object) -> str:
     tensors = module.parameters() if isinstance(module, nn.Module) else ()
-    return "+".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+    return "+".join(sorted({_name(tensor.dtype) for tensor in tensors}))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def differences(before: object, after: object, path: str = "") -> list[str]:
