@@ -16,13 +16,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.multiprocessing import ProcessRaisedException
 
 import lit_shortcut.tasks.recording
+from datamodules.online import OnlineDataModule
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.contracts import Conditions, Trajectories
 from lit_shortcut.fashion.classifier import FashionCNN, FashionFeatures
 from lit_shortcut.losses import MaskedMSE
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.weights import save_module
+from lit_shortcut.weights import fingerprint, save_module
 from tests.command_line import TOY, fresh_process, lightning
 from tests.metrics.reference import write_reference
 
@@ -124,6 +125,52 @@ def _fit_and_note_reductions(folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lit_shortcut.tasks.shortcut.sum_over_ranks", reduction)
         lightning(folder, "fit", "--config", TOY / "fit.yaml", *quiet, *few)
+
+
+def test_ranks_draw_different_pools_on_policy_with_the_same_weights(tmp_path: Path) -> None:
+    pools = {}
+    for ranks, words in ((1, ()), (2, TWO)):
+        process = fresh_process(_fit_on_policy_and_note_pools, tmp_path / str(ranks), words)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        lines = (tmp_path / str(ranks) / "pools").read_text().splitlines()
+        pools[ranks] = {int(number): (rank, weights, tokens) for rank, number, weights, tokens in map(str.split, lines)}
+    assert [pools[2][number][0] for number in range(4)] == ["0", "1", "0", "1"]
+    first, second = ({pools[2][number][1] for number in numbers} for numbers in ((0, 1), (2, 3)))
+    assert len(first) == len(second) == 1  # DistributedDataParallel kept them alike
+    assert first != second
+    assert pools[2][0][1:] == pools[1][0][1:]  # the order of pools is shuffled alike, the first weights are the same
+    assert pools[2][1][2] != pools[1][1][2]  # one process has trained by then
+
+
+def _fit_on_policy_and_note_pools(folder: Path, words: tuple[str, ...]) -> None:
+    folder.mkdir()
+    draw = OnlineDataModule._draw_pool
+
+    def noted(self: Any, epoch: int, number: int) -> Trajectories:
+        pool, trainer = draw(self, epoch, number), self.trainer
+        digests = (
+            fingerprint({"": trainer.lightning_module.network.widen.weight}),
+            fingerprint({"": pool.tokens}),
+        )
+        turn = noted.turn * trainer.world_size + trainer.global_rank  # type: ignore[attr-defined]
+        noted.turn += 1  # type: ignore[attr-defined]
+        with (folder / "pools").open("a") as file:
+            file.write(f"{trainer.global_rank} {turn} {' '.join(digests)}\n")
+        return pool
+
+    noted.turn = 0  # type: ignore[attr-defined]
+    online = (
+        "--config",
+        TOY / "fit_online.yaml",
+        "--data.on_policy_budget=2",
+        "--data.conditions.init_args.num_images=16",
+    )
+    quiet = ("--trainer.callbacks=null", "--trainer.logger=false", "--trainer.enable_checkpointing=false")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineDataModule, "_draw_pool", noted)
+        lightning(folder, "fit", "--config", TOY / "fit.yaml", *online, *quiet, "--trainer.limit_val_batches=0", *words)
 
 
 @pytest.mark.parametrize("at", ["log", "checkpoint"])
