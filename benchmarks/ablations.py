@@ -16,6 +16,7 @@ from jsonargparse import auto_cli
 from benchmarks import verbs
 from benchmarks.table import Table
 from lit_shortcut.files import replacing
+from lit_shortcut.precision import has_native_bfloat16
 
 _PLACES = {"network": "model.network", "data": "data"}
 _RUN_SEEDS = [5]  # none of a report, which variants must not be chosen by
@@ -32,7 +33,8 @@ def main(
 ) -> None:
     """Train a shortcut for each variant on the recorded set of ``base``, evaluate all side by side, print one table.
 
-    What the same arguments trained or measured already is kept. The working directory is the project's.
+    What the same arguments trained or measured already is kept. Where the device computes in bfloat16 training is in
+    ``bf16-mixed`` and evaluation in ``bf16-true``. The working directory is the project's.
 
     Args:
         base: folder of configs; its ``extract.yaml`` must have been run.
@@ -80,6 +82,7 @@ def _fit(
         f"--trainer.val_check_interval={max_steps}",
         "--trainer.logger=false",
         "--trainer.enable_checkpointing=false",
+        *_precision("bf16-mixed"),
         *(
             f"--{_PLACES[part]}.init_args.{key}={json.dumps(value)}"
             for part, values in changes.items()
@@ -108,8 +111,14 @@ def _evaluate(
     }
     rows = [[num_steps], *([num_steps, budget, name] for name in names for budget in budgets)]
     images = {"num_images": num_images, "run_seeds": _RUN_SEEDS}
-    found = verbs.report(base, folder / "report", [], {"methods": methods, "rows": rows}, images)
+    found = verbs.report(
+        base, folder / "report", [], {"methods": methods, "rows": rows}, images, *_precision("bf16-true")
+    )
     return {line["name"]: line for line in found["rows"]} | {"": found}
+
+
+def _precision(wanted: str) -> list[str]:
+    return [f"--trainer.precision={wanted}"] if has_native_bfloat16() else []
 
 
 def _line(

@@ -19,7 +19,9 @@ def run(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "lit_shortcut.cli", *words], check=True)  # noqa: S603 - our own verbs
 
 
-def report(base: str, folder: Path, overlays: list[Path], model: dict[str, Any], data: dict[str, Any]) -> Any:
+def report(
+    base: str, folder: Path, overlays: list[Path], model: dict[str, Any], data: dict[str, Any], *words: str
+) -> Any:
     """Run ``test`` on ``base`` and return what ``report.json`` in ``folder`` then says; finished rows are kept.
 
     Args:
@@ -28,6 +30,7 @@ def report(base: str, folder: Path, overlays: list[Path], model: dict[str, Any],
         overlays: YAMLs that come second.
         model: arguments of the task that come last.
         data: arguments of the datamodule that come last.
+        words: further arguments of the command line.
     """
     folder = folder.resolve()
     last = folder.with_suffix(".yaml")
@@ -35,7 +38,7 @@ def report(base: str, folder: Path, overlays: list[Path], model: dict[str, Any],
     model = model | {"results": str(folder)}
     last.write_text(yaml.safe_dump({"model": {"init_args": model}, "data": {"init_args": data}}))
     configs = [Path("configs") / base / "evaluate.yaml", *overlays, last]
-    run("test", *(f"--config={path}" for path in configs), "--trainer.logger=false")
+    run("test", *(f"--config={path}" for path in configs), "--trainer.logger=false", *words)
     return json.loads((folder / "report.json").read_text())
 
 
