@@ -38,6 +38,7 @@ def main(
     decodings: list[dict[str, Any]],
     selection: Seeds,
     evaluation: Seeds,
+    only: dict[str, list[int]] | None = None,
     overlays: list[Path] | None = None,
     folder: Path = Path("runs/frontier"),
 ) -> None:
@@ -55,12 +56,15 @@ def main(
         decodings: fields of the decoding that differ from the base's own, tried for all methods alike.
         selection: images that rows are chosen by.
         evaluation: images of the report; the seeds must be others.
+        only: those N of ``num_steps`` that a method can run at, by its name, where it is not all of them.
         overlays: YAMLs on top of ``evaluate.yaml``, such as ``full_length.yaml``.
         folder: where ``base/sweep`` and ``base/report`` are written.
 
     Raises:
-        ValueError: if a seed is in both sets, or a method has no measured row.
+        ValueError: if a seed is in both sets, ``only`` names another method, or a method has no measured row.
     """
+    if unknown := sorted({*(only or {})} - {*methods}):
+        raise ValueError(f"only must name methods, {', '.join(methods)}; got {', '.join(unknown)}")
     if both := sorted({*selection.run_seeds} & {*evaluation.run_seeds}):
         raise ValueError(f"evaluation.run_seeds must not be among selection.run_seeds; in both: {both}")
     folder = folder / base
@@ -68,7 +72,7 @@ def main(
     entries += [
         [steps, budget, name, plan]
         for name in methods
-        for steps in num_steps
+        for steps in (only or {}).get(name, num_steps)
         for budget in budgets
         for plan in plans
         if budget < steps

@@ -92,7 +92,16 @@ def _trained(folder: Path, exact: Path) -> dict[str, float]:
         return AdamW(parameters, lr=1e-3, weight_decay=1e-2)
 
     network: nn.Module = ShortcutNet(
-        width=128, num_heads=1, bottleneck_ratio=2.0, grid=14, reach=3, rows="masked", anchored=True, guided=True
+        width=128,
+        num_heads=1,
+        bottleneck_ratio=2.0,
+        grid=14,
+        reach=3,
+        num_convs=3,
+        rows="masked",
+        uses_states=True,
+        anchored=True,
+        guided=True,
     )
     losses: dict[str, Loss] = {"mse": MaskedMSE(), "kl": HeadKL()}
     task = ShortcutTask(network, losses=losses, optimizer=adamw, scheduler=scheduled)  # type: ignore[arg-type]

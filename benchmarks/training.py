@@ -64,7 +64,7 @@ SIZES = (
     Size(  # configs/fashion/fit.yaml
         "fashion default",
         {"width": 128, "num_heads": 1, "bottleneck_ratio": 2.0, "grid": 14, "reach": 3}
-        | {"rows": "masked", "anchored": True, "guided": True},
+        | {"num_convs": 3, "rows": "masked", "uses_states": True, "anchored": True, "guided": True},
         num_tokens=196,
         codebook_size=64,
         num_steps=16,

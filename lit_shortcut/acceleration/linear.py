@@ -16,6 +16,7 @@ from lit_shortcut.acceleration.accelerated import Past, PredictFn
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import BaseEnds, Context, State, Trajectories
 from lit_shortcut.interface import TokenInterface
+from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
 
 _CHUNK = 2**24  # values of features on the device at a time
@@ -69,6 +70,7 @@ class Linear:
 
     def __init__(self, path: Path, memory: int = 2) -> None:
         require_at_least(1, memory=memory)
+        path = located(path)
         tensors, metadata = load_tensors(path)
         if set(tensors) != {"products"} or "base_fingerprint" not in metadata:
             raise WeightsError(f"{path}: expected inner products of recorded features, found {sorted(tensors)}")

@@ -155,7 +155,7 @@ def require_kind(network: ShortcutNetwork, base: BaseEnds, whose: str) -> None:
         raise WeightsError(
             f"{whose}: its head is not linear, so guidance cannot precede it; a guided shortcut needs that"
         )
-    if not options.reach:
+    if not options.grid:
         return
     if base.spec.grid != (grid := (options.grid, options.grid)):
         raise WeightsError(f"{whose}: its tokens lie on a grid of {base.spec.grid}; grid of the shortcut gives {grid}")

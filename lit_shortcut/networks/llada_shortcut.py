@@ -80,6 +80,8 @@ class LLaDAShortcutNet(ShortcutNetwork):
         grid: side of the square token grid, for the neighbourhood.
         reach: places that a committed token reaches in the neighbourhood; 0 leaves it out, as published.
         guided: predict the features after guidance, in one pass for both branches, with the conditional one's prompt.
+        num_convs: convolutions of the rows on the token grid, each with an MLP, after the blocks.
+        uses_states: tell rows apart that are still masked, committed since the features were computed, or before.
 
     Raises:
         ValueError: if the ratio is below 1, c is not a multiple of twice ``num_heads``, or options are incompatible.
@@ -104,6 +106,8 @@ class LLaDAShortcutNet(ShortcutNetwork):
         grid: int = 0,
         reach: int = 0,
         guided: bool = False,
+        num_convs: int = 0,
+        uses_states: bool = False,
     ) -> None:
         options = Options(
             width,
@@ -117,6 +121,8 @@ class LLaDAShortcutNet(ShortcutNetwork):
             grid,
             reach,
             guided=guided,
+            num_convs=num_convs,
+            uses_states=uses_states,
         )
         require_at_least(1, num_heads=num_heads, mlp_width=mlp_width)
         require_above(0, rope_theta=rope_theta, norm_eps=norm_eps)

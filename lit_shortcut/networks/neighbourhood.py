@@ -1,9 +1,13 @@
-"""Influence of tokens just committed on the places around them: a convolution on the token grid."""
+"""The token grid in a shortcut network: what committed tokens do to places around them, and places to each other."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lit_shortcut.networks.attention import feed_forward
+from lit_shortcut.networks.rows import Rows
 
 
 class Neighbourhood(nn.Module):
@@ -11,7 +15,8 @@ class Neighbourhood(nn.Module):
 
     This project's addition to the published network. Features change most beside a token just committed (on the fashion
     base five to ten times as much as five places away), and attention learns nearness slowly: its weights sum to one
-    even if nothing is near.
+    even if nothing is near. A token is taken together with the features at its place, since it changes the less the
+    more it was expected there.
 
     Args:
         width: c, channels.
@@ -29,22 +34,78 @@ class Neighbourhood(nn.Module):
             raise ValueError(f"grid must be the side of the token grid if there is a reach, got {grid}")
         if stride < 1 or grid % stride:
             raise ValueError(f"stride must divide grid {grid}, got {stride}")
-        self.grid = grid
+        self.grid, self.stride = grid, stride
         self.norm = nn.LayerNorm(width)  # embeddings of a base may be of any scale
+        self.features_norm = nn.LayerNorm(width)
+        self.gate = nn.Linear(2 * width, 4 * width)
+        self.pair = nn.Linear(2 * width, width)
+        nn.init.zeros_(self.pair.weight)  # training begins with the tokens alone
+        nn.init.zeros_(self.pair.bias)
         self.spread = nn.Conv2d(width, width, 2 * reach + stride, stride, padding=reach, groups=width)
         self.mix = nn.Linear(width, width)
 
-    def forward(self, control: Tensor, positions: Tensor, is_real: Tensor | None) -> Tensor:
+    def forward(self, control: Tensor, x: Tensor, positions: Tensor, is_real: Tensor | None) -> Tensor:
         """Map ``control`` (B, K, c) at ``positions`` (B, K) to rows (B, L / stride², c).
 
-        ``is_real`` (B, K) is false where ``control`` is padding, None if there is no padding.
+        Args:
+            control: embeddings of the tokens.
+            x: (B, S, c), rows of the features, the image's first.
+            positions: places of the tokens on the grid.
+            is_real: (B, K), false where ``control`` is padding; None if there is no padding.
         """
+        index = rows_of(positions, self.grid, self.stride)[..., None].expand_as(control)
         tokens: Tensor = self.norm(control)
+        both = torch.cat([tokens, self.features_norm(x.gather(1, index))], dim=-1)
+        gate, value = self.gate(both).chunk(2, dim=-1)
+        tokens = tokens + self.pair(F.silu(gate) * value)
         if is_real is not None:
             tokens = tokens * is_real[..., None]
         count, _, channels = tokens.shape
         laid = tokens.new_zeros(count, self.grid**2, channels)
         laid = laid.scatter_add(1, positions[..., None].expand_as(tokens), tokens)
-        spread = self.spread(laid.transpose(1, 2).unflatten(2, (self.grid, self.grid))).flatten(2).transpose(1, 2)
-        mixed: Tensor = self.mix(F.gelu(spread))
+        mixed: Tensor = self.mix(F.gelu(on_grid(self.spread, laid, self.grid)))
         return mixed
+
+
+class ConvBlock(nn.Module):
+    """Depthwise convolution of the image's rows, norm, MLP, with a residual (ConvNeXt, arXiv 2201.03545).
+
+    Training begins at the identity.
+
+    Args:
+        width: c, channels.
+        side: side of the square grid of rows.
+        reach: places that a row reaches in each direction.
+    """
+
+    def __init__(self, width: int, side: int, reach: int) -> None:
+        super().__init__()
+        self.side = side
+        self.spread = nn.Conv2d(width, width, 2 * reach + 1, padding=reach, groups=width)
+        self.norm, self.mlp = nn.LayerNorm(width), feed_forward(width, 4 * width)
+        for parameter in self.mlp[2].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, own: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        """Map ``own``, ``rows`` of (B, S, c); the others are as in ``x`` (B, S, c), the image's first."""
+        image = rows.put(x, own)[:, : self.side**2]
+        near = F.pad(on_grid(self.spread, image, self.side), (0, 0, 0, x.shape[1] - image.shape[1]))
+        refined: Tensor = own + self.mlp(self.norm(rows.take(near)))
+        return refined
+
+
+def rows_of(positions: Tensor, grid: int, stride: int) -> Tensor:
+    """Return the rows of tokens at ``positions`` on a ``grid``, where a row stands for a square of side ``stride``.
+
+    >>> rows_of(torch.tensor([0, 3, 4, 15]), grid=4, stride=2)
+    tensor([0, 1, 0, 3])
+    """
+    if stride == 1:
+        return positions
+    return positions // grid // stride * (grid // stride) + positions % grid // stride
+
+
+def on_grid(convolution: nn.Conv2d, laid: Tensor, side: int) -> Tensor:
+    """Apply ``convolution`` to (B, side², c) laid on the grid; returns (B, rows, c)."""
+    spread: Tensor = convolution(laid.transpose(1, 2).unflatten(2, (side, side)))
+    return spread.flatten(2).transpose(1, 2)

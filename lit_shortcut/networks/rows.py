@@ -75,12 +75,15 @@ class Options:
         rows: predict ``all`` rows of the features, as published, or only those still ``masked``; all are attended to.
         anchored: predict from the last full step, all tokens committed since, and the number of steps since, instead of
             step by step.
-        grid: side of the square token grid, for the neighbourhood.
+        grid: side of the square token grid, for the neighbourhood, convolutions and states.
         reach: reach of the :class:`~lit_shortcut.networks.neighbourhood.Neighbourhood` added before the blocks; 0
             leaves it out, as published.
-        stride: side in tokens of the square that a row of the features stands for, for the neighbourhood.
+        stride: side in tokens of the square that a row of the features stands for.
         guided: predict the features after guidance, in one pass, instead of those of each guidance branch; for bases
             with a linear head (:func:`~lit_shortcut.guidance.guide_rows`).
+        num_convs: :class:`~lit_shortcut.networks.neighbourhood.ConvBlock` s after the blocks; 0, as published, leaves
+            them out.
+        uses_states: tell rows apart that are still masked, committed since the features were computed, or before.
 
     Raises:
         ValueError: if a size is below 1 or switches are incompatible.
@@ -98,13 +101,19 @@ class Options:
     reach: int = 0
     stride: int = 1
     guided: bool = False
+    num_convs: int = 0
+    uses_states: bool = False
 
     def __post_init__(self) -> None:
         require_at_least(1, width=self.width, bottleneck_ratio=self.bottleneck_ratio, num_blocks=self.num_blocks)
         require_at_least(1, stride=self.stride)
-        require_at_least(0, grid=self.grid, reach=self.reach)
+        require_at_least(0, grid=self.grid, reach=self.reach, num_convs=self.num_convs)
         if self.reach and not self.uses_control:
             raise ValueError("reach needs uses_control: true, since it places control tokens on the grid; got false")
+        if (self.num_convs or self.uses_states) and not self.grid:
+            raise ValueError("num_convs and uses_states need the side of the token grid; got grid 0")
+        if self.uses_states and self.rows != "masked":
+            raise ValueError(f"uses_states needs rows: masked, which says what is masked; got {self.rows!r}")
         if self.rows not in ("all", "masked"):
             raise ValueError(f"rows must be all or masked, got {self.rows!r}")
         if self.anchored and not self.uses_time:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import Places
 from lit_shortcut.networks.attention import Attention, feed_forward
-from lit_shortcut.networks.neighbourhood import Neighbourhood
+from lit_shortcut.networks.neighbourhood import ConvBlock, Neighbourhood, rows_of
 from lit_shortcut.networks.rows import ALL_ROWS, Options, RowChoice, Rows
 from lit_shortcut.published import Names, fill, load_state
 from lit_shortcut.weights import WeightsError, load_module
@@ -23,6 +23,8 @@ _FREQUENCIES = 128  # half of the sinusoidal embedding's 256 values
 _MAX_PERIOD = 10_000.0
 _TIME_SCALE = 1000.0  # from masked shares in [0, 1] to the range of the embedding's periods
 _LAST_EPS = 1e-12
+_CONV_REACH = 2
+_NUM_STATES = 3  # of a row: masked, committed since the features were computed, committed before
 
 NAMES = Names(
     [
@@ -110,9 +112,12 @@ class ShortcutNetwork(nn.Module, ABC):
         self.widen = nn.Linear(inner, width) if narrows else nn.Identity()
         for parameter in self.widen.parameters():
             nn.init.zeros_(parameter)
-        self.neighbourhood = (
-            Neighbourhood(inner, options.grid, options.reach, options.stride) if options.reach else None
-        )
+        grid, stride, reach = options.grid, options.stride, options.reach
+        self.neighbourhood = Neighbourhood(inner, grid, reach, stride) if reach else None
+        self.convs = nn.ModuleList(ConvBlock(inner, grid // stride, _CONV_REACH) for _ in range(options.num_convs))
+        self.states = nn.Embedding(_NUM_STATES, inner) if options.uses_states else None
+        if self.states is not None:
+            nn.init.zeros_(self.states.weight)
 
     def forward(
         self,
@@ -136,20 +141,25 @@ class ShortcutNetwork(nn.Module, ABC):
             gap: (B,) steps from ``features`` to the prediction, for an anchored network.
 
         Raises:
-            ValueError: if an anchored network has no gap, or one with a reach no places.
+            ValueError: if an anchored network has no gap, or one with a reach or states no places.
         """
         x = self.narrow_features(features)
         if self.options.uses_control:
             control = self.narrow_control(control)
-        if self.neighbourhood is not None:
+        if self.neighbourhood is not None or self.states is not None:
             if places is None or places.committed is None:
-                raise ValueError("a network with a reach needs the places of the tokens committed")
+                raise ValueError("a network with a reach or states needs the places of the tokens committed")
             first = control.shape[1] - places.committed.shape[1]  # after those of a prefix
-            near = self.neighbourhood(
-                control[:, first:], places.committed, None if is_real is None else is_real[:, first:]
-            )
-            x = x + F.pad(near, (0, 0, 0, x.shape[1] - near.shape[1]))
-        x = self.last(self.refine(x, control, is_real, places, rows))
+            new_is_real = None if is_real is None else is_real[:, first:]
+            if self.states is not None:
+                x = x + self.states(self._row_states(x, places.committed, new_is_real, rows))
+            if self.neighbourhood is not None:
+                near = self.neighbourhood(control[:, first:], x, places.committed, new_is_real)
+                x = x + F.pad(near, (0, 0, 0, x.shape[1] - near.shape[1]))
+        own = self.refine(x, control, is_real, places, rows)
+        for block in self.convs:
+            own = block(own, x, rows)
+        x = self.last(own)
         if self.options.uses_time:
             time = self.time_mlp(sinusoids(_TIME_SCALE * masked_share).to(x.dtype))
             if self.options.anchored:
@@ -159,6 +169,13 @@ class ShortcutNetwork(nn.Module, ABC):
             scale, shift = self.modulation(time)[:, None].chunk(2, dim=-1)
             x = x * (1 + scale) + shift
         return rows.put(features, rows.take(features) + self.widen(x))
+
+    def _row_states(self, x: Tensor, committed: Tensor, is_real: Tensor | None, rows: Rows) -> Tensor:
+        """Return (B, S): 2 where rows of ``x`` are to be predicted, 1 at ``committed`` tokens, else 0."""
+        index = rows_of(committed, self.options.grid, self.options.stride)
+        new = torch.ones_like(index) if is_real is None else is_real.long()
+        states = torch.zeros_like(x[..., 0], dtype=torch.long).scatter_add(1, index, new).clamp(max=1)[..., None]
+        return rows.put(states, torch.full_like(rows.take(states), 2))[..., 0]
 
     def encode_places(self, places: Tensor) -> Tensor:
         """Encode ``places`` (B, S) in the base's sequence as :meth:`refine` uses them, (B, S, E); here as they are."""
@@ -188,6 +205,8 @@ class ShortcutNet(ShortcutNetwork):
         rows: ``all`` or only those still ``masked``.
         anchored: predict from the last full step.
         guided: predict the features after guidance, in one pass for both branches.
+        num_convs: convolutions of the rows on the token grid, each with an MLP, after the blocks.
+        uses_states: tell rows apart that are still masked, committed since the features were computed, or before.
 
     Raises:
         ValueError: if the ratio or the number of blocks is below 1, c is not a multiple of ``num_heads``, or options
@@ -208,6 +227,8 @@ class ShortcutNet(ShortcutNetwork):
         rows: RowChoice = "all",
         anchored: bool = False,
         guided: bool = False,
+        num_convs: int = 0,
+        uses_states: bool = False,
     ) -> None:
         options = Options(
             width,
@@ -221,6 +242,8 @@ class ShortcutNet(ShortcutNetwork):
             reach=reach,
             stride=stride,
             guided=guided,
+            num_convs=num_convs,
+            uses_states=uses_states,
         )
         require_at_least(1, num_heads=num_heads)
         inner = options.inner

@@ -124,6 +124,7 @@ def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
         decodings=[{"confidence_noise": 1.0}],
         selection=frontier.Seeds(8, [5]),
         evaluation=frontier.Seeds(8, [10, 11]),
+        only={"hold": [6]},
     )
     measure()
     folder = Path("runs/frontier/toy")
@@ -137,6 +138,7 @@ def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
         f"{method}_n{steps}_b{budget}{plan}"
         for method in METHODS
         for steps, budget in ((3, 2), (6, 2), (6, 4))
+        if (method, steps) != ("hold", 3)
         for plan in ("", "_early")
     }
     assert {row["name"] for row in sweep["rows"]} == plain | {f"{name}_confidence_noise1" for name in best}
@@ -152,3 +154,9 @@ def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
 def test_seeds_in_both_sets_are_refused() -> None:
     with pytest.raises(ValueError, match=r"evaluation\.run_seeds must not be .*: \[5\]"):
         frontier.main("toy", METHODS, [3, 6], [2], ["even"], [], frontier.Seeds(8, [5]), frontier.Seeds(8, [5, 6]))
+
+
+def test_steps_of_an_unknown_method_are_refused() -> None:
+    seeds = frontier.Seeds(8, [5]), frontier.Seeds(8, [6])
+    with pytest.raises(ValueError, match="only must name methods, hold, taylor; got linear"):
+        frontier.main("toy", METHODS, [3, 6], [2], ["even"], [], *seeds, only={"linear": [3]})

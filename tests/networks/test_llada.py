@@ -112,7 +112,7 @@ def test_neighbourhood_is_of_committed_tokens_and_not_of_a_prompt_s() -> None:
     places = at(network, torch.arange(7)[None], torch.arange(5)[None])._replace(committed=torch.tensor([[3, 0]] * 2))
     is_real = torch.tensor([[True, True, False, True, True], [True, True, True, True, False]])
     network(rows(7), control, torch.ones(2), is_real, places)
-    ((tokens, positions, own_is_real, made),) = seen
+    ((tokens, _, positions, own_is_real, made),) = seen
     assert torch.equal(tokens, network.narrow_control(control)[:, 3:])  # the first three are a prompt's
     assert torch.equal(positions, places.committed)
     assert torch.equal(own_is_real, is_real[:, 3:])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_shortcut.interface import Places
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
-from lit_shortcut.networks.neighbourhood import Neighbourhood
+from lit_shortcut.networks.neighbourhood import ConvBlock, Neighbourhood
 from lit_shortcut.networks.rows import ALL_ROWS, Rows, RowsAt, RowsWhere
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork, sinusoids
 from lit_shortcut.weights import load_module_with_metadata, save_module
@@ -166,6 +166,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"anchored": True, "rows": "masked", "uses_control": False},
     {"grid": 2, "reach": 1},
     {"guided": True},
+    {"grid": 2, "num_convs": 2},
+    {"grid": 2, "reach": 1, "num_convs": 1, "rows": "masked", "uses_states": True, "anchored": True},
 ]
 
 
@@ -204,11 +206,11 @@ def test_every_parameter_has_a_part_whatever_the_options(
 
 
 @of_both_kinds
-@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 2}, {"grid": 2, "num_convs": 1, "uses_states": True}])
 def test_chosen_rows_are_predicted_alike_by_index_and_by_mask_and_others_stay(
-    kind: Callable[..., ShortcutNetwork], num_blocks: int
+    kind: Callable[..., ShortcutNetwork], options: dict[str, Any]
 ) -> None:
-    network = kind(rows="masked", num_blocks=num_blocks)
+    network = kind(rows="masked", **options)
     features, control, _ = inputs()
     index = torch.tensor([[4, 0], [1, 2], [3, 4]])
     mask = torch.zeros(BATCH, SEQUENCE - 1, dtype=torch.bool).scatter(1, index, value=True)
@@ -256,6 +258,9 @@ def test_anchored_network_knows_its_gap(kind: Callable[..., ShortcutNetwork]) ->
         ({"anchored": True, "uses_time": False}, "uses_time"),
         ({"uses_control": False, "grid": 2, "reach": 1}, "reach"),
         ({"num_blocks": 0}, "num_blocks"),
+        ({"num_convs": 1}, "num_convs"),
+        ({"uses_states": True, "rows": "masked"}, "uses_states"),
+        ({"uses_states": True, "grid": 2}, "uses_states"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict[str, Any], named: str) -> None:
@@ -287,16 +292,28 @@ def with_reach(reach: int, grid: int = 5) -> ShortcutNet:
     return network.eval()
 
 
-def test_neighbourhood_reaches_so_far_and_no_farther() -> None:
-    neighbourhood = Neighbourhood(4, grid=5, reach=1)
-    control, nothing = (
-        torch.randn(1, 1, 4),
-        neighbourhood(torch.randn(1, 0, 4), torch.zeros(1, 0, dtype=torch.long), None),
-    )
-    changed = (neighbourhood(control, torch.tensor([[6]]), None) - nothing).abs().sum(-1).view(5, 5) > 0
-    expected = torch.zeros(5, 5, dtype=torch.bool)
-    expected[:3, :3] = True  # place 6 is (1, 1)
-    assert torch.equal(changed, expected)
+@pytest.mark.parametrize(("stride", "expected"), [(1, [(0, 3), (0, 3)]), (3, [(0, 1), (0, 1)])])
+def test_neighbourhood_reaches_so_far_and_no_farther(stride: int, expected: list[tuple[int, int]]) -> None:
+    neighbourhood = Neighbourhood(4, grid=6, reach=1, stride=stride)
+    control, x, side = torch.randn(1, 1, 4), torch.randn(1, 37, 4), 6 // stride
+    nothing = neighbourhood(torch.randn(1, 0, 4), x, torch.zeros(1, 0, dtype=torch.long), None)
+    changed = (neighbourhood(control, x, torch.tensor([[7]]), None) - nothing).abs().sum(-1).view(side, side) > 0
+    rows, columns = (slice(*ends) for ends in expected)
+    reached = torch.zeros(side, side, dtype=torch.bool)
+    reached[rows, columns] = True  # place 7 is (1, 1)
+    assert torch.equal(changed, reached)
+
+
+@pytest.mark.parametrize(("stride", "row"), [(1, 13), (2, 3), (3, 0)])
+def test_neighbourhood_takes_a_token_together_with_the_features_at_its_place(stride: int, row: int) -> None:
+    neighbourhood = Neighbourhood(4, grid=6, reach=1, stride=stride)
+    nn.init.normal_(neighbourhood.pair.weight)
+    control, x, place = torch.randn(1, 1, 4), torch.randn(1, 37, 4), torch.tensor([[13]])  # (2, 1)
+    before = neighbourhood(control, x, place, None)
+    for moved in range(37):
+        others = x.clone()
+        others[0, moved] += torch.randn(4)
+        assert torch.equal(neighbourhood(control, others, place, None), before) == (moved != row)
 
 
 def test_neighbourhood_knows_where_a_token_stands_and_padding_is_nowhere() -> None:
@@ -314,8 +331,37 @@ def test_network_without_a_reach_is_the_published_one() -> None:
     names = ShortcutNet(8, num_heads=1).state_dict().keys()
     assert {name for name in with_reach(2).state_dict() if name not in names} == {
         f"neighbourhood.{part}"
-        for part in ("norm.weight", "norm.bias", "spread.weight", "spread.bias", "mix.weight", "mix.bias")
+        for part in (
+            f"{layer}.{kind}"
+            for layer in ("norm", "features_norm", "gate", "pair", "spread", "mix")
+            for kind in ("weight", "bias")
+        )
     }
+
+
+def test_convolutions_begin_at_the_identity_and_reach_two_rows_in_the_image_only() -> None:
+    block, x = ConvBlock(4, side=6, reach=2), torch.randn(1, 38, 4)  # two rows belong to a prefix
+    assert torch.equal(block(x, x, ALL_ROWS), x)
+    nn.init.normal_(block.mlp[2].weight)
+    moved = x.clone()
+    moved[0, 7] += torch.randn(4)  # (1, 1)
+    changed = (block(moved, moved, ALL_ROWS) - block(x, x, ALL_ROWS)).abs().sum(-1)[0] > 0
+    expected = torch.zeros(6, 6, dtype=torch.bool)
+    expected[:4, :4] = True
+    assert torch.equal(changed, torch.cat([expected.flatten(), torch.zeros(2, dtype=torch.bool)]))
+
+
+def test_states_tell_masked_new_and_old_rows_apart_and_padding_is_none() -> None:
+    network = make(grid=3, rows="masked", uses_states=True)
+    seen: list[Tensor] = []
+    assert network.states is not None
+    network.states.register_forward_hook(lambda module, given, made: seen.append(given[0]))
+    features, control = torch.randn(2, 10, WIDTH), torch.randn(2, 3, WIDTH)
+    masked, committed = torch.tensor([[0, 1], [7, 8]]), torch.tensor([[5, 3, 0], [2, 6, 4]])
+    is_real = torch.tensor([[True, True, False], [True, True, True]])
+    rows, share = RowsAt(masked, 10), torch.ones(2)
+    network(features, control, share, is_real, Places(committed=committed), rows)
+    assert seen[0].tolist() == [[2, 2, 0, 1, 0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0, 1, 2, 2, 0]]
 
 
 def test_reach_needs_a_grid_and_places() -> None:
