@@ -218,14 +218,14 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
         ShortcutNet,
         neighbourly,
         {"width": (-1, 0, 4), "num_heads": (-1, 0, 1), "bottleneck_ratio": (-1, 0, 0.5, 1), "num_blocks": (-1, 0, 1)}
-        | {"grid": (-1, 0, 2), "reach": (-1, 0), "stride": (-1, 0, 1)},
+        | {"grid": (-1, 0, 2), "reach": (-1, 0), "stride": (-1, 0, 1), "num_convs": (-1, 0)},
     ),
     (
         LLaDAShortcutNet,
         build(LLaDAShortcutNet, width=16, num_heads=2, mlp_width=8, grid=4, reach=1),
         {"width": (-1, 0, 8), "num_heads": (-1, 0, 1), "mlp_width": (-1, 0, 1), "bottleneck_ratio": (-1, 0, 0.5, 1)}
         | {"num_blocks": (-1, 0, 1), "rope_theta": (-1, 0, 1), "norm_eps": (-1, 0, 1)}
-        | {"grid": (-1, 0, 2), "reach": (-1, 0)},
+        | {"grid": (-1, 0, 2), "reach": (-1, 0), "num_convs": (-1, 0)},
     ),
     (MaskedMSE, MaskedMSE, {"weight": (-1, 0, 1)}),
     (HeadKL, HeadKL, {"weight": (-1, 0, 1), "temperature": (-1, 0, 1)}),

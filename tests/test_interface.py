@@ -142,7 +142,8 @@ def test_shortcut_sees_control_on_the_fine_grid_and_moves_the_rows_beside_it() -
     torch.nn.init.ones_(network.neighbourhood.spread.weight)
     inner = CHANNELS // 2
     position = torch.tensor([[3 * 8 + 4]])  # row 3, column 4: cell (1, 2), a place from cell (2, 2)
-    reached = network.neighbourhood(torch.randn(1, 1, inner), position, None)
-    idle = network.neighbourhood(torch.zeros(1, 1, inner), position, torch.zeros(1, 1, dtype=torch.bool))
+    x = torch.randn(1, 16, inner)
+    reached = network.neighbourhood(torch.randn(1, 1, inner), x, position, None)
+    idle = network.neighbourhood(torch.zeros(1, 1, inner), x, position, torch.zeros(1, 1, dtype=torch.bool))
     moved = (reached - idle).abs().sum(-1).view(4, 4) > 1e-6
     assert moved.nonzero().tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
