@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from benchmarks import fashion
 from benchmarks.table import Table
+from benchmarks.training import SIZES
 from datamodules.conditions import ClassLabels
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
@@ -91,18 +92,7 @@ def _trained(folder: Path, exact: Path) -> dict[str, float]:
     def adamw(parameters: Any) -> AdamW:
         return AdamW(parameters, lr=1e-3, weight_decay=1e-2)
 
-    network: nn.Module = ShortcutNet(
-        width=128,
-        num_heads=1,
-        bottleneck_ratio=2.0,
-        grid=14,
-        reach=3,
-        num_convs=3,
-        rows="masked",
-        uses_states=True,
-        anchored=True,
-        guided=True,
-    )
+    network: nn.Module = ShortcutNet(**SIZES[0].network)  # of the fashion default
     losses: dict[str, Loss] = {"mse": MaskedMSE(), "kl": HeadKL()}
     task = ShortcutTask(network, losses=losses, optimizer=adamw, scheduler=scheduled)  # type: ignore[arg-type]
     trainer = L.Trainer(**QUIET, max_steps=STEPS, limit_val_batches=0, gradient_clip_val=1.0)
