@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_ranks_draw_different_pools_on_policy_with_the_same_weights(tmp_path: Pa
 
 def _fit_on_policy_and_note_pools(folder: Path, words: tuple[str, ...]) -> None:
     folder.mkdir()
-    draw = OnlineDataModule._draw_pool
+    draw, turns = OnlineDataModule._draw_pool, count()
 
     def noted(self: Any, epoch: int, number: int) -> Trajectories:
         pool, trainer = draw(self, epoch, number), self.trainer
@@ -154,13 +155,11 @@ def _fit_on_policy_and_note_pools(folder: Path, words: tuple[str, ...]) -> None:
             fingerprint({"": trainer.lightning_module.network.widen.weight}),
             fingerprint({"": pool.tokens}),
         )
-        turn = noted.turn * trainer.world_size + trainer.global_rank  # type: ignore[attr-defined]
-        noted.turn += 1  # type: ignore[attr-defined]
+        turn = next(turns) * trainer.world_size + trainer.global_rank
         with (folder / "pools").open("a") as file:
             file.write(f"{trainer.global_rank} {turn} {' '.join(digests)}\n")
         return pool
 
-    noted.turn = 0  # type: ignore[attr-defined]
     online = (
         "--config",
         TOY / "fit_online.yaml",
