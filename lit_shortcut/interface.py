@@ -16,13 +16,14 @@ class Places(NamedTuple):
     Where rows have places in a sequence, ``rows`` (B, S, E) are those of the features and ``control`` (B, P + K, E)
     those of all control tokens, a prefix's first; the network that uses them has encoded both, once for all steps, and
     ``is_real`` (B, S) is false at padding, None if there is no padding. ``committed`` (B, K) are the last K control
-    tokens' places among the image tokens.
+    tokens' places among the image tokens, ``committed_rows`` (B, K) the rows of the features that stand for these.
     """
 
     rows: Tensor | None = None
     control: Tensor | None = None
     is_real: Tensor | None = None
     committed: Tensor | None = None
+    committed_rows: Tensor | None = None
 
 
 class TokenInterface(nn.Module):

@@ -8,7 +8,9 @@ from diffusers.models.resnet import Upsample2D
 from diffusers.models.unets.uvit_2d import ConvMlmLayer
 from torch import Tensor
 
+from lit_shortcut.contracts import Control
 from lit_shortcut.interface import ConvolutionalInterface, TokenInterface
+from lit_shortcut.networks.control import embed_control
 from lit_shortcut.networks.shortcut import ShortcutNet
 
 HEIGHT, WIDTH, CHANNELS, HIDDEN, CODES = 4, 6, 8, 5, 7
@@ -142,8 +144,17 @@ def test_shortcut_sees_control_on_the_fine_grid_and_moves_the_rows_beside_it() -
     torch.nn.init.ones_(network.neighbourhood.spread.weight)
     inner = CHANNELS // 2
     position = torch.tensor([[3 * 8 + 4]])  # row 3, column 4: cell (1, 2), a place from cell (2, 2)
-    x = torch.randn(1, 16, inner)
-    reached = network.neighbourhood(torch.randn(1, 1, inner), x, position, None)
-    idle = network.neighbourhood(torch.zeros(1, 1, inner), x, position, torch.zeros(1, 1, dtype=torch.bool))
+    beside = torch.randn(1, 1, inner)
+    reached = network.neighbourhood(torch.randn(1, 1, inner), beside, position, None)
+    idle = network.neighbourhood(torch.zeros(1, 1, inner), beside, position, torch.zeros(1, 1, dtype=torch.bool))
     moved = (reached - idle).abs().sum(-1).view(4, 4) > 1e-6
     assert moved.nonzero().tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_committed_tokens_are_beside_the_rows_that_give_their_logits(side: int) -> None:
+    interface, positions = convolutional(side), torch.tensor([[0, 5], [7, 2]])
+    places = embed_control(interface, Control(torch.zeros_like(positions), positions)).places
+    assert places.committed_rows is not None
+    assert torch.equal(places.committed_rows, interface.rows_of(positions))
+    assert torch.equal(places.committed_rows, positions) == (side == 1)

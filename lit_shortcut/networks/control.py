@@ -112,18 +112,18 @@ def lay_out_transition(network: ShortcutNetwork, interface: TokenInterface, batc
 def embed_control(interface: TokenInterface, control: Control, layout: Layout | None = None) -> EmbeddedControl:
     """Embed ``control`` (B, K), after the tokens of the prefix in ``layout``, if there is one."""
     committed = interface.embed(control.tokens, control.positions)
+    places = Places(committed=control.positions, committed_rows=interface.rows_of(control.positions))
     if layout is None:
-        return EmbeddedControl(committed, control.is_real, Places(committed=control.positions))
+        return EmbeddedControl(committed, control.is_real, places)
     prefix, index = layout.control, control.positions[..., None].expand(-1, -1, layout.rows.shape[-1])
     assert prefix.places.control is not None
     return EmbeddedControl(
         tokens=torch.cat([prefix.tokens.to(committed.dtype), committed], dim=1),
         is_real=joined_masks([(prefix.tokens[..., 0], prefix.is_real), (control.tokens, control.is_real)]),
-        places=Places(
+        places=places._replace(
             rows=layout.rows,
             control=torch.cat([prefix.places.control, layout.rows.gather(1, index)], dim=1),
             is_real=layout.is_real,
-            committed=control.positions,
         ),
     )
 

@@ -77,7 +77,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         uses_prefix: attend to the tokens of the prompt.
         rows: predict ``all`` rows, as published, or only those still ``masked``.
         anchored: predict from the last full step.
-        grid: side of the square token grid, for the neighbourhood.
+        grid: side of the square token grid, for the neighbourhood, convolutions and states.
         reach: places that a committed token reaches in the neighbourhood; 0 leaves it out, as published.
         guided: predict the features after guidance, in one pass for both branches, with the conditional one's prompt.
         num_convs: convolutions of the rows on the token grid, each with an MLP, after the blocks.

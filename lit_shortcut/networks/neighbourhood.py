@@ -34,7 +34,7 @@ class Neighbourhood(nn.Module):
             raise ValueError(f"grid must be the side of the token grid if there is a reach, got {grid}")
         if stride < 1 or grid % stride:
             raise ValueError(f"stride must divide grid {grid}, got {stride}")
-        self.grid, self.stride = grid, stride
+        self.grid = grid
         self.norm = nn.LayerNorm(width)  # embeddings of a base may be of any scale
         self.features_norm = nn.LayerNorm(width)
         self.gate = nn.Linear(2 * width, 4 * width)
@@ -44,18 +44,17 @@ class Neighbourhood(nn.Module):
         self.spread = nn.Conv2d(width, width, 2 * reach + stride, stride, padding=reach, groups=width)
         self.mix = nn.Linear(width, width)
 
-    def forward(self, control: Tensor, x: Tensor, positions: Tensor, is_real: Tensor | None) -> Tensor:
+    def forward(self, control: Tensor, features: Tensor, positions: Tensor, is_real: Tensor | None) -> Tensor:
         """Map ``control`` (B, K, c) at ``positions`` (B, K) to rows (B, L / stride², c).
 
         Args:
             control: embeddings of the tokens.
-            x: (B, S, c), rows of the features, the image's first.
+            features: (B, K, c), those at the places of the tokens.
             positions: places of the tokens on the grid.
             is_real: (B, K), false where ``control`` is padding; None if there is no padding.
         """
-        index = rows_of(positions, self.grid, self.stride)[..., None].expand_as(control)
         tokens: Tensor = self.norm(control)
-        both = torch.cat([tokens, self.features_norm(x.gather(1, index))], dim=-1)
+        both = torch.cat([tokens, self.features_norm(features)], dim=-1)
         gate, value = self.gate(both).chunk(2, dim=-1)
         tokens = tokens + self.pair(F.silu(gate) * value)
         if is_real is not None:
@@ -92,17 +91,6 @@ class ConvBlock(nn.Module):
         near = F.pad(on_grid(self.spread, image, self.side), (0, 0, 0, x.shape[1] - image.shape[1]))
         refined: Tensor = own + self.mlp(self.norm(rows.take(near)))
         return refined
-
-
-def rows_of(positions: Tensor, grid: int, stride: int) -> Tensor:
-    """Return the rows of tokens at ``positions`` on a ``grid``, where a row stands for a square of side ``stride``.
-
-    >>> rows_of(torch.tensor([0, 3, 4, 15]), grid=4, stride=2)
-    tensor([0, 1, 0, 3])
-    """
-    if stride == 1:
-        return positions
-    return positions // grid // stride * (grid // stride) + positions % grid // stride
 
 
 def on_grid(convolution: nn.Conv2d, laid: Tensor, side: int) -> Tensor:

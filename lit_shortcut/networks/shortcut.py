@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.interface import Places
 from lit_shortcut.networks.attention import Attention, feed_forward
-from lit_shortcut.networks.neighbourhood import ConvBlock, Neighbourhood, rows_of
+from lit_shortcut.networks.neighbourhood import ConvBlock, Neighbourhood
 from lit_shortcut.networks.rows import ALL_ROWS, Options, RowChoice, Rows
 from lit_shortcut.published import Names, fill, load_state
 from lit_shortcut.weights import WeightsError, load_module
@@ -82,9 +82,9 @@ class Block(nn.Module):
 class ShortcutNetwork(nn.Module, ABC):
     """Parent of all shortcut networks: average velocity of the features over some steps, f + S(f, control, r).
 
-    S projects to the network's own width, then applies blocks, a last layer, modulation by the masked share, and a
-    projection back. With a bottleneck the last projection starts at zero, so that an untrained network repeats its
-    input and training begins at "hold"; at ratio 1 there are no projections.
+    S projects to the network's own width, then applies blocks, convolutions, a last layer, modulation by the masked
+    share, and a projection back. With a bottleneck the last projection starts at zero, so that an untrained network
+    repeats its input and training begins at "hold"; at ratio 1 there are no projections.
 
     Args:
         options: sizes and switches.
@@ -147,14 +147,15 @@ class ShortcutNetwork(nn.Module, ABC):
         if self.options.uses_control:
             control = self.narrow_control(control)
         if self.neighbourhood is not None or self.states is not None:
-            if places is None or places.committed is None:
+            if places is None or places.committed is None or places.committed_rows is None:
                 raise ValueError("a network with a reach or states needs the places of the tokens committed")
             first = control.shape[1] - places.committed.shape[1]  # after those of a prefix
             new_is_real = None if is_real is None else is_real[:, first:]
             if self.states is not None:
-                x = x + self.states(self._row_states(x, places.committed, new_is_real, rows))
+                x = x + self.states(_row_states(x, places.committed_rows, new_is_real, rows))
             if self.neighbourhood is not None:
-                near = self.neighbourhood(control[:, first:], x, places.committed, new_is_real)
+                beside = x.gather(1, places.committed_rows[..., None].expand(-1, -1, x.shape[-1]))
+                near = self.neighbourhood(control[:, first:], beside, places.committed, new_is_real)
                 x = x + F.pad(near, (0, 0, 0, x.shape[1] - near.shape[1]))
         own = self.refine(x, control, is_real, places, rows)
         for block in self.convs:
@@ -169,13 +170,6 @@ class ShortcutNetwork(nn.Module, ABC):
             scale, shift = self.modulation(time)[:, None].chunk(2, dim=-1)
             x = x * (1 + scale) + shift
         return rows.put(features, rows.take(features) + self.widen(x))
-
-    def _row_states(self, x: Tensor, committed: Tensor, is_real: Tensor | None, rows: Rows) -> Tensor:
-        """Return (B, S): 2 where rows of ``x`` are to be predicted, 1 at ``committed`` tokens, else 0."""
-        index = rows_of(committed, self.options.grid, self.options.stride)
-        new = torch.ones_like(index) if is_real is None else is_real.long()
-        states = torch.zeros_like(x[..., 0], dtype=torch.long).scatter_add(1, index, new).clamp(max=1)[..., None]
-        return rows.put(states, torch.full_like(rows.take(states), 2))[..., 0]
 
     def encode_places(self, places: Tensor) -> Tensor:
         """Encode ``places`` (B, S) in the base's sequence as :meth:`refine` uses them, (B, S, E); here as they are."""
@@ -198,7 +192,7 @@ class ShortcutNet(ShortcutNetwork):
         bottleneck_ratio: C over the network's own width c, at least 1; at 1 there are no projections.
         num_blocks: blocks in a row, at least 1.
         uses_time: condition on the masked share r.
-        grid: side of the square token grid, for the neighbourhood.
+        grid: side of the square token grid, for the neighbourhood, convolutions and states.
         reach: places that a committed token reaches in the neighbourhood; 0 leaves it out, as published.
         stride: side in tokens of the square that a row of the features stands for.
         uses_control: attend to the tokens just committed.
@@ -313,6 +307,13 @@ def sinusoids(values: Tensor) -> Tensor:
     exponents = torch.arange(_FREQUENCIES, dtype=torch.float32, device=values.device) / _FREQUENCIES
     angles = values.float()[:, None] * _MAX_PERIOD**-exponents
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _row_states(x: Tensor, committed: Tensor, is_real: Tensor | None, rows: Rows) -> Tensor:
+    """Return (B, S): 2 where ``rows`` of ``x`` are to be predicted, 1 at ``committed`` ones (B, K), else 0."""
+    new = torch.ones_like(committed) if is_real is None else is_real.long()
+    states = torch.zeros_like(x[..., 0], dtype=torch.long).scatter_add(1, committed, new).clamp(max=1)[..., None]
+    return rows.put(states, torch.full_like(rows.take(states), 2))[..., 0]
 
 
 def _time_mlp(inner: int) -> nn.Sequential:

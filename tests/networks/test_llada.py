@@ -109,7 +109,9 @@ def test_neighbourhood_is_of_committed_tokens_and_not_of_a_prompt_s() -> None:
     control, seen = rows(5), []
     assert network.neighbourhood is not None
     network.neighbourhood.register_forward_hook(lambda module, given, made: seen.append((*given, made)))
-    places = at(network, torch.arange(7)[None], torch.arange(5)[None])._replace(committed=torch.tensor([[3, 0]] * 2))
+    committed = torch.tensor([[3, 0]] * 2)
+    places = at(network, torch.arange(7)[None], torch.arange(5)[None])
+    places = places._replace(committed=committed, committed_rows=committed)
     is_real = torch.tensor([[True, True, False, True, True], [True, True, True, True, False]])
     network(rows(7), control, torch.ones(2), is_real, places)
     ((tokens, _, positions, own_is_real, made),) = seen

@@ -185,7 +185,8 @@ of_both_kinds = pytest.mark.parametrize("kind", [make, make_llada])
 
 def places(network: ShortcutNetwork) -> Places:
     rows, control = (network.encode_places(torch.arange(count).expand(BATCH, -1)) for count in (SEQUENCE, CONTROL))
-    return Places(rows, control, committed=torch.tensor([2, 0]).expand(BATCH, -1))
+    committed = torch.tensor([2, 0]).expand(BATCH, -1)
+    return Places(rows, control, committed=committed, committed_rows=committed)
 
 
 def run(network: ShortcutNetwork, features: Tensor, control: Tensor, rows: Rows = ALL_ROWS, gap: int = 1) -> Tensor:
@@ -292,36 +293,39 @@ def with_reach(reach: int, grid: int = 5) -> ShortcutNet:
     return network.eval()
 
 
-@pytest.mark.parametrize(("stride", "expected"), [(1, [(0, 3), (0, 3)]), (3, [(0, 1), (0, 1)])])
-def test_neighbourhood_reaches_so_far_and_no_farther(stride: int, expected: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(("stride", "reached"), [(1, 3), (3, 1)])
+def test_neighbourhood_reaches_so_far_and_no_farther(stride: int, reached: int) -> None:
     neighbourhood = Neighbourhood(4, grid=6, reach=1, stride=stride)
-    control, x, side = torch.randn(1, 1, 4), torch.randn(1, 37, 4), 6 // stride
-    nothing = neighbourhood(torch.randn(1, 0, 4), x, torch.zeros(1, 0, dtype=torch.long), None)
-    changed = (neighbourhood(control, x, torch.tensor([[7]]), None) - nothing).abs().sum(-1).view(side, side) > 0
-    rows, columns = (slice(*ends) for ends in expected)
-    reached = torch.zeros(side, side, dtype=torch.bool)
-    reached[rows, columns] = True  # place 7 is (1, 1)
-    assert torch.equal(changed, reached)
+    control, features, side = torch.randn(1, 1, 4), torch.randn(1, 1, 4), 6 // stride
+    nothing = neighbourhood(control[:, :0], features[:, :0], torch.zeros(1, 0, dtype=torch.long), None)
+    changed = (neighbourhood(control, features, torch.tensor([[7]]), None) - nothing).abs().sum(-1).view(side, side) > 0
+    expected = torch.zeros(side, side, dtype=torch.bool)
+    expected[:reached, :reached] = True  # place 7 is (1, 1)
+    assert torch.equal(changed, expected)
 
 
 @pytest.mark.parametrize(("stride", "row"), [(1, 13), (2, 3), (3, 0)])
 def test_neighbourhood_takes_a_token_together_with_the_features_at_its_place(stride: int, row: int) -> None:
-    neighbourhood = Neighbourhood(4, grid=6, reach=1, stride=stride)
-    nn.init.normal_(neighbourhood.pair.weight)
-    control, x, place = torch.randn(1, 1, 4), torch.randn(1, 37, 4), torch.tensor([[13]])  # (2, 1)
-    before = neighbourhood(control, x, place, None)
+    network, seen = make(grid=6, reach=1, stride=stride), []
+    assert network.neighbourhood is not None
+    network.neighbourhood.register_forward_hook(lambda module, given, made: seen.append(made))
+    control, x, place = torch.randn(1, 1, WIDTH), torch.randn(1, 37, WIDTH), torch.tensor([[13]])  # (2, 1)
+    where = Places(committed=place, committed_rows=torch.tensor([[row]]))
+    network(x, control, torch.ones(1), places=where)
     for moved in range(37):
         others = x.clone()
-        others[0, moved] += torch.randn(4)
-        assert torch.equal(neighbourhood(control, others, place, None), before) == (moved != row)
+        others[0, moved] += torch.randn(WIDTH)
+        network(others, control, torch.ones(1), places=where)
+        assert torch.equal(seen[-1], seen[0]) == (moved != row)
 
 
 def test_neighbourhood_knows_where_a_token_stands_and_padding_is_nowhere() -> None:
     network, features, control = with_reach(2), torch.randn(1, 26, 8), torch.randn(1, 2, 8)
     share, is_real = torch.tensor([0.5]), torch.tensor([[True, False]])
-    here, there = (Places(committed=torch.tensor([[place, 12]])) for place in (3, 20))
+    here, there = (Places(committed=at, committed_rows=at) for at in torch.tensor([[[3, 12]], [[20, 12]]]))
     with torch.inference_mode():
-        one = network(features, control[:, :1], share, places=Places(committed=torch.tensor([[3]])))
+        alone = Places(committed=torch.tensor([[3]]), committed_rows=torch.tensor([[3]]))
+        one = network(features, control[:, :1], share, places=alone)
         padded = network(features, control, share, is_real, here)
         assert not torch.allclose(network(features, control, share, is_real, there), padded)
         torch.testing.assert_close(padded, one)
@@ -360,7 +364,7 @@ def test_states_tell_masked_new_and_old_rows_apart_and_padding_is_none() -> None
     masked, committed = torch.tensor([[0, 1], [7, 8]]), torch.tensor([[5, 3, 0], [2, 6, 4]])
     is_real = torch.tensor([[True, True, False], [True, True, True]])
     rows, share = RowsAt(masked, 10), torch.ones(2)
-    network(features, control, share, is_real, Places(committed=committed), rows)
+    network(features, control, share, is_real, Places(committed=committed, committed_rows=committed), rows)
     assert seen[0].tolist() == [[2, 2, 0, 1, 0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0, 1, 2, 2, 0]]
 
 
