@@ -92,6 +92,7 @@ class EvaluationTask(ComparisonTask):
             self.stored = Results(Path(self.trial_folder.name))
             report_trial(self.results)
         else:
+            self.stored, self.trial_folder = Results(self.results), None
             require_writable(self.results)
 
     def on_test_start(self) -> None:

@@ -334,6 +334,14 @@ def test_trial_run_leaves_results_as_they_are_and_says_so(
     assert any("trial run" in line and str(tmp_path) in line for line in said)
 
 
+def test_run_after_a_trial_of_the_same_task_keeps_its_results(tmp_path: Path) -> None:
+    task = measure(tmp_path, limit_test_batches=1)
+    assert not (tmp_path / "rows").exists()
+    run = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    run.test(task, datamodule=ClassLabels(num_images=10, batch_size=4), verbose=False)
+    assert {name.rsplit("_", 1)[0] for name in stored(tmp_path)} == set(NAMES)
+
+
 # ---- refused before anything is run
 
 
