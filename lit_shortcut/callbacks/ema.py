@@ -39,7 +39,7 @@ class ModuleEMA(WeightAveraging):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy the submodule; the module itself is still on the CPU here, so the device comes from the strategy."""
         if stage == "fit":
-            self._raw_at_end, self._updates = None, 0
+            self._raw_at_end, self._updates, self._latest_update_step = None, 0, 0
             self._average_model = AveragedModel(
                 self._submodule(pl_module), device=trainer.strategy.root_device, use_buffers=False, **self._kwargs
             )

@@ -168,6 +168,13 @@ def test_average_follows_optimiser_steps_not_batches(tmp_path: Path) -> None:
     assert_close(weights(task), averages(recorder.raw[1::2], 0.9, warmup=True)[-1])
 
 
+def test_second_fit_averages_anew(tmp_path: Path) -> None:
+    ema, task = ModuleEMA(decay=0.9), Task()
+    fit(tmp_path, ema, task=task)
+    _, recorder, _ = fit(tmp_path, ema, task=task)
+    assert_close(weights(task), averages(recorder.raw, 0.9, warmup=True)[-1])
+
+
 def test_checkpoint_holds_the_average_and_loads_without_pickled_code(tmp_path: Path) -> None:
     checkpoints = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1)
     task, recorder, _ = fit(tmp_path, ModuleEMA(decay=0.9), checkpoints)
