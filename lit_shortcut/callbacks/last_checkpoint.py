@@ -35,6 +35,11 @@ class LastCheckpoint(ModelCheckpoint):
         )
         self._is_fitted = every_n_train_steps is None
 
+    @property
+    def state_key(self) -> str:
+        """Key of its state in checkpoints; Lightning's contains the interval, which is adapted after resuming."""
+        return type(self).__qualname__
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Set up as Lightning does, without its warning about existing files: overwriting them is intended."""
         with warnings.catch_warnings():

@@ -83,6 +83,12 @@ def test_resumed_run_goes_on_with_its_rates_where_nothing_changed(folder: Path) 
     assert fit(folder, 8, one_cycle(8), resume=True) == whole[3:]
 
 
+def test_long_run_resumes_without_a_warning(folder: Path) -> None:
+    """Of 40 steps on the interval of ``last.ckpt`` is above 1, which once made Lightning miss the callback's state."""
+    fit(folder, 40)
+    assert len(fit(folder, 44, resume=True)) == 4
+
+
 def test_changed_peak_of_the_rate_holds_from_the_next_step_on(folder: Path) -> None:
     fit(folder, 4, one_cycle(8))
     resumed = fit(folder, 8, one_cycle(8, max_lr=0.2), resume=True)
