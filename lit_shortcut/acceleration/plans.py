@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_shortcut.acceleration.accelerated import DecideFn, Past, Plan, Predictor
 from lit_shortcut.bounds import require_above, require_at_least
 from lit_shortcut.contracts import State
+from lit_shortcut.guidance import guide
 
 
 class Steps(Plan):
@@ -74,7 +75,7 @@ class Early(_Spread):
     """The base at steps that lie closer together the earlier they are: step round(N·(k/b)^power).
 
     What the first steps commit decides the image, and errors made there are kept; at equal cost this kept more of
-    vanilla's images than even steps (``docs/results.md``). At power 1 it is :class:`Even`.
+    vanilla's images than even steps (``docs/tried.md``). At power 1 it is :class:`Even`.
 
     Args:
         budget: b, number of full steps.
@@ -103,8 +104,9 @@ class Early(_Spread):
 class Adaptive(Plan):
     """The base when the features have changed by more than ``threshold`` since it last ran.
 
-    The change of a step is |f_t − f_(t−1)| / |f_(t−1)| over the image tokens, as in EasyCache (Zhou et al., arXiv
-    2507.02860); changes add up until they exceed the threshold. With a calibrated threshold the mean number of full
+    The change of a step is |f_t − f_(t−1)| / |f_(t−1)| over the image tokens after guidance, as in EasyCache (Zhou et
+    al., arXiv 2507.02860); changes add up until they exceed the threshold. Features of the branches would not do: a
+    guided shortcut predicts the guided features for both. With a calibrated threshold the mean number of full
     steps is the budget (:mod:`lit_shortcut.acceleration.calibration`).
 
     Args:
@@ -154,7 +156,8 @@ class Adaptive(Plan):
         def decide(past: Past, state: State) -> bool | Tensor:
             nonlocal earlier, change, gap
             if earlier is not None:
-                moved = relative_change(past.latest, earlier, state.tokens.shape[1])
+                image = slice(state.tokens.shape[1])
+                moved = relative_change(*(guide(part[:, :, image], state.guidance) for part in (past.latest, earlier)))
                 change = change + (moved if self.per == "sample" else moved.mean())
             earlier = past.latest
             gap = gap + 1
@@ -173,10 +176,10 @@ class Adaptive(Plan):
         return decide
 
 
-def relative_change(features: Tensor, earlier: Tensor, num_tokens: int) -> Tensor:
-    """Return |f − f'| / |f'| (B,) of ``features`` and ``earlier`` (G, B, S, C) over the first ``num_tokens`` rows."""
-    now, before = (part[:, :, :num_tokens].float() for part in (features, earlier))
-    moved, size = (part.square().sum(dim=(0, 2, 3)).sqrt() for part in (now - before, before))
+def relative_change(features: Tensor, earlier: Tensor) -> Tensor:
+    """Return |f − f'| / |f'| (B,) of ``features`` and ``earlier`` (B, L, C)."""
+    now, before = features.float(), earlier.float()
+    moved, size = (part.flatten(1).norm(dim=1) for part in (now - before, before))
     return moved / size.clamp(min=torch.finfo(torch.float32).tiny)
 
 

@@ -20,6 +20,7 @@ from lit_shortcut.acceleration.plans import (
 )
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.contracts import Clock, Control, State
+from lit_shortcut.guidance import guide
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "parity" / "schedules.json").read_text())["full_step_indices"]
 
@@ -120,3 +121,14 @@ def test_listed_steps_beyond_the_last_are_refused() -> None:
 def test_adaptive_plan_without_sense_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"threshold|max_gap"):
         Adaptive(**arguments)
+
+
+def test_adaptive_plan_sees_features_after_guidance() -> None:
+    """A guided shortcut predicts the guided features for both branches, which then change though nothing moved."""
+    full, nothing = torch.randn(2, 1, 4, 3), torch.zeros(1, 0, dtype=torch.long)
+    predicted = guide(full, 1.5)[None].expand(2, -1, -1, -1)
+    state = State(Clock(1, 4), torch.zeros(1, 4), Control(nothing, nothing), torch.ones(1), nothing, guidance=1.5)
+    for features, is_full in ((predicted, False), (full, False), (2 * full, True)):
+        decide = Adaptive(1e-3).start([1] * 4, Hold())
+        assert not decide(Past(full, []), state)
+        assert decide(Past(features, []), state) == is_full
