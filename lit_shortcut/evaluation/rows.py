@@ -150,7 +150,7 @@ def _build(
         label, count, made = plan, budget, known if isinstance(known, Plan) else known(budget)
     suffix = f"_b{count}" + (f"_{label}" if label != EVEN else "")
     name = _name(method, num_steps, suffix, overrides)
-    return Row(name, method, own, Accelerated(made, methods[method]), count, plan or "steps", overrides)
+    return Row(name, method, own, Accelerated(made, methods[method]), count, label, overrides)
 
 
 def _steps(entry: Sequence[Any], steps: list[Any]) -> Steps:

@@ -56,7 +56,7 @@ def test_row_decodes_as_it_says() -> None:
     assert held.decoding == DECODING.at(16)
     assert (type(plan_of(held)), plan_of(held).budget) == (Even, 4)
     assert (type(plan_of(early)), plan_of(early).budget) == (Early, 4)
-    assert (type(plan_of(listed)), plan_of(listed).steps) == (Steps, [0, 3])
+    assert (type(plan_of(listed)), plan_of(listed).steps, listed.plan) == (Steps, [0, 3], "steps0-3")
     assert own.decoding == Decoding(num_steps=5, guidance=1, order="halton")
     assert own.settings == "guidance 1, halton"
     (course,) = build([5, {"temperature_course": {"first": 2.0}}])
