@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -68,11 +69,17 @@ def measure_latency(
 
 
 def device_name(device: torch.device) -> str:
-    """Return a name of ``device`` for tables: the model of the GPU, or of the CPU with its number of threads."""
+    """Return a name of ``device`` for tables: the model of the GPU, or of the CPU with its number of threads.
+
+    It says whether ``OMP_WAIT_POLICY`` is passive: threads that sleep between operations must be woken at each, which
+    costs a short shortcut step much more of its time than a base pass.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+        policy = os.environ.get("OMP_WAIT_POLICY", "")
+        waiting = " that wait passively" if policy.lower() == "passive" else ""
+        return f"{_cpu_model()}, {torch.get_num_threads()} threads{waiting}"
     return f"{device.type} ({platform.processor() or platform.machine()})"
 
 

@@ -69,5 +69,8 @@ def test_accelerators_are_waited_for_before_and_after(monkeypatch: pytest.Monkey
     assert latency.median_ms == 3000  # the wait after belongs to the run, the wait before does not
 
 
-def test_cpu_is_named_with_its_threads() -> None:
+def test_cpu_is_named_with_its_threads_and_how_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     assert device_name(CPU).endswith(f", {torch.get_num_threads()} threads")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert device_name(CPU).endswith(f", {torch.get_num_threads()} threads that wait passively")
