@@ -24,8 +24,11 @@ _PUBLISHED = {
     "guided": False,
     "uses_control": True,
     "uses_prefix": True,
+    "uses_self_attention": True,
+    "num_convs": 0,
+    "uses_states": False,
 }
-"""Options of published networks that their files do not tell."""
+"""Options of every published network."""
 
 
 class Inert:

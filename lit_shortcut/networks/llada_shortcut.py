@@ -30,12 +30,20 @@ NAMES = Names(
 
 
 class CrossAndSelf(nn.Module):
-    """Attention to the control tokens, if they are used, then among the rows: two LLaDA blocks."""
+    """Attention to the control tokens, then among the rows, each a LLaDA block that can be left out."""
 
-    def __init__(self, width: int, num_heads: int, mlp_width: int, norm_eps: float, uses_control: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_width: int,
+        norm_eps: float,
+        uses_control: bool = True,
+        uses_self_attention: bool = True,
+    ) -> None:
         super().__init__()
         self.cross_attn = LLaDABlock(width, num_heads, mlp_width, norm_eps) if uses_control else None
-        self.self_attn = LLaDABlock(width, num_heads, mlp_width, norm_eps)
+        self.self_attn = LLaDABlock(width, num_heads, mlp_width, norm_eps) if uses_self_attention else None
 
     def forward(
         self,
@@ -54,11 +62,11 @@ class CrossAndSelf(nn.Module):
         """
         if self.cross_attn is not None:
             own = self.cross_attn(own, own_by, control_is_real, memory=control)
+        if self.self_attn is None:
+            return own
         if rows is ALL_ROWS:
-            own = self.self_attn(own, by, is_real)
-        else:
-            own = self.self_attn(own, own_by, is_real, memory=(rows.put(x, own), by))
-        return own
+            return self.self_attn(own, by, is_real)
+        return self.self_attn(own, own_by, is_real, memory=(rows.put(x, own), by))
 
 
 class LLaDAShortcutNet(ShortcutNetwork):
@@ -75,6 +83,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         uses_time: condition on the masked share r.
         uses_control: attend to the tokens just committed.
         uses_prefix: attend to the tokens of the prompt.
+        uses_self_attention: attend to all rows.
         rows: predict ``all`` rows, as published, or only those still ``masked``.
         anchored: predict from the last full step.
         grid: side of the square token grid, for the neighbourhood, convolutions and states.
@@ -101,6 +110,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         uses_time: bool = True,
         uses_control: bool = True,
         uses_prefix: bool = True,
+        uses_self_attention: bool = True,
         rows: RowChoice = "all",
         anchored: bool = False,
         grid: int = 0,
@@ -116,6 +126,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
             uses_time,
             uses_control,
             uses_prefix,
+            uses_self_attention,
             rows,
             anchored,
             grid,
@@ -128,7 +139,8 @@ class LLaDAShortcutNet(ShortcutNetwork):
         require_above(0, rope_theta=rope_theta, norm_eps=norm_eps)
         inner = options.inner
         blocks = nn.ModuleList(
-            CrossAndSelf(inner, num_heads, mlp_width, norm_eps, uses_control) for _ in range(num_blocks)
+            CrossAndSelf(inner, num_heads, mlp_width, norm_eps, uses_control, uses_self_attention)
+            for _ in range(num_blocks)
         )
         super().__init__(options, blocks, RMSNorm(inner, norm_eps))
         self.hparams = options.hparams() | {

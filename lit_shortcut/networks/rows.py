@@ -72,6 +72,7 @@ class Options:
         uses_time: condition on the masked share r.
         uses_control: attend to the tokens committed since the features were computed.
         uses_prefix: the tokens of a text prefix are control tokens, too.
+        uses_self_attention: attend to all rows of the features.
         rows: predict ``all`` rows of the features, as published, or only those still ``masked``; all are attended to.
         anchored: predict from the last full step, all tokens committed since, and the number of steps since, instead of
             step by step.
@@ -95,6 +96,7 @@ class Options:
     uses_time: bool = True
     uses_control: bool = True
     uses_prefix: bool = True
+    uses_self_attention: bool = True
     rows: RowChoice = "all"
     anchored: bool = False
     grid: int = 0

@@ -53,18 +53,19 @@ NAMES = Names(
 class Block(nn.Module):
     """Cross-attention to the control tokens, MLP, self-attention, MLP, each with a residual.
 
-    Only queries are normed, not the control tokens, nor keys and values of the self-attention. Without control there
-    are only self-attention and its MLP.
+    Only queries are normed, not the control tokens, nor keys and values of the self-attention. Either attention can be
+    left out together with its MLP.
     """
 
-    def __init__(self, width: int, num_heads: int, uses_control: bool = True) -> None:
+    def __init__(self, width: int, num_heads: int, uses_control: bool = True, uses_self_attention: bool = True) -> None:
         super().__init__()
-        self.uses_control = uses_control
+        self.uses_control, self.uses_self_attention = uses_control, uses_self_attention
         if uses_control:
             self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, num_heads)
             self.cross_mlp_norm, self.cross_mlp = nn.LayerNorm(width), feed_forward(width, 4 * width)
-        self.self_norm, self.self_attention = nn.LayerNorm(width), Attention(width, num_heads)
-        self.self_mlp_norm, self.self_mlp = nn.LayerNorm(width), feed_forward(width, 4 * width)
+        if uses_self_attention:
+            self.self_norm, self.self_attention = nn.LayerNorm(width), Attention(width, num_heads)
+            self.self_mlp_norm, self.self_mlp = nn.LayerNorm(width), feed_forward(width, 4 * width)
 
     def forward(self, own: Tensor, x: Tensor, control: Tensor, is_real: Tensor | None, rows: Rows = ALL_ROWS) -> Tensor:
         """Map ``own``, ``rows`` of (B, S, c), given ``control`` (B, K, c), padding where ``is_real`` (B, K) is false.
@@ -74,9 +75,10 @@ class Block(nn.Module):
         if self.uses_control:
             own = own + self.cross_attention(self.cross_norm(own), control, is_real)
             own = own + self.cross_mlp(self.cross_mlp_norm(own))
-        own = own + self.self_attention(self.self_norm(own), rows.put(x, own))
-        refined: Tensor = own + self.self_mlp(self.self_mlp_norm(own))
-        return refined
+        if self.uses_self_attention:
+            own = own + self.self_attention(self.self_norm(own), rows.put(x, own))
+            own = own + self.self_mlp(self.self_mlp_norm(own))
+        return own
 
 
 class ShortcutNetwork(nn.Module, ABC):
@@ -196,6 +198,7 @@ class ShortcutNet(ShortcutNetwork):
         reach: places that a committed token reaches in the neighbourhood; 0 leaves it out, as published.
         stride: side in tokens of the square that a row of the features stands for.
         uses_control: attend to the tokens just committed.
+        uses_self_attention: attend to all rows.
         rows: ``all`` or only those still ``masked``.
         anchored: predict from the last full step.
         guided: predict the features after guidance, in one pass for both branches.
@@ -218,6 +221,7 @@ class ShortcutNet(ShortcutNetwork):
         reach: int = 0,
         stride: int = 1,
         uses_control: bool = True,
+        uses_self_attention: bool = True,
         rows: RowChoice = "all",
         anchored: bool = False,
         guided: bool = False,
@@ -230,6 +234,7 @@ class ShortcutNet(ShortcutNetwork):
             num_blocks,
             uses_time=uses_time,
             uses_control=uses_control,
+            uses_self_attention=uses_self_attention,
             rows=rows,
             anchored=anchored,
             grid=grid,
@@ -247,7 +252,7 @@ class ShortcutNet(ShortcutNetwork):
             nn.GELU(),
             nn.LayerNorm(inner, eps=_LAST_EPS),
         )
-        blocks = nn.ModuleList(Block(inner, num_heads, uses_control) for _ in range(num_blocks))
+        blocks = nn.ModuleList(Block(inner, num_heads, uses_control, uses_self_attention) for _ in range(num_blocks))
         super().__init__(options, blocks, last)
         self.hparams = options.hparams() | {"num_heads": num_heads}
         del self.hparams["uses_prefix"]

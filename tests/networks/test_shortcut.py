@@ -160,6 +160,7 @@ def test_load_returns_what_was_saved_frozen(tmp_path: Path, hparams: dict[str, A
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"uses_control": False},
+    {"uses_self_attention": False},
     {"uses_time": False},
     {"rows": "masked", "num_blocks": 2},
     {"anchored": True},
@@ -240,6 +241,17 @@ def test_without_control_tokens_play_no_part(kind: Callable[..., ShortcutNetwork
     features, control, _ = inputs()
     assert torch.equal(run(network, features, control), run(network, features, control + 1))
     assert not [name for name in network.state_dict() if "cross" in name or "narrow_control" in name]
+
+
+@of_both_kinds
+def test_without_self_attention_rows_know_of_control_tokens_only(kind: Callable[..., ShortcutNetwork]) -> None:
+    network = kind(uses_self_attention=False)
+    features, control, _ = inputs()
+    moved = features.clone()
+    moved[:, 0] += 1
+    assert torch.equal(run(network, moved, control)[:, 1:], run(network, features, control)[:, 1:])
+    assert not torch.equal(run(network, features, control + 1)[:, 1:], run(network, features, control)[:, 1:])
+    assert not [name for name in network.state_dict() if "self" in name]
 
 
 @of_both_kinds
