@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,17 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from lit_shortcut.networks.llada_shortcut import NAMES as DIMOO_SHORTCUT
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
+from lit_shortcut.networks.rows import Options
 from lit_shortcut.networks.shortcut import NAMES as SHORTCUT
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.published import STATE_KEYS, save_published, state_in
 from lit_shortcut.weights import WeightsError, first_sentence, load_module_with_metadata, save_tensors
 
+_FREE = ("uses_time", "grid", "stride")  # the first shows in the tensors, the others change nothing by themselves
 _PUBLISHED = {
-    "reach": 0,
-    "rows": "all",
-    "anchored": False,
-    "guided": False,
-    "uses_control": True,
-    "uses_prefix": True,
-    "uses_self_attention": True,
-    "num_convs": 0,
-    "uses_states": False,
+    field.name: field.default for field in fields(Options) if field.default is not MISSING and field.name not in _FREE
 }
-"""Options of every published network."""
+"""Options of every published network: the defaults, so that an option added later is not forgotten."""
 
 
 class Inert:
