@@ -222,7 +222,6 @@ def _single(batch: Transition, row: int) -> Transition:
     return Transition(
         batch.features[own],
         Control(tokens, positions),
-        batch.masked_share[own],
         batch.targets[own],
         batch.is_masked[own],
         batch.step[own],

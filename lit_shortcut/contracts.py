@@ -212,13 +212,12 @@ class Transition(NamedTuple):
     """A training window with R consecutive steps as targets, guidance branches apart, samples mixed.
 
     ``features`` (B, S, C) of ``step`` (B,), the first target ``gap`` (B,) steps on; for each target ``control``
-    (B, R, K), the tokens committed since ``gap`` steps before, padded to the longest, ``masked_share`` (B, R), and
-    ``is_masked`` (B, R, L), places still masked. ``num_masked`` counts those of each target, if known.
+    (B, R, K), the tokens committed since ``gap`` steps before, padded to the longest, and ``is_masked`` (B, R, L),
+    places still masked. ``num_masked`` counts those of each target, if known.
     """
 
     features: Tensor
     control: Control
-    masked_share: Tensor
     targets: Tensor
     is_masked: Tensor
     step: Tensor
@@ -226,6 +225,11 @@ class Transition(NamedTuple):
     prefix: Prefix | None = None
     prefix_size: PrefixSize | None = None
     num_masked: tuple[int, ...] = ()
+
+    @property
+    def masked_share(self) -> Tensor:
+        """Share of image tokens still masked, r in the paper: (B, R), float32 in every precision."""
+        return self.is_masked.float().mean(-1)
 
 
 class BaseEnds(Protocol):

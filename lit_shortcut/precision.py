@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
+from torch import Tensor, nn
 
 
 def bfloat16_where_native() -> Precision:
@@ -55,6 +56,22 @@ def float32_by_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class KeptDtype(nn.Module):
+    """A module that moves between devices but that no precision casts.
+
+    Image decoders are of this kind, since their references decode in float32 and bfloat16 tells few of 256 shades
+    apart, and sums over many batches.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        applied: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return applied
 
 
 def require_precision(precision: str, device: torch.device) -> None:

@@ -207,6 +207,7 @@ def test_window_of_two_steps_has_a_control_and_a_target_for_each() -> None:
     assert item.control.tokens[item.control.is_real].tolist() == [5, 4, 7]
     assert item.control.positions[item.control.is_real].tolist() == [1, 0, 3]
     assert item.masked_share.tolist() == [[0.75, 0.25]]
+    assert item.masked_share.dtype == torch.float32
 
 
 def test_control_is_padded_to_the_longest() -> None:

@@ -115,7 +115,7 @@ class Replay:
                 Clock(step, num_steps),
                 tokens,
                 self.committed(step - 1) if step else Control(tokens[:, :0], masked[:, :0]),
-                torch.full((batch,), share, device=tokens.device),
+                torch.full((batch,), share, dtype=torch.float32, device=tokens.device),
                 masked,
                 self.guidance[step],
             )
@@ -154,7 +154,8 @@ def replayed(replay: Replay, methods: Mapping[str, Acceleration], *, with_kl: bo
         with_kl: false only counts full steps; the KL is then 0.
     """
     runs = {name: method.start(replay, replay.recorded, replay.counts) for name, method in methods.items()}
-    nothing = torch.zeros(len(replay.recorded.samples[0]), device=replay.recorded.samples.device)
+    samples = replay.recorded.samples[0]
+    nothing = torch.zeros_like(samples, dtype=torch.float32)
     totals = {name: Replayed(nothing, nothing) for name in methods}
     for state, truth in replay.steps():
         for name, run in runs.items():

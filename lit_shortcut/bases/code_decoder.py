@@ -10,8 +10,8 @@ from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_shortcut.bases.frozen import KeptDtype
 from lit_shortcut.bounds import require_at_least
+from lit_shortcut.precision import KeptDtype
 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Self
@@ -13,21 +13,6 @@ from torch import Tensor, nn
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import ImageDecoder
 from lit_shortcut.weights import fingerprint, network_fingerprint
-
-
-class KeptDtype(nn.Module):
-    """A module that moves between devices but that no precision casts.
-
-    Image decoders are of this kind: their references decode in float32, and bfloat16 tells few of 256 shades apart.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def moved(tensor: Tensor) -> Tensor:
-            found = fn(tensor)
-            return found if found.dtype == tensor.dtype else tensor.to(found.device)
-
-        applied: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
-        return applied
 
 
 class FrozenBase(nn.Module):

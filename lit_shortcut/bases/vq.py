@@ -8,9 +8,9 @@ import torch
 from diffusers import VQModel
 from torch import Tensor
 
-from lit_shortcut.bases.frozen import KeptDtype
 from lit_shortcut.bases.saved import DIFFUSERS, Variant, build, read_weights, take
 from lit_shortcut.bounds import require_at_least
+from lit_shortcut.precision import KeptDtype
 from lit_shortcut.weights import WeightsError
 
 

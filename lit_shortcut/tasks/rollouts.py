@@ -17,11 +17,12 @@ from lit_shortcut.guidance import guide_rows
 from lit_shortcut.metrics.functional import gain_over_hold
 from lit_shortcut.metrics.places import Masked, Seen, place_means
 from lit_shortcut.networks.shortcut import ShortcutNetwork
+from lit_shortcut.precision import KeptDtype
 
 _SUFFIXES = {"shortcut": "", "hold": "_hold"}
 
 
-class Rollouts(nn.Module):
+class Rollouts(KeptDtype):
     """Measures of 1 … ``depth`` predictions in a row by the shortcut, and by hold.
 
     Args:

@@ -57,10 +57,10 @@ class EncodedTransition(NamedTuple):
         positions[is_real] = is_now.nonzero()[:, -1]
         codes = tokens.long()[:, None].expand(-1, window, -1).gather(2, positions).where(is_real, 0)
         control = Control(codes, positions, None if bool(is_real.all()) else is_real)
-        share, none = is_masked.float().mean(-1), torch.empty(0)
+        none = torch.empty(0)
         size = None if prefix is None else PrefixSize.of(prefix.lengths.tolist(), prefix.num_control.tolist())
         num_masked = tuple(is_masked.sum((0, 2)).tolist())
-        others = Transition(none, control, share, none, is_masked, step, gap, prefix, size, num_masked)
+        others = Transition(none, control, none, is_masked, step, gap, prefix, size, num_masked)
         scales = None
         if guidance is not None:
             targets = (step + gap)[:, None] + torch.tensor([0, *range(window)], device=step.device)

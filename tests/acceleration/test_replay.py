@@ -63,6 +63,19 @@ def test_replaying_per_sample_decides_as_replaying_each_sample_by_itself() -> No
         torch.testing.assert_close(single.kl[0], together.kl[row], rtol=1e-4, atol=1e-5)
 
 
+def test_shares_and_sums_are_float32_whatever_the_default() -> None:
+    """Lightning's bf16-true makes new tensors bfloat16 during a step."""
+    method, recorded = Accelerated(Even(2), Shortcut(network())), replay()
+    expected, shares = replayed(recorded, {"": method})[""], [state.masked_share for state in recorded.states()]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found, again = replayed(recorded, {"": method})[""], [state.masked_share for state in recorded.states()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.kl, expected.kl)
+    assert all(map(torch.equal, again, shares))
+
+
 @pytest.fixture(params=["maskgit", "dimoo"])
 def recording(
     request: pytest.FixtureRequest, base: MaskGIT, dimoo: DiMOO, conditions: MakeConditions, prompted: MakeConditions

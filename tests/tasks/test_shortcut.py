@@ -19,7 +19,7 @@ from lit_shortcut.contracts import Trajectories, Transition
 from lit_shortcut.guidance import guide_rows
 from lit_shortcut.losses import HeadKL, Loss, MaskedMSE, masked_tokens
 from lit_shortcut.metrics.functional import head_kl, masked_mse
-from lit_shortcut.metrics.places import diagnostics
+from lit_shortcut.metrics.places import PlaceMean, diagnostics
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import Card, read_shard, write_shard
@@ -404,6 +404,9 @@ def test_fit_and_validate_run_in_every_precision(folder: Path, precision: Any, o
     kinds = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
     assert {parameter.dtype for parameter in task.network.parameters()} == {kinds[precision]}
     assert {buffer.dtype for buffer in task.ends.interface.buffers()} == {kinds[precision]}
+    assert task.rollouts is not None
+    sums = [measure.total for measure in task.rollouts.modules() if isinstance(measure, PlaceMean)]
+    assert {total.dtype for total in sums} == {torch.float32}  # bfloat16 does not add 1 to 256
 
 
 def test_float16_weights_validate_and_do_not_train(folder: Path) -> None:

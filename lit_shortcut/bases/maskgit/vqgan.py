@@ -13,8 +13,8 @@ from diffusers import VQModel
 from torch import Tensor
 
 from lit_shortcut.bases.code_decoder import taming_pairs
-from lit_shortcut.bases.frozen import KeptDtype
 from lit_shortcut.bounds import require_at_least
+from lit_shortcut.precision import KeptDtype
 from lit_shortcut.published import Names, filled, load_state
 from lit_shortcut.weights import WeightsError
 
