@@ -36,7 +36,7 @@ pipe({asked}, seeds=[1]).images[0].save("picture.png")
 | | |
 |---|---|
 | base | {base}{source}, fingerprint `{fingerprint}` |
-| steps | N = {num_steps}, of which the base computes {budget} (plan `{plan}`) |
+| steps | {steps} |
 | decoding | `{decoding}` |
 | network | `{network}` |
 | trained on | {trained_on} |
@@ -57,6 +57,7 @@ def model_card(
         address: address to load the shortcut from.
     """
     base = origin.base
+    computed = f"{origin.budget} (plan `{origin.plan}`)" if origin.budget else "as many as asked for, by default all"
     on_hub = base.source.startswith("hf://")
     data = ModelCardData(
         license=origin.licence.lower() or None,
@@ -68,12 +69,11 @@ def model_card(
         data=data.to_yaml(),
         base=base.name or "a base of one's own",
         address=address,
-        budget=origin.budget or "…",
+        budget=origin.budget or max(1, origin.num_steps // 4),
         asked="labels=[0]" if base.name in _OF_CLASSES else '["a dark, wide coat"]',
         source=f" ({base.source}{f' at {base.revision}' * bool(base.revision)})" if on_hub else "",
         fingerprint=base.fingerprint,
-        num_steps=origin.num_steps,
-        plan=origin.plan,
+        steps=f"N = {origin.num_steps}, of which the base computes {computed}",
         decoding=json.dumps(dict(origin.decoding)),
         network=json.dumps(network),
         trained_on=origin.trained_on,

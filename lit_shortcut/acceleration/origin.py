@@ -46,7 +46,7 @@ class Origin:
         base: the base that recorded the trajectories.
         num_steps: N of the trajectories; 0 if the file lacks it.
         decoding: settings of the trajectories, arguments of :class:`~lit_shortcut.sampling.Decoding`.
-        plan: name of the intended plan, ``even`` or ``early``.
+        plan: name of the intended plan, ``even``, ``early`` or ``calibrated``.
         budget: b of that plan; 0 leaves it to the user.
         licence: SPDX identifier of the weights.
         trained_on: the data.

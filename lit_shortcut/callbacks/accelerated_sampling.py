@@ -155,7 +155,8 @@ class AcceleratedSampling(L.Callback):
         if self.vanilla is None:
             self.vanilla = self._measure(vanilla, mine)
         measured = {vanilla.name: self.vanilla} | {row.name: self._measure(row, mine) for row in others}
-        latencies = self._latencies(trainer, rows, mine[0])
+        # batches of other ranks may be smaller
+        latencies = trainer.strategy.broadcast(self._latencies(trainer, rows, mine[0]))
         for name, (values, _) in measured.items():
             logged = values | latencies.get(name, {})
             pl_module.log_dict({f"sampling/{name}/{metric}": v for metric, v in logged.items()}, sync_dist=True)

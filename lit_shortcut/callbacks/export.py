@@ -84,7 +84,7 @@ class ExportShortcut(ExportWeights):
         base: where to get the base: ``name``, ``source``, ``revision``, ``arguments``; the fingerprint is that of the
             trajectories.
         plan: name of the plan that the shortcut is meant for.
-        budget: b of that plan; 0 leaves it to the user.
+        budget: b of that plan, at most N; 0 leaves it to the user.
     """
 
     def __init__(
@@ -93,12 +93,26 @@ class ExportShortcut(ExportWeights):
         licence: str,
         trained_on: str,
         base: BaseReference | None = None,
-        plan: str = "even",
+        plan: Literal["even", "early"] = "even",
         budget: int = 0,
     ) -> None:
         require_at_least(0, budget=budget)
         super().__init__(path, licence, trained_on)
         self.origin = Origin(base or BaseReference(), 0, {}, plan, budget, licence, trained_on)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check, before anything is trained, that the folder can be written and has a budget within the set's N.
+
+        Raises:
+            ValueError: if the budget is above N.
+            OSError: if the folder cannot be written.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        num_steps, budget = trainer.datamodule.card.num_steps, self.origin.budget  # type: ignore[attr-defined]
+        if budget > num_steps:
+            raise ValueError(f"budget of ExportShortcut must lie in 0..{num_steps}, the set's steps; got {budget}")
 
     def write(self, task: OptimizedTask) -> Path:
         """Write the folder; return its weight file."""

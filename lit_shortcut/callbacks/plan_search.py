@@ -59,11 +59,26 @@ class PlanSearch(L.Callback):
         self._samples = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that budgets are below the set's N, and that the file can be written; one that is there is added to."""
+        """Check that the search can be run and the file can be written; one that is there is added to.
+
+        Raises:
+            ValueError: if a budget is not below the set's N, plans cannot be adaptive with this predictor, the file
+                holds something else, or the precision casts the weights that plans are to name.
+            OSError: if the file cannot be written.
+        """
         assert isinstance(pl_module, ShortcutTask)
         num_steps = trainer.datamodule.card.num_steps  # type: ignore[attr-defined]
         if not all(1 <= budget < num_steps for budget in self.budgets):
             raise ValueError(f"budgets must lie in 1..{num_steps - 1}, below the set's steps; got {self.budgets}")
+        predictor = self._of(pl_module)
+        if self.adaptive is not None:
+            Adaptive(1.0, self.adaptive).start([], predictor)  # refuses predictors that it cannot decide for
+        precision = str(trainer.precision)
+        if self.predictor is None and precision.endswith("true") and precision != "32-true":
+            raise ValueError(
+                f"trainer.precision: {precision} casts the weights, and plans would name the cast ones; search in "
+                "32-true or bf16-mixed"
+            )
         require_writable_file(trainer, "validate", self.path)
         if self.path.exists():
             PlanFile.read(self.path)

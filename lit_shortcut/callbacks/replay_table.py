@@ -13,6 +13,7 @@ from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.replay import replayed
 from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.contracts import Context
 from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.ranks import sum_over_ranks
@@ -65,6 +66,21 @@ class ReplayTable(L.Callback):
         for row in self._rows(pl_module, card.num_steps):
             if row.overrides or row.decoding.num_steps != card.num_steps:
                 raise ValueError(f"row {row.name}: trajectories of {card.num_steps} steps are replayed as recorded")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse, before anything is trained, rows that do not fit the set's base.
+
+        Raises:
+            ValueError: naming the row, if its method or plan is for another base, other steps or another predictor.
+        """
+        assert isinstance(pl_module, ShortcutTask)
+        ends: Any = pl_module.ends
+        for row in self._rows(pl_module, len(pl_module.counts)):
+            try:
+                row.acceleration.start(ends, Context(), pl_module.counts)
+            except ValueError as error:
+                error.args = (f"{row.name}: {error}",)
+                raise
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int

@@ -50,8 +50,11 @@ class WandbLineage(L.Callback):
             if isinstance(callback, ExportWeights) and callback.written is not None:
                 with carry_on(f"logging {callback.written}"):
                     tensors, metadata = load_tensors(callback.written)
-                    kind = _SHORTCUT if isinstance(pl_module, ShortcutTask) else callback.written.stem
-                    log_artifact(trainer, f"{kind}-{fingerprint(tensors)}", "model", [callback.written], metadata)
+                    if isinstance(pl_module, ShortcutTask):  # named as loaded, in float32
+                        name = _name_of(Shortcut.load(callback.written))
+                    else:
+                        name = f"{callback.written.stem}-{fingerprint(tensors)}"
+                    log_artifact(trainer, name, "model", [callback.written], metadata)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Mark the shortcuts of all rows as used."""
@@ -59,8 +62,11 @@ class WandbLineage(L.Callback):
             return
         accelerations = [row.acceleration for row in pl_module.rows if isinstance(row.acceleration, Accelerated)]
         shortcuts = [each.predictor for each in accelerations if isinstance(each.predictor, Shortcut)]
-        names = [f"{_SHORTCUT}-{shortcut.identity()['weights']}" for shortcut in shortcuts]
-        _use(trainer, list(dict.fromkeys(names)))
+        _use(trainer, list(dict.fromkeys(map(_name_of, shortcuts))))
+
+
+def _name_of(shortcut: Shortcut) -> str:
+    return f"{_SHORTCUT}-{shortcut.identity()['weights']}"
 
 
 def _use(trainer: L.Trainer, names: list[str]) -> None:

@@ -35,9 +35,6 @@ class Results:
         stored = self.stored(row, seed)
         if stored is None:
             return None
-        if "identity" not in stored:
-            rank_zero_info(f"{row.name}, seed {seed}: measured again, it was stored without its identity")
-            return None
         changes = differences(stored["identity"], identity)
         if changes:
             rank_zero_info(f"{row.name}, seed {seed}: measured again, since {'; '.join(changes)}")

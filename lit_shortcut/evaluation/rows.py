@@ -55,6 +55,11 @@ class Row:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def reads_features(self) -> bool:
+        """Return whether features decide which steps are full, so that images may depend on their batch."""
+        return isinstance(self.acceleration, Accelerated) and self.acceleration.plan.reads_features
+
+    @property
     def settings(self) -> str:
         """Return the row's own decoding settings for a table: ``halton, guidance 1``."""
         return ", ".join(

@@ -42,8 +42,7 @@ def current_latencies(results: Results, loops: Mapping[str, Any]) -> dict[str, d
     """Return the stored latencies, by row name, that were measured under ``loops``."""
     stored = results.latency()
     before = stored["identity"]["rows"]
-    valid = isinstance(before, dict)  # a list was stored before rows had identities
-    return {name: found for name, found in stored["measured"].items() if valid and before.get(name) == loops.get(name)}
+    return {name: found for name, found in stored["measured"].items() if before.get(name) == loops.get(name)}
 
 
 def _line(

@@ -104,10 +104,14 @@ class EvaluationTask(ComparisonTask):
             precision=str(self.trainer.precision),
             compiled=self.compiled and self.compile_mode,
         )
-        self.asked, vanilla = self.conditions.identity(), self.loops[self.reference.name]
+        self.asked, vanilla = self._asked(), self.loops[self.reference.name]
         originals = vanilla if are_paired(self.metrics) else None
+        by_batch = self.asked | {"batch_size": self.conditions.batch_size}
         self.identities = {
-            row.name: row_identity(self.loops[row.name], self.asked, self.metrics, originals) for row in self.rows
+            row.name: row_identity(
+                self.loops[row.name], by_batch if row.reads_features else self.asked, self.metrics, originals
+            )
+            for row in self.rows
         }
         self.unfinished: dict[int, list[str]] = self.trainer.strategy.broadcast(self._unfinished())
 
@@ -154,6 +158,14 @@ class EvaluationTask(ComparisonTask):
         """Delete the files of a trial run."""
         if self.trial_folder is not None:
             self.trial_folder.cleanup()
+
+    def _asked(self) -> dict[str, Any]:
+        """Return the identity of the conditions, with as many images as a trial run draws."""
+        asked: dict[str, Any] = self.conditions.identity()
+        if self.trial_folder is None:
+            return asked
+        drawn = int(self.trainer.num_test_batches[0]) * self.conditions.batch_size * self.trainer.world_size
+        return asked | {"num_images": min(asked["num_images"], drawn)}
 
     def _unfinished(self) -> dict[int, list[str]]:
         """Return names of the rows to be drawn, by run seed."""

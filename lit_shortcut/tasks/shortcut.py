@@ -135,8 +135,11 @@ class ShortcutTask(OptimizedTask):
                 f"{self.network.options.width}; set model.init_args.network.init_args.width to {spec.width}"
             )
         require_kind(self.network, self.ends, data.source)
-        if (data.window if self.network.options.anchored else data.max_gap) > 1:
-            raise ValueError("data: an anchored network takes max_gap in place of window, others window only")
+        unused, kind = ("window", "an anchored") if self.network.options.anchored else ("max_gap", "no anchored")
+        if getattr(data, unused) > 1:
+            raise ValueError(
+                f"data.{unused} must be 1, since model.network is {kind} network; got {getattr(data, unused)}"
+            )
         if data.guided != self.network.options.guided:
             raise ValueError(
                 f"data.guided is {str(data.guided).lower()}, and guided of model.network is "

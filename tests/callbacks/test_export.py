@@ -11,6 +11,8 @@ import torch
 import yaml
 from torch.utils.data import DataLoader
 
+from datamodules.trajectories import TrajectoryDataModule
+from lit_shortcut.acceleration.card import model_card
 from lit_shortcut.acceleration.origin import BaseReference, Origin
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.callbacks.ema import ModuleEMA
@@ -20,6 +22,7 @@ from lit_shortcut.images import LabelledImages
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.weights import load_tensors
+from tests.tiny_trajectories import SPEC, write_set
 
 
 def fit(path: Path, *callbacks: L.Callback, **arguments: Any) -> ClassifierTask:
@@ -101,6 +104,22 @@ def test_manifest_says_what_made_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_trial_run_exports_nothing(tmp_path: Path) -> None:
     fit(tmp_path / "net.safetensors", fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_budget_beyond_the_steps_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    write_set(tmp_path / "set")
+    export = ExportShortcut(tmp_path / "shortcut", "MIT", "noise", budget=5)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_steps=1, callbacks=[export])
+    task = ShortcutTask(ShortcutNet(width=SPEC.width, num_heads=1))
+    with pytest.raises(ValueError, match=r"ExportShortcut must lie in 0\.\.4, the set's steps; got 5"):
+        trainer.fit(task, datamodule=TrajectoryDataModule(str(tmp_path / "set")))
+    assert not (tmp_path / "shortcut").exists()
+
+
+def test_card_of_a_shortcut_without_a_budget_can_be_followed(tmp_path: Path) -> None:
+    card = model_card(Origin(num_steps=12), {})
+    assert 'load("FOLDER", budget=3)' in card
+    assert "| steps | N = 12, of which the base computes as many as asked for, by default all |" in card
 
 
 def test_shortcut_is_exported_as_a_folder_with_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,18 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.acceleration.calibrated import Calibrated, CalibratedAdaptive, PlanFile
-from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.acceleration.linear import Linear, save
+from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.callbacks.plan_search import PlanSearch
 from lit_shortcut.callbacks.replay_table import ReplayTable
 from lit_shortcut.evaluation.rows import NamedPlan, RowEntry
 from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.weights import WeightsError
 from tests.acceleration.recorded import network
 from tests.command_line import TOY, lightning, record_toy
 from tests.tiny_trajectories import write_set
@@ -78,6 +81,28 @@ def test_features_that_do_not_change_get_no_threshold(folder: Path) -> None:
 def test_budgets_out_of_range_are_refused(folder: Path, budgets: list[int]) -> None:
     with pytest.raises(ValueError, match="budgets"):
         validate(folder, PlanSearch(folder / "plan.json", budgets))
+
+
+def test_plans_that_would_name_cast_weights_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"bf16-true casts the weights.*32-true or bf16-mixed"):
+        validate(folder, PlanSearch(folder / "plan.json", [2]), precision="bf16-true")
+    assert not (folder / "plan.json").exists()
+
+
+def test_adaptive_plan_that_a_predictor_rules_out_is_refused_before_the_search(folder: Path) -> None:
+    search = PlanSearch(folder / "plan.json", [2], Taylor(1), adaptive="sample")
+    with pytest.raises(ValueError, match=r"Taylor has memory 2; use per: batch"):
+        validate(folder, search)
+    assert search._segments is None
+
+
+def test_method_for_another_base_is_refused_before_anything_is_trained(folder: Path) -> None:
+    save(folder / "linear.safetensors", torch.ones(4, 4, 4).double(), "another")
+    table = ReplayTable([2], methods={"linear": Linear(folder / "linear.safetensors")})
+    trainer = L.Trainer(**QUIET, max_steps=1, enable_checkpointing=False, callbacks=[table])
+    with pytest.raises(WeightsError, match=r"linear_n4_b2: .*fitted on base another"):
+        trainer.fit(ShortcutTask(network()), datamodule=TrajectoryDataModule(str(folder / "set")))
+    assert trainer.global_step == 0
 
 
 def test_file_that_cannot_be_added_to_is_refused_before_the_search(folder: Path) -> None:

@@ -205,4 +205,4 @@ def test_trial_run_prints_the_table_and_writes_nothing(tmp_path: Path, monkeypat
     )
     trainer.test(task, datamodule=ClassLabels(6, batch_size=4), verbose=False)
     assert list(tmp_path.iterdir()) == []
-    assert any("| vanilla" in line and "nothing is written" in line for line in said)
+    assert any("| vanilla" in line and "4 images per row" in line and "nothing is written" in line for line in said)

@@ -222,6 +222,18 @@ def test_batch_size_changes_nothing_that_is_stored(tmp_path: Path) -> None:
         assert entry["values"] == pytest.approx(ten[name]["values"], rel=1e-5)
 
 
+def test_rows_whose_steps_depend_on_the_batch_are_measured_again_at_another_batch_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [[5], [5, 2, "taylor", "adaptive"]]
+    asked: dict[str, Any] = {"plans": {"adaptive": Adaptive(threshold=0.5)}, "methods": {"taylor": Taylor(1)}}
+    measure(tmp_path, rows, **asked)
+    drawn = Interrupt(last=0)
+    monkeypatch.setattr("lit_shortcut.tasks.evaluation.draw", drawn)
+    measure(tmp_path, rows, data={"batch_size": 10}, **asked)
+    assert set(drawn.drawn) == {"taylor_n5_b2_adaptive"}
+
+
 def test_two_ranks_store_what_one_stores(tmp_path: Path) -> None:
     measure(tmp_path / "one", data={"run_seeds": [0, 1]})
     measure(tmp_path / "two", data={"run_seeds": [0, 1]}, strategy="ddp_fork", devices=2)
