@@ -21,7 +21,7 @@ from datamodules.windows import Order, require_spans, spans
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.bounds import require_at_least
+from lit_shortcut.bounds import require_at_least, require_in_steps
 from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.sampling import Decoding
@@ -165,10 +165,8 @@ class OnlineDataModule(TransitionDataModule):
         self.batch_size, self.pool_images, self.seed = batch_size, pool_images, seed
         self.window, self.max_gap, self.guided = window, max_gap, guided
         require_at_least(0, device_memory_gb=device_memory_gb)
-        if on_policy_budget is not None and not 1 <= on_policy_budget <= decoding.num_steps:
-            raise ValueError(
-                f"on_policy_budget must lie in 1..{decoding.num_steps}, the number of steps; got {on_policy_budget}"
-            )
+        if on_policy_budget is not None:
+            require_in_steps(decoding.num_steps, on_policy_budget=on_policy_budget)
         self.dtype, self.device_memory_gb, self.on_policy_budget = dtype, device_memory_gb, on_policy_budget
         self._pool = lru_cache(maxsize=1)(self._draw_pool)
 

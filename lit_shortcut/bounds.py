@@ -17,6 +17,13 @@ def require_above(bound: float, **numbers: float) -> None:
             raise ValueError(f"{name} must be above {bound}, got {number}")
 
 
+def require_in_steps(num_steps: int, **numbers: int) -> None:
+    """Refuse a number outside 1 … N, such as a budget; the message has its name."""
+    for name, number in numbers.items():
+        if not 1 <= number <= num_steps:
+            raise ValueError(f"{name} must lie in 1..{num_steps}, the number of steps; got {number}")
+
+
 def require_share(**numbers: float) -> None:
     """Refuse a number outside 0 … 1, or NaN; the message has its name."""
     for name, number in numbers.items():

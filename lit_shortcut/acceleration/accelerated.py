@@ -21,6 +21,16 @@ class Past(NamedTuple):
     latest: Tensor
     full: list[tuple[int, Tensor]]
 
+    @property
+    def steps(self) -> list[int]:
+        """Return the indices of the last full steps."""
+        return [index for index, _ in self.full]
+
+    def combined(self, weights: Sequence[float]) -> Tensor:
+        """Return the sum of the last full steps' features times ``weights``."""
+        terms = [weight * features for weight, (_, features) in zip(weights, self.full, strict=True)]
+        return sum(terms[1:], start=terms[0])
+
 
 PredictFn = Callable[[Past, State], Tensor]
 """Maps the past and the present state to features (G, B, S, C)."""

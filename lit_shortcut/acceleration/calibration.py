@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_shortcut.acceleration.accelerated import Accelerated, DecideFn, Plan, Predictor
 from lit_shortcut.acceleration.plans import at_steps
 from lit_shortcut.acceleration.replay import Replay, committed_kl
+from lit_shortcut.bounds import require_in_steps
 
 Nodes = tuple[int, ...]
 """The last full steps, oldest first: as many as a predictor's memory, at least one; fewer only at the beginning."""
@@ -81,8 +82,7 @@ def best_plan(segments: Segments, budget: int) -> Found:
         ValueError: if the budget lies outside 1..N.
     """
     num_steps, memory = segments.num_steps, segments.memory
-    if not 1 <= budget <= num_steps:
-        raise ValueError(f"budget must lie in 1..{num_steps}, the number of steps; got {budget}")
+    require_in_steps(num_steps, budget=budget)
     until = _cost_until(segments)
 
     @cache

@@ -98,9 +98,7 @@ class Linear:
             raise WeightsError(
                 f"{self.path}: expected {len(self._products)} steps, as it was fitted on, got {state.clock.num_steps}"
             )
-        weights = weights_for(self._products, [index for index, _ in past.full], state.clock.step)
-        terms = [weight * features for weight, (_, features) in zip(weights, past.full, strict=True)]
-        return sum(terms[1:], start=terms[0])
+        return past.combined(weights_for(self._products, past.steps, state.clock.step))
 
 
 def save(path: Path, products: Tensor, base_fingerprint: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_shortcut.acceleration.accelerated import DecideFn, Past, Plan, Predictor
-from lit_shortcut.bounds import require_above, require_at_least
+from lit_shortcut.bounds import require_above, require_at_least, require_in_steps
 from lit_shortcut.contracts import State
 from lit_shortcut.guidance import guide
 
@@ -210,13 +210,8 @@ def early_steps(num_steps: int, budget: int, power: float) -> list[int]:
     Raises:
         ValueError: if ``budget`` lies outside 1..num_steps.
     """
-    _require_budget(num_steps, budget)
+    require_in_steps(num_steps, budget=budget)
     steps = [0]
     for k in range(1, budget):
         steps.append(max(steps[-1] + 1, round(num_steps * k**power / budget**power)))
     return steps
-
-
-def _require_budget(num_steps: int, budget: int) -> None:
-    if not 1 <= budget <= num_steps:
-        raise ValueError(f"budget must lie in 1..{num_steps}, the number of steps; got {budget}")

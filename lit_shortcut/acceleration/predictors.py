@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from lit_shortcut.acceleration.accelerated import Past, PredictFn
-from lit_shortcut.contracts import BaseEnds, Context, State
+from lit_shortcut.acceleration.accelerated import PredictFn
+from lit_shortcut.contracts import BaseEnds, Context
 
 
 class Hold:
@@ -48,14 +46,7 @@ class Taylor:
 
     def start(self, base: BaseEnds, context: Context) -> PredictFn:
         """Extrapolate to the present step."""
-        return _extrapolate
-
-
-def _extrapolate(past: Past, state: State) -> Tensor:
-    steps = [index for index, _ in past.full]
-    weights = lagrange_weights(steps, state.clock.step)
-    terms = [weight * features for weight, (_, features) in zip(weights, past.full, strict=True)]
-    return sum(terms[1:], start=terms[0])
+        return lambda past, state: past.combined(lagrange_weights(past.steps, state.clock.step))
 
 
 def lagrange_weights(nodes: list[int], x: int) -> list[float]:
