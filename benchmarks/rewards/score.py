@@ -1,8 +1,9 @@
 """Score a folder of images by a reward model, with the Python of an environment that holds the model's package.
 
-``ENV/bin/python benchmarks/rewards/score.py MODEL FOLDER`` reads the PNGs of FOLDER in the order of their names and,
-for a model that reads prompts, ``prompts.json``, a list with one for each; it writes ``scores_MODEL.json`` beside them.
-Imports nothing of this project: the packages cannot be installed beside it.
+``ENV/bin/python benchmarks/rewards/score.py MODEL FOLDER`` reads the PNGs that ``lit-shortcut generate`` wrote to
+FOLDER, which hold their prompts, or any others, with ``prompts.json``, a list with one for each in the order of their
+names. It writes ``scores_MODEL.json`` beside them. Imports nothing of this project: the packages cannot be installed
+beside it.
 
 imagereward: ImageReward-v1.0, how people like images made for a prompt (Xu et al., arXiv 2304.05977); it takes the
 first 35 tokens of a prompt. Package: ``pip install image-reward==1.5 'transformers>=4.27.4,<4.50'
@@ -22,6 +23,10 @@ import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+
+from PIL import Image
+
+_GRID = "grid.png"  # of all pictures, beside them
 
 
 def imagereward(images: list[Path], prompts: list[str], weights: Path | None, device: str) -> Iterator[float]:
@@ -47,6 +52,19 @@ def unipercept(images: list[Path], prompts: list[str], weights: Path | None, dev
 MODELS = {"imagereward": imagereward, "unipercept": unipercept}
 
 
+def prompts_of(images: list[Path], listed: Path) -> list[str]:
+    """Return the prompt of each of ``images``, from the file ``listed`` or else from the images' own text chunks."""
+    if listed.exists():
+        prompts: list[str] = json.loads(listed.read_text(encoding="utf-8"))
+        if len(prompts) != len(images):
+            raise SystemExit(f"{listed}: expected a prompt for each of {len(images)} images, found {len(prompts)}")
+        return prompts
+    held = [Image.open(path).info.get("prompt") for path in images]
+    if None in held:
+        raise SystemExit(f"{images[held.index(None)]}: expected its prompt inside it, or all prompts in {listed}")
+    return [str(prompt) for prompt in held]
+
+
 def main() -> None:
     """Read the command line, score, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,13 +73,10 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder; by default the package downloads them")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    images = sorted(path for path in args.folder.glob("*.png") if not path.name.startswith("."))
-    listed = args.folder / "prompts.json"
-    prompts = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+    images = sorted(path for path in args.folder.glob("*.png") if path.name != _GRID and not path.name.startswith("."))
     if not images:
         raise SystemExit(f"{args.folder}: expected PNG files, found none")
-    if args.model == "imagereward" and len(prompts) != len(images):
-        raise SystemExit(f"{listed}: expected a prompt for each of {len(images)} images, found {len(prompts)}")
+    prompts = prompts_of(images, args.folder / "prompts.json") if args.model == "imagereward" else []
     scores = list(MODELS[args.model](images, prompts, args.weights, args.device))
     found = {
         "model": args.model,

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lit_shortcut.pictures import write_png
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "rewards" / "score.py"
 
 IMAGE_REWARD = """
@@ -64,6 +66,19 @@ def test_imagereward_is_asked_with_each_image_and_its_own_prompt(folder: Path) -
     found = score("imagereward", folder)
     assert found["scores"] == {"00.png": 11, "01.png": 23, "02.png": 64}
     assert found["mean"] == pytest.approx(98 / 3)
+
+
+def test_pictures_that_generate_wrote_hold_their_prompts(folder: Path) -> None:
+    (folder / "prompts.json").unlink()
+    for path, prompt in zip(sorted(folder.glob("*.png")), ["a", "ccc", "größ"], strict=True):
+        write_png(path, Image.open(path), {"prompt": prompt, "seed": 1})
+    write_png(folder / "grid.png", Image.new("RGB", (8, 8)), {"methods": ["shortcut"]})
+    assert score("imagereward", folder)["scores"] == {"00.png": 11, "01.png": 23, "02.png": 64}
+    Image.new("RGB", (4, 4)).save(folder / "03.png")
+    with pytest.raises(
+        RuntimeError, match=r"03\.png: expected its prompt inside it, or all prompts in .*prompts\.json"
+    ):
+        score("imagereward", folder)
 
 
 def test_unipercept_gives_its_quality_and_needs_no_prompts(folder: Path) -> None:
