@@ -126,7 +126,7 @@ class OptimizedTask(L.LightningModule):
         if changes:
             raise WeightsError(f"{where}: {'; '.join(changes)}")
         if self.trainer.state.fn == TrainerFn.FITTING:
-            prefer(settings_of(*self._optimizer_and_scheduler()), checkpoint, str(self.trainer.ckpt_path))
+            prefer(*self._optimizer_and_scheduler(), checkpoint, str(self.trainer.ckpt_path))
 
 
 def _told(facts: dict[str, Any]) -> dict[str, Any]:

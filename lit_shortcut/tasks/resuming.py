@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 _KEY = "settings"  # of a checkpoint
 
@@ -27,16 +28,16 @@ def store(settings: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     checkpoint[_KEY] = settings
 
 
-def prefer(settings: dict[str, Any], checkpoint: dict[str, Any], where: str) -> None:
-    """Put the ``settings`` that differ from the checkpoint's own into its states.
+def prefer(optimizer: Optimizer, scheduler: LRScheduler | None, checkpoint: dict[str, Any], where: str) -> None:
+    """Put what a new ``optimizer`` and its ``scheduler`` have set otherwise than the checkpoint into its states.
 
-    A changed learning rate scales the present one. A schedule may be extended or get other milestones; the first step
-    still has the rate that the checkpoint was about to use.
+    With a schedule or a learning rate that changed, a run goes on at the rate that it would have had with them from its
+    beginning. Only a schedule that reacts to a plateau keeps the present rate, scaled by the learning rate's change.
 
     Raises:
         ValueError: if the optimiser or the schedule is of another class.
     """
-    earlier = checkpoint.get(_KEY)
+    earlier, settings = checkpoint.get(_KEY), settings_of(optimizer, scheduler)
     if earlier is None:
         return
     for name in ("optimizer", "scheduler"):
@@ -49,10 +50,24 @@ def prefer(settings: dict[str, Any], checkpoint: dict[str, Any], where: str) -> 
         for group, now, before in zip(state["param_groups"], settings["groups"], earlier["groups"], strict=True):
             for name in _changed(now, before):
                 group[name] = group["lr"] * now["lr"] / before["lr"] if name == "lr" and before["lr"] else now[name]
-    for schedule in checkpoint["lr_schedulers"]:
-        for name in _changed(settings["schedule"], earlier["schedule"]):
-            schedule[name] = deepcopy(settings["schedule"][name])
+    replaced = _changed(settings["schedule"], earlier["schedule"])
+    if isinstance(scheduler, ReduceLROnPlateau):
+        for name in replaced:
+            checkpoint["lr_schedulers"][0][name] = deepcopy(settings["schedule"][name])
+    elif scheduler is not None and replaced:
+        _step(scheduler, checkpoint["lr_schedulers"][0]["last_epoch"])
+        checkpoint["lr_schedulers"] = [scheduler.state_dict()]
+        for state in checkpoint["optimizer_states"]:
+            for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+                group["lr"] = own["lr"]
     store(settings, checkpoint)
+
+
+def _step(scheduler: LRScheduler, times: int) -> None:
+    with warnings.catch_warnings():  # torch expects a step of the optimiser before each
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(times):
+            scheduler.step()
 
 
 def _changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:

@@ -8,7 +8,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoringPlateau
-from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.callbacks.last_checkpoint import LastCheckpoint
@@ -71,10 +78,24 @@ def one_cycle(total_steps: int, max_lr: float = 0.1) -> Schedule:
     return lambda optimizer: OneCycleLR(optimizer, max_lr=max_lr, total_steps=total_steps)
 
 
-def test_schedule_is_extended_when_a_run_is(folder: Path) -> None:
-    fit(folder, 6, one_cycle(6))
-    resumed = fit(folder, 12, one_cycle(12), resume=True)
-    assert resumed[1:] == pytest.approx(fit(folder, 12, one_cycle(12))[7:])
+EXTENDED: dict[str, tuple[Schedule, Schedule]] = {
+    "one cycle": (one_cycle(6), one_cycle(12)),
+    "cosine": (lambda own: CosineAnnealingLR(own, 6), lambda own: CosineAnnealingLR(own, 12)),
+    "linear": (lambda own: LinearLR(own, 1, 0, 6), lambda own: LinearLR(own, 1, 0, 12)),
+    "earlier milestone": (lambda own: MultiStepLR(own, [9]), lambda own: MultiStepLR(own, [3])),
+    "later milestone": (lambda own: MultiStepLR(own, [3]), lambda own: MultiStepLR(own, [9])),
+    "in sequence": (
+        lambda own: SequentialLR(own, [LinearLR(own, 0.1, 1, 2), CosineAnnealingLR(own, 4)], [2]),
+        lambda own: SequentialLR(own, [LinearLR(own, 0.1, 1, 2), CosineAnnealingLR(own, 10)], [2]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EXTENDED)
+def test_changed_schedule_goes_on_as_if_it_had_been_there_from_the_beginning(folder: Path, kind: str) -> None:
+    before, after = EXTENDED[kind]
+    fit(folder, 6, before)
+    assert fit(folder, 12, after, resume=True) == pytest.approx(fit(folder, 12, after)[6:])
 
 
 def test_resumed_run_goes_on_with_its_rates_where_nothing_changed(folder: Path) -> None:
@@ -89,10 +110,10 @@ def test_long_run_resumes_without_a_warning(folder: Path) -> None:
     assert len(fit(folder, 44, resume=True)) == 4
 
 
-def test_changed_peak_of_the_rate_holds_from_the_next_step_on(folder: Path) -> None:
+def test_changed_peak_of_the_rate_holds(folder: Path) -> None:
     fit(folder, 4, one_cycle(8))
     resumed = fit(folder, 8, one_cycle(8, max_lr=0.2), resume=True)
-    assert resumed[1:] == pytest.approx(fit(folder, 8, one_cycle(8, max_lr=0.2))[5:])
+    assert resumed == pytest.approx(fit(folder, 8, one_cycle(8, max_lr=0.2))[4:])
 
 
 def test_changed_rate_holds(folder: Path) -> None:
