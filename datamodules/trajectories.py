@@ -195,6 +195,7 @@ class TrajectoryDataModule(TransitionDataModule):
             "set": card.digest,
             "batch_size over all ranks": self.batch_size * world_size,
             "shuffle_shards": self.shuffle_shards,
+            "validation_shards": self.validation_shards,
         }
         return EpochLoader(
             _Training(reader, self.batch_size, rank, world_size),

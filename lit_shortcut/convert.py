@@ -55,7 +55,9 @@ def to_safetensors(source: Path, target: Path) -> None:
     state = state_in(content)
     if state is None:
         raise WeightsError(f"{source}: expected a state dict, or a dict with one at {' or '.join(STATE_KEYS)}")
-    save_tensors(target, {name: tensor.clone() for name, tensor in state.items()}, {})
+    save_tensors(
+        target, {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}, {}
+    )
 
 
 def to_published(source: Path, target: Path) -> None:

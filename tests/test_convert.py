@@ -14,7 +14,7 @@ import torch
 from lit_shortcut.convert import to_published, to_safetensors
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.published import load_state
-from lit_shortcut.weights import WeightsError, fingerprint, save_module
+from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_module
 
 STATE = {"conv.weight": torch.arange(6.0).view(2, 3), "conv.bias": torch.ones(2)}
 STATE["tied.weight"] = STATE["conv.weight"]
@@ -95,6 +95,13 @@ def test_truncated_checkpoint_is_refused_by_name(of_old_lightning: Path, keep: i
     of_old_lightning.write_bytes(of_old_lightning.read_bytes()[:keep])
     with pytest.raises(WeightsError, match=r"last\.ckpt: not readable"):
         to_safetensors(of_old_lightning, of_old_lightning.with_suffix(".safetensors"))
+
+
+def test_tensors_are_kept_however_they_lie_in_memory(tmp_path: Path) -> None:
+    weight = torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    torch.save({"state_dict": {"weight": weight}}, tmp_path / "a.ckpt")
+    to_safetensors(tmp_path / "a.ckpt", tmp_path / "a.safetensors")
+    assert torch.equal(load_tensors(tmp_path / "a.safetensors")[0]["weight"], weight)
 
 
 def test_checkpoint_without_a_state_dict_is_refused(tmp_path: Path) -> None:

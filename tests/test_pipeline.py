@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import shutil
 import subprocess
@@ -11,17 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torchvision.transforms.functional import pil_to_tensor
 
 import lit_shortcut
 from lit_shortcut import Pipeline, Shortcut, load
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
+from lit_shortcut.acceleration.origin import BaseReference
 from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.pictures import conditions_of
+from lit_shortcut.pipeline import BASES
 from lit_shortcut.sampling import Decoding, LogProbs, generate
 from lit_shortcut.weights import WeightsError
 from tests.command_line import CONFIGS
@@ -135,6 +140,20 @@ def test_labels_are_refused_by_a_base_of_prompts(dimoo: DiMOO) -> None:
 def test_budget_without_a_shortcut_is_refused(base: MaskGIT) -> None:
     with pytest.raises(ValueError, match="needs a shortcut"):
         Pipeline(base, DECODING, budget=2)
+
+
+@pytest.mark.parametrize("name", ["maskgit", "halton", "dimoo", "mmada", "amused", "meissonic"])
+def test_exported_shortcut_names_the_base_that_its_trajectories_came_from(name: str) -> None:
+    callbacks = yaml.safe_load((CONFIGS / name / "fit.yaml").read_text())["trainer"]["callbacks"]
+    (export,) = (one["init_args"] for one in callbacks if one["class_path"].endswith("ExportShortcut"))
+    recorded = yaml.safe_load((CONFIGS / "parts" / f"{name}_base.yaml").read_text())
+    reference = BaseReference(**export["base"])
+    module, _, function = BASES[reference.name].partition(":")
+    built = inspect.signature(getattr(importlib.import_module(module), function)).bind(
+        reference.source, **reference.arguments
+    )
+    assert recorded["class_path"] == f"{module}.{function}"
+    assert built.arguments == recorded["init_args"]
 
 
 def test_embedded_bases_are_those_of_the_shortcuts_own_budget() -> None:

@@ -62,7 +62,7 @@ def model_card(
     data = ModelCardData(
         license=origin.licence.lower() or None,
         library_name="lit-shortcut",
-        base_model=base.source.removeprefix("hf://").partition("@")[0] if on_hub else None,
+        base_model="/".join(base.source.removeprefix("hf://").partition("@")[0].split("/")[:2]) if on_hub else None,
         tags=["migm-shortcut", "masked-image-generation"],
     )
     text = _TEXT.format(

@@ -42,7 +42,7 @@ def inner_products(trajectories: Trajectories, interface: TokenInterface, device
             rows = (
                 sample[:, :, first : first + chunk].to(device).float().permute(2, 1, 0, 3).flatten(2)
             )  # (rows, N, G·C)
-            products = (rows @ rows.mT).double().cpu()
+            products = (rows @ rows.mT).cpu().double()
             by_step.index_add_(0, steps[first : first + chunk], products)
     return by_step.flip(0).cumsum(0).flip(0)
 

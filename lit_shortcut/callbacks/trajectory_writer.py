@@ -204,9 +204,12 @@ class TrajectoryWriter(BasePredictionWriter):
 
     def _prepare(self, base: MaskedImageModel, replace: bool) -> None:
         """Delete leftovers, and the set if it is to be replaced; check the disk; write card and interface."""
-        leftovers = [*self.folder.glob(".*.*"), *(self.folder.glob("shard-*") if replace else ())]
-        for path in leftovers:
-            path.unlink()
+        begun = [
+            f".{name}" for name in ("shard-*", "card.json.*", "interface.safetensors.*")
+        ]  # by a run that was killed
+        for pattern in [*begun, *(["shard-*"] if replace else [])]:
+            for path in self.folder.glob(pattern):
+                path.unlink()
         finished = finished_shards(self.folder, self.card)
         if len(finished) == self.card.num_shards:
             rank_zero_info(

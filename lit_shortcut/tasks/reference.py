@@ -10,14 +10,16 @@ from torch import nn
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.metrics.reference import FeatureStatistics
+from lit_shortcut.precision import KeptDtype, float32_by_default
 from lit_shortcut.trials import is_trial, require_writable_file
 from lit_shortcut.weights import update_manifest
 
 
-class ReferenceTask(L.LightningModule):
+class ReferenceTask(KeptDtype, L.LightningModule):
     """``predict`` over real images writes mean and covariance of their features; run on one device.
 
     That is enough for the Fréchet distance; the kernel distance, precision and recall need the features themselves.
+    Features are computed in the extractor's own precision, as metrics do, whatever the trainer's.
 
     Args:
         extractor: network from uint8 images to features, the same as the metrics'.
@@ -54,7 +56,8 @@ class ReferenceTask(L.LightningModule):
 
     def predict_step(self, batch: LabelledImages, batch_idx: int) -> int:
         """Take in one batch; returns the number of images so far."""
-        self.statistics.update(batch.pixels)
+        with float32_by_default():
+            self.statistics.update(batch.pixels)
         return self.statistics.count
 
     def on_predict_end(self) -> None:

@@ -64,7 +64,7 @@ class EncodedTransition(NamedTuple):
         scales = None
         if guidance is not None:
             targets = (step + gap)[:, None] + torch.tensor([0, *range(window)], device=step.device)
-            scales = torch.tensor(guidance, device=step.device)[targets]
+            scales = torch.tensor(guidance, dtype=torch.float32, device=step.device)[targets]
         return cls(encoding, features, others, torch.zeros(len(step), dtype=torch.bool), scales)
 
     def decode(self) -> Transition:

@@ -59,6 +59,9 @@ def _problems_of_shards(opened: Source) -> Iterator[str]:
             except TrajectoryError as error:
                 yield str(error)
                 continue
+            except OSError as error:  # fetching it again failed
+                yield str(error)
+                break
             frames.add(found.features.shape[-2] - (0 if found.prefix is None else int(found.prefix.lengths.max())))
             if len(frames) > 1:
                 yield f"{path}: sample {int(found.conditions.ids):08d}: not as many rows beside its text as before"

@@ -344,5 +344,6 @@ def test_leftovers_of_a_killed_run_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for name in (".card.json.7", ".shard-000001.tar.7", ".interface.safetensors.7"):
         (tmp_path / "set" / name).write_bytes(b"half")
+    (tmp_path / "set" / ".env.local").write_bytes(b"another's")
     predict(tmp_path / "set")
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole") | {".env.local": b"another's"}

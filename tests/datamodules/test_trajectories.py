@@ -205,6 +205,7 @@ def test_epoch_after_a_resumed_one_is_whole(folder: Path) -> None:
         ({"world_size": 2}, "batch_size over all ranks was 8, is 16"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"shuffle_shards": 1}, "shuffle_shards was 16, is 1"),
+        ({"validation_shards": 2}, "validation_shards was 1, is 2"),
     ],
 )
 def test_place_in_another_layout_is_refused(folder: Path, change: dict[str, int], message: str) -> None:

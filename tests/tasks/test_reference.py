@@ -37,14 +37,19 @@ def images() -> Tensor:
     return torch.randint(256, (10, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that ``predict`` over ten images in uneven batches writes."""
+@pytest.fixture(params=["32-true", "bf16-true"])
+def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that ``predict`` over ten images in uneven batches writes, the same in every precision."""
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/lightning", "predict", "--config", "configs/x.yaml"])
     batches = [LabelledImages(part, torch.zeros(len(part))) for part in images().split(4)]
     loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     task = ReferenceTask(Means(), tmp_path / "reference.safetensors", images="ten of noise", licence="MIT")
-    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "precision": request.param,
+    }
     L.Trainer(**quiet).predict(task, loader, return_predictions=False)
     return tmp_path / "reference.safetensors"
 
