@@ -90,7 +90,8 @@ def main(
             found, reference = best(rows, report, methods), [report["num_steps"]]
             return found if reference in found else [reference, *found]
 
-        asked = {"rows": rows, "seeds": selection._asdict(), "methods": methods}
+        configs = [path.read_text() for path in verbs.configs_of(base, overlays or [])]
+        asked = {"rows": rows, "seeds": selection._asdict(), "methods": methods, "configs": configs}
         found: list[Entry] = verbs.kept(folder / f"{part}.json", asked, choose)
         return found
 

@@ -37,9 +37,14 @@ def report(
     last.parent.mkdir(parents=True, exist_ok=True)
     model = model | {"results": str(folder)}
     last.write_text(yaml.safe_dump({"model": {"init_args": model}, "data": {"init_args": data}}))
-    configs = [Path("configs") / base / "evaluate.yaml", *overlays, last]
+    configs = [*configs_of(base, overlays), last]
     run("test", *(f"--config={path}" for path in configs), "--trainer.logger=false", *words)
     return json.loads((folder / "report.json").read_text())
+
+
+def configs_of(base: str, overlays: list[Path]) -> list[Path]:
+    """Return the YAMLs of :func:`report` that are the user's."""
+    return [Path("configs") / base / "evaluate.yaml", *overlays]
 
 
 def kept(path: Path, asked: Any, make: Callable[[], Any]) -> Any:

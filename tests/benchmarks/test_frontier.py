@@ -149,6 +149,15 @@ def test_methods_are_swept_and_the_best_rows_measured_on_other_seeds(
     assert [6] in second  # what speed-ups refer to
     measure()
     assert parts == ["sweep", "sweep", "report", "report"]  # what was chosen is kept
+    overlay = tmp_path / "colder.yaml"
+    overlay.write_text("model: {init_args: {decoding: {temperature: 0.9}}}")
+
+    def refuse(*words: str) -> None:
+        raise RuntimeError(f"asked to run {Path(words[-2]).stem}")
+
+    monkeypatch.setattr(verbs, "run", refuse)
+    with pytest.raises(RuntimeError, match="asked to run sweep"):  # other settings, other choices
+        measure(overlays=[overlay])
 
 
 def test_seeds_in_both_sets_are_refused() -> None:
