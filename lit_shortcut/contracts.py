@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from math import isqrt
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -265,6 +265,14 @@ class MaskedImageModel(BaseEnds, ImageDecoder, Protocol):
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """Features (G, B, S, C) of ``tokens`` (B, L): the expensive pass. Most bases ignore ``clock``."""
+
+
+@runtime_checkable
+class ChecksConditions(Protocol):
+    """A base whose contexts are expensive, and that can check conditions without one, before a run."""
+
+    def require_known(self, conditions: Conditions) -> None:
+        """Raise the ValueError that ``context`` would raise, if it would."""
 
 
 FeatureFn = Callable[[State], tuple[Tensor, bool | Tensor]]

@@ -244,6 +244,10 @@ class EncodedBase(FrozenBase):
         own = {"text_encoder": self.text_encoder.identity(), "negative": self.negative, "size": list(self.size)}
         return super().identity() | own
 
+    def require_known(self, conditions: Conditions) -> None:
+        """Raise ValueError if there is not a prompt for each sample, or one is empty; encodes none."""
+        require_prompts(conditions)
+
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
         """Encode the prompts and, if ``guided``, the negative prompt for the unconditional branch.
 

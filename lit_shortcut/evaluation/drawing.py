@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torchvision
 from torch import Tensor
 
-from lit_shortcut.contracts import Conditions, ConditionSource, Context, MaskedImageModel
+from lit_shortcut.contracts import ChecksConditions, Conditions, ConditionSource, Context, MaskedImageModel
 from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.evaluation.rows import Row
@@ -30,15 +30,21 @@ def draw(base: MaskedImageModel, conditions: Conditions, row: Row) -> Drawn:
 
 
 def require_known(base: MaskedImageModel, conditions: ConditionSource, *, guided: bool) -> Context | None:
-    """Compute the contexts of all batches of ``conditions``; return the first, None if there are no batches.
+    """Check that ``base`` knows all of ``conditions``; return the first batch's context, None if there are no batches.
+
+    All other contexts are computed and dropped, unless the base can check conditions without.
 
     Raises:
         ValueError: if the base does not know a condition.
     """
     first = None
     for batch in conditions.loader():
-        context = base.context(batch, guided=guided)
-        first = context if first is None else first  # contexts of all prompts may take gigabytes
+        if first is None:
+            first = base.context(batch, guided=guided)
+        elif isinstance(base, ChecksConditions):
+            base.require_known(batch)
+        else:
+            base.context(batch, guided=guided)
     return first
 
 

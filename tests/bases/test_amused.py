@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.amused import AMUSEd, published, random_weights
 from lit_shortcut.bases.clip_text import CLIPText, CLIPWords, EncodedContext
 from lit_shortcut.contracts import Clock, Conditions
+from lit_shortcut.evaluation.drawing import require_known
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.weights import WeightsError
@@ -105,6 +108,21 @@ def test_widths_that_heads_do_not_divide_and_other_widths_work(prompted: Prompte
     assert features.shape == (1, 2, 16, 20)
     places = torch.arange(8)[None]
     assert base.interface.embed(places, places).shape == (1, 8, 20)
+
+
+def test_prompts_are_checked_before_a_run_without_encoding_them_all(
+    prompted: Prompted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, encoded = tiny_amused(), list[int]()
+    encode = base.text_encoder.encode
+    monkeypatch.setattr(base.text_encoder, "encode", lambda texts: encoded.append(len(texts)) or encode(texts))
+    batches = [prompted(2), prompted(2), prompted(2)]
+    asked: Any = SimpleNamespace(loader=lambda: batches)
+    assert require_known(base, asked, guided=True) is not None
+    assert encoded == [3]  # the first batch's, and the negative prompt
+    batches[2] = batches[2]._replace(prompts=("a cat", ""))
+    with pytest.raises(ValueError, match="empty"):
+        require_known(base, asked, guided=True)
 
 
 def test_shortcut_with_a_neighbourhood_accelerates_the_base(prompted: Prompted) -> None:
