@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_shortcut.acceleration.accelerated import Accelerated, Predictor, Vanilla
 from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.bounds import require_in_steps
 from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
 from lit_shortcut.files import replacing
 from lit_shortcut.sampling import Decoding, generate
@@ -82,8 +83,8 @@ def forecast(
         ValueError: if ``base`` has weights, or a budget lies outside 1..N.
     """
     decoding = decoding or Decoding()
-    if wrong := [budget for budget in budgets if not 1 <= budget <= decoding.num_steps]:
-        raise ValueError(f"budgets must lie in 1..{decoding.num_steps}, the number of steps; got {wrong[0]}")
+    for budget in budgets:
+        require_in_steps(decoding.num_steps, budgets=budget)
     assert isinstance(base, nn.Module)
     if not all(parameter.is_meta for parameter in base.parameters()):
         raise ValueError("base must be built on the meta device, so that nothing is computed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
@@ -135,6 +135,11 @@ class Accelerated(nn.Module):
             return latest, is_full
 
         return features_of
+
+
+def reads_features(method: object) -> TypeGuard[Accelerated]:
+    """Return whether features decide which steps of ``method`` are full, so that images may depend on their batch."""
+    return isinstance(method, Accelerated) and method.plan.reads_features
 
 
 def _refreshed(predicted: Tensor, is_full: Tensor, base: MaskedImageModel, context: Context, state: State) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._triton import has_triton
 
-from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.accelerated import reads_features
 from lit_shortcut.contracts import MaskedImageModel
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 
@@ -72,7 +72,7 @@ def require_fixed_plans(methods: Iterable[nn.Module]) -> None:
         ValueError: naming the plan that does.
     """
     for method in methods:
-        if isinstance(method, Accelerated) and method.plan.reads_features:
+        if reads_features(method):
             raise ValueError(
                 "compile_mode: reduce-overhead replays the same steps in every batch, but "
                 f"{type(method.plan).__name__} decides from the features which steps are full; "

@@ -14,7 +14,7 @@ from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.replay import replayed
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Context
-from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows
+from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, naming
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.tasks.shortcut import ShortcutTask
@@ -76,11 +76,8 @@ class ReplayTable(L.Callback):
         assert isinstance(pl_module, ShortcutTask)
         ends: Any = pl_module.ends
         for row in self._rows(pl_module, len(pl_module.counts)):
-            try:
+            with naming(row.name):
                 row.acceleration.start(ends, Context(), pl_module.counts)
-            except ValueError as error:
-                error.args = (f"{row.name}: {error}",)
-                raise
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int

@@ -204,10 +204,8 @@ class TrajectoryWriter(BasePredictionWriter):
 
     def _prepare(self, base: MaskedImageModel, replace: bool) -> None:
         """Delete leftovers, and the set if it is to be replaced; check the disk; write card and interface."""
-        begun = [
-            f".{name}" for name in ("shard-*", "card.json.*", "interface.safetensors.*")
-        ]  # by a run that was killed
-        for pattern in [*begun, *(["shard-*"] if replace else [])]:
+        begun = [".shard-*", ".card.json.*", ".interface.safetensors.*"]  # by a run that was killed
+        for pattern in [*begun, "shard-*"] if replace else begun:
             for path in self.folder.glob(pattern):
                 path.unlink()
         finished = finished_shards(self.folder, self.card)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_shortcut.contracts import ChecksConditions, Conditions, ConditionSource, Context, MaskedImageModel
 from lit_shortcut.decoding.halton import halton_order
 from lit_shortcut.decoding.schedules import tokens_per_step
-from lit_shortcut.evaluation.rows import Row
+from lit_shortcut.evaluation.rows import Row, naming
 from lit_shortcut.sampling import generate
 
 
@@ -64,14 +64,11 @@ def require_feasible(base: MaskedImageModel, rows: Iterable[Row], conditions: Co
         context = contexts[guided]
         if context is None:
             raise ValueError("conditions hold fewer batches than there are ranks; use smaller batches")
-        try:
+        with naming(row.name):
             counts = tokens_per_step(row.decoding.schedule, row.decoding.num_steps, base.spec.num_tokens)
             if row.decoding.order != "confidence":
                 halton_order(*base.spec.grid)
             row.acceleration.start(base, context, counts)
-        except ValueError as error:
-            error.args = (f"{row.name}: {error}",)
-            raise
 
 
 def strip_of(images: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Accelerated, Plan, Predictor, Vanilla
 from lit_shortcut.acceleration.plans import Early, Even, Steps
+from lit_shortcut.bounds import require_in_steps
 from lit_shortcut.contracts import Acceleration
 from lit_shortcut.sampling import Decoding
 
@@ -53,11 +55,6 @@ class Row:
     budget: int = 0
     plan: str = ""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def reads_features(self) -> bool:
-        """Return whether features decide which steps are full, so that images may depend on their batch."""
-        return isinstance(self.acceleration, Accelerated) and self.acceleration.plan.reads_features
 
     @property
     def settings(self) -> str:
@@ -104,11 +101,24 @@ def build_rows(
             raise ValueError(
                 f"names of methods and plans may have letters, digits and _ . - and must not be vanilla; got {name!r}"
             )
-    built = [_build(entry, decoding, methods, plans) for entry in rows]
+    built = []
+    for entry in rows:
+        with naming(f"row {list(entry) if isinstance(entry, Sequence) and not isinstance(entry, str) else entry!r}"):
+            built.append(_build(entry, decoding, methods, plans))
     twice = [name for name, count in Counter(row.name for row in built).items() if count > 1]
     if twice:
         raise ValueError(f"rows must differ from one another; more than one are {', '.join(twice)}")
     return built
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Put ``what`` before the message of a ValueError that is raised within."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (f"{what}: {error}",)
+        raise
 
 
 def vanilla_row(decoding: Decoding) -> Row:
@@ -126,30 +136,30 @@ def _build(
     entry: Sequence[Any], decoding: Decoding, methods: Mapping[str, Predictor], plans: Mapping[str, NamedPlan]
 ) -> Row:
     if isinstance(entry, str) or not isinstance(entry, Sequence):
-        raise ValueError(f"row {entry!r}: {_FORM}")
+        raise ValueError(_FORM)
     parts, overrides = list(entry), {}
     if parts and isinstance(parts[-1], Mapping):
         overrides = dict(parts.pop())
     match parts:
         case [int(num_steps)]:
-            own = _override(entry, decoding, num_steps, overrides)
+            own = _override(decoding, num_steps, overrides)
             return Row(_name(VANILLA, num_steps, "", overrides), VANILLA, own, Vanilla(), num_steps, "", overrides)
         case [int(num_steps), int() | list() as budget, str(method)]:
             plan = "" if isinstance(budget, list) else EVEN
         case [int(num_steps), int(budget), str(method), str(plan)]:
             pass
         case _:
-            raise ValueError(f"row {list(entry)}: {_FORM}")
+            raise ValueError(_FORM)
     if method not in methods:
-        raise ValueError(f"row {list(entry)}: no method is named {method!r}; known are {_list(methods)}")
+        raise ValueError(f"no method is named {method!r}; known are {_list(methods)}")
     if plan and plan not in plans:
-        raise ValueError(f"row {list(entry)}: no plan is named {plan!r}; known are {_list(plans)}")
-    if not isinstance(budget, list) and not 1 <= budget <= num_steps:
-        raise ValueError(f"row {list(entry)}: budget must lie in 1..{num_steps}, the number of steps; got {budget}")
-    own = _override(entry, decoding, num_steps, overrides)
+        raise ValueError(f"no plan is named {plan!r}; known are {_list(plans)}")
+    if not isinstance(budget, list):
+        require_in_steps(num_steps, budget=budget)
+    own = _override(decoding, num_steps, overrides)
     made: Plan
     if isinstance(budget, list):
-        label, count, made = f"steps{'-'.join(map(str, budget))}", len(budget), _steps(entry, budget)
+        label, count, made = f"steps{'-'.join(map(str, budget))}", len(budget), _steps(budget)
     else:
         known = plans[plan]
         label, count, made = plan, budget, known if isinstance(known, Plan) else known(budget)
@@ -158,22 +168,16 @@ def _build(
     return Row(name, method, own, Accelerated(made, methods[method]), count, label, overrides)
 
 
-def _steps(entry: Sequence[Any], steps: list[Any]) -> Steps:
+def _steps(steps: list[Any]) -> Steps:
     if not all(type(step) is int for step in steps):
-        raise ValueError(f"row {list(entry)}: steps must be whole numbers, got {steps}")
-    try:
-        return Steps(steps)
-    except ValueError as error:
-        raise ValueError(f"row {list(entry)}: {error}") from error
+        raise ValueError(f"steps must be whole numbers, got {steps}")
+    return Steps(steps)
 
 
-def _override(entry: Sequence[Any], decoding: Decoding, num_steps: int, overrides: dict[str, Any]) -> Decoding:
-    try:
-        if "num_steps" in overrides:
-            raise ValueError("num_steps is the row's first number")
-        return decoding.replaced(overrides | {"num_steps": num_steps})
-    except ValueError as error:
-        raise ValueError(f"row {list(entry)}: {error}") from error
+def _override(decoding: Decoding, num_steps: int, overrides: dict[str, Any]) -> Decoding:
+    if "num_steps" in overrides:
+        raise ValueError("num_steps is the row's first number")
+    return decoding.replaced(overrides | {"num_steps": num_steps})
 
 
 def _name(method: str, num_steps: int, suffix: str, overrides: Mapping[str, Any]) -> str:

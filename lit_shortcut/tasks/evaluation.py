@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_shortcut.acceleration.accelerated import reads_features
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.evaluation.drawing import Drawn, draw
@@ -109,7 +110,10 @@ class EvaluationTask(ComparisonTask):
         by_batch = self.asked | {"batch_size": self.conditions.batch_size}
         self.identities = {
             row.name: row_identity(
-                self.loops[row.name], by_batch if row.reads_features else self.asked, self.metrics, originals
+                self.loops[row.name],
+                by_batch if reads_features(row.acceleration) else self.asked,
+                self.metrics,
+                originals,
             )
             for row in self.rows
         }
