@@ -29,6 +29,7 @@ def main(
     budgets: list[int],
     max_steps: int,
     num_images: int,
+    image_budgets: list[int],
     folder: Path = Path("runs/ablations"),
 ) -> None:
     """Train a shortcut for each variant on the recorded set of ``base``, evaluate all side by side, print one table.
@@ -40,19 +41,21 @@ def main(
         base: folder of configs; its ``extract.yaml`` must have been run.
         variants: by name, the arguments of network and datamodule that differ from ``fit.yaml``'s.
         num_steps: N of the recorded set.
-        budgets: base passes of the rows.
+        budgets: base passes that the KL is measured at.
         max_steps: optimiser steps of each variant.
         num_images: images of each row.
+        image_budgets: base passes of the rows, which are drawn as the recorded set was.
         folder: where runs and ``ablations.json`` are written.
     """
     folder = folder / base
     kl = {name: _fit(base, name, changes, budgets, max_steps, folder) for name, changes in variants.items()}
-    rows = _evaluate(base, list(variants), num_steps, budgets, num_images, folder)
+    rows = _evaluate(base, list(variants), num_steps, image_budgets, num_images, folder)
     table = Table(
         f"Parts of a shortcut, {base}, N = {num_steps}",
-        [_line(name, kl[name], rows, num_steps, budgets) for name in variants],
+        [_line(name, kl[name], rows, num_steps, budgets, image_budgets) for name in variants],
         f"{max_steps:,} optimiser steps and {num_images:,} images each, one seed; KL in nats an image, along held-out "
-        "trajectories; a step's cost in base passes.",
+        f"trajectories (hold: {_hold(kl, num_steps, budgets)}); a step's cost in base passes. The base itself in "
+        f"{num_steps} steps: {_vanilla(rows, num_steps)}.",
     )
     print(table.markdown(), flush=True)  # noqa: T201 - what the command is for
     with replacing(folder / "ablations.json") as aside:
@@ -110,11 +113,21 @@ def _evaluate(
         for name in names
     }
     rows = [[num_steps], *([num_steps, budget, name] for name in names for budget in budgets)]
+    decoding = json.loads((folder / names[0] / "config.json").read_text())["decoding"]
+    model = {"decoding": decoding, "methods": methods, "rows": rows}
     images = {"num_images": num_images, "run_seeds": _RUN_SEEDS}
-    found = verbs.report(
-        base, folder / "report", [], {"methods": methods, "rows": rows}, images, *_precision("bf16-true")
-    )
+    found = verbs.report(base, folder / "report", [], model, images, *_precision("bf16-true"))
     return {line["name"]: line for line in found["rows"]} | {"": found}
+
+
+def _hold(kl: dict[str, dict[str, float]], num_steps: int, budgets: list[int]) -> str:
+    any_variant = next(iter(kl.values()))  # hold is the same beside all of them
+    return ", ".join(f"{any_variant[f'val/kl/hold_n{num_steps}_b{budget}']:.1f}" for budget in budgets)
+
+
+def _vanilla(rows: dict[str, dict[str, Any]], num_steps: int) -> str:
+    quality = rows[""]["quality"]
+    return f"{quality} {rows[f'vanilla_n{num_steps}'][quality]:.3f}"
 
 
 def _precision(wanted: str) -> list[str]:
@@ -122,11 +135,16 @@ def _precision(wanted: str) -> list[str]:
 
 
 def _line(
-    name: str, kl: dict[str, float], rows: dict[str, dict[str, Any]], num_steps: int, budgets: list[int]
+    name: str,
+    kl: dict[str, float],
+    rows: dict[str, dict[str, Any]],
+    num_steps: int,
+    budgets: list[int],
+    image_budgets: list[int],
 ) -> dict[str, Any]:
     quality = rows[""]["quality"]
     line: dict[str, Any] = {"variant": name}
-    own = {budget: rows[f"{name}_n{num_steps}_b{budget}"] for budget in budgets}
+    own = {budget: rows[f"{name}_n{num_steps}_b{budget}"] for budget in image_budgets}
     line |= {f"KL, b = {budget}": kl[f"val/kl/shortcut_n{num_steps}_b{budget}"] for budget in budgets}
     line |= {f"{quality}, b = {budget}": found[quality] for budget, found in own.items()}
     costs = [(found["passes"] - budget) / (num_steps - budget) for budget, found in own.items()]

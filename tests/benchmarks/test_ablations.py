@@ -42,14 +42,22 @@ def test_variants_are_trained_and_compared_in_one_table(
         lightning(tmp_path, *words)
 
     monkeypatch.setattr(verbs, "run", run)
-    measure = partial(ablations.main, "toy", VARIANTS, num_steps=6, budgets=[2, 3], max_steps=4, num_images=8)
+    measure = partial(
+        ablations.main, "toy", VARIANTS, num_steps=6, budgets=[2, 3], max_steps=4, num_images=8, image_budgets=[3]
+    )
     measure()
     rows = json.loads(Path("runs/ablations/toy/ablations.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == ["plain", "blind"]
     assert rows[0]["KL, b = 2"] != rows[1]["KL, b = 2"]
     assert all(row["KL, b = 2"] > row["KL, b = 3"] > 0 for row in rows)
     assert all(0 <= row["class_agreement, b = 3"] <= 1 for row in rows)
-    assert "| blind" in capsys.readouterr().out
+    assert rows[0].keys() == {
+        "variant", "KL, b = 2", "KL, b = 3", "class_agreement, b = 3", "a step's cost",
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "| blind" in printed
+    assert "(hold: " in printed
+    assert "The base itself in 6 steps: class_agreement 0." in printed
     assert run_verbs == ["fit", "fit", "test"]
     measure()
     assert run_verbs[3:] == ["test"]  # trained variants are kept
