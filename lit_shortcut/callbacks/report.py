@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class Report(L.Callback):
 
     Args:
         quality: the metric on the plot's vertical axis; with random weights there is none.
-        then: verb and arguments of the command to run next, printed in the last line.
+        then: verb and arguments of the command to run next, printed in the last line; ``{shortcut}`` stands for the
+            folder of the first shortcut among the rows, and without one there is no line.
         step_share: share of a base pass that a shortcut step takes on a base of interest, such as 0.028 at MaskGIT's
             published size; the report computes what its rows would cost there.
 
@@ -80,7 +82,7 @@ class Report(L.Callback):
             num_steps=task.decoding.num_steps,
             dtype=computed_in(task.base, str(trainer.precision)),
             incomplete=[row.name for row in task.rows if row.name not in latencies],
-            shortcuts=_shortcuts(task),
+            shortcuts=list(_shortcuts(task)),
             step_share=self.step_share,
         )
         text = f"{markdown(table)}\n\n{below}\n"
@@ -101,23 +103,40 @@ class Report(L.Callback):
         folder = results.folder
         (folder / "report.md").write_text(text, encoding="utf-8")
         (folder / "report.json").write_text(figures, encoding="utf-8")
-        written = ["report.md", "report.json", *self._pictures(trainer, task, table, higher_is_better)]
-        written += self._page(trainer, task, table, below, higher_is_better)
+        is_pictured = bool(task.grid_images) and not task.random_weights
+        strips = strip_paths(results, task.rows, task.reference) if is_pictured else {}
+        shown = [row for row in task.rows if row.name in strips]
+        prompts: list[str] = results.columns(shown[0]).get("prompts", []) if shown else []
+        written = ["report.md", "report.json", *self._pictures(trainer, task, table, strips, prompts, higher_is_better)]
+        written += self._page(trainer, task, table, strips, prompts, below, higher_is_better)
         log_table(trainer, "report/table", table)
         log_artifact(trainer, "report", "report", [folder / name for name in written])
         last = closing(
             table,
-            shortcuts=_shortcuts(task),
+            shortcuts=list(_shortcuts(task)),
             reference=task.reference.name,
             quality=quality,
             higher_is_better=higher_is_better,
             page=folder / "report.html" if "report.html" in written else None,
-            command=f"{sys.argv[0]} {self.then}" if self.then else "",
+            command=self._next(task),
         )
         rank_zero_info(f"\n{text}\nwritten to {folder}: {', '.join(written)}\n\n{last}")
 
+    def _next(self, task: EvaluationTask) -> str:
+        """Return the command to run next; empty if there is none."""
+        folder = next((shortcut.folder for shortcut in _shortcuts(task).values() if shortcut.folder), None)
+        if not self.then or ("{shortcut}" in self.then and folder is None):
+            return ""
+        return f"{sys.argv[0]} {self.then.replace('{shortcut}', _shown(folder or Path()))}"
+
     def _pictures(
-        self, trainer: L.Trainer, task: EvaluationTask, table: pd.DataFrame, higher_is_better: bool
+        self,
+        trainer: L.Trainer,
+        task: EvaluationTask,
+        table: pd.DataFrame,
+        strips: dict[str, Path],
+        prompts: list[str],
+        higher_is_better: bool,
     ) -> list[str]:
         """Draw, write and log whatever pictures there are; return their file names."""
         written: list[str] = []
@@ -125,9 +144,8 @@ class Report(L.Callback):
         if task.random_weights:
             return written
         with carry_on("drawing the grids"):
-            strips = read_strips(task.stored, task.rows) if task.grid_images else {}
             if strips:
-                figure = grids(strips, task.stored.prompts())
+                figure = grids(read_strips(strips), prompts)
                 written.append(_keep(trainer, figure, folder / "grids.png"))
         with carry_on("drawing the Pareto plot"):
             if self.quality is not None and {"latency_ms", self.quality} <= set(table.columns):
@@ -138,20 +156,26 @@ class Report(L.Callback):
         return written
 
     def _page(
-        self, trainer: L.Trainer, task: EvaluationTask, table: pd.DataFrame, below: str, higher_is_better: bool
+        self,
+        trainer: L.Trainer,
+        task: EvaluationTask,
+        table: pd.DataFrame,
+        strips: dict[str, Path],
+        prompts: list[str],
+        below: str,
+        higher_is_better: bool,
     ) -> list[str]:
         """Write and log the page; return its file name."""
         written: list[str] = []
         path = task.stored.folder / "report.html"
-        with_images = bool(task.grid_images) and not task.random_weights
         with carry_on("writing the page"):
             text = page(
                 table,
                 reference=task.reference.name,
                 quality=None if task.random_weights else self.quality,
                 higher_is_better=higher_is_better,
-                strips=strip_paths(task.stored, task.rows) if with_images else {},
-                prompts=task.stored.prompts() if with_images else [],
+                strips=strips,
+                prompts=prompts,
                 notes=below,
                 provenance=provenance()
                 | {
@@ -167,10 +191,17 @@ class Report(L.Callback):
         return written
 
 
-def _shortcuts(task: EvaluationTask) -> list[str]:
-    """Return the names of the rows with a trained shortcut."""
+def _shown(path: Path) -> str:
+    """Return ``path`` as one would type it in the current folder."""
+    path, here = path.absolute(), Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def _shortcuts(task: EvaluationTask) -> dict[str, Shortcut]:
+    """Return the trained shortcuts by the names of their rows."""
     ways = {row.name: row.acceleration for row in task.rows}
-    return [name for name, way in ways.items() if isinstance(way, Accelerated) and isinstance(way.predictor, Shortcut)]
+    methods = {name: way.predictor for name, way in ways.items() if isinstance(way, Accelerated)}
+    return {name: method for name, method in methods.items() if isinstance(method, Shortcut)}
 
 
 def _keep(trainer: L.Trainer, figure: plt.Figure, path: Path) -> str:

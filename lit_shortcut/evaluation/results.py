@@ -10,12 +10,11 @@ import torchvision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lit_shortcut.contracts import Conditions
 from lit_shortcut.evaluation.drawing import strip_of
 from lit_shortcut.evaluation.identity import differences
 from lit_shortcut.evaluation.rows import Row
 from lit_shortcut.files import replacing
-
-_PROMPTS = "prompts.json"
 
 
 class Results:
@@ -60,21 +59,21 @@ class Results:
         """Return the folder of one rank's tokens of vanilla, for metrics that compare with its images."""
         return self.folder / "originals" / f"seed{seed}_rank{rank}"
 
-    def add_images(self, row: Row, images: Tensor, prompts: tuple[str, ...] = ()) -> None:
-        """Store ``images``, uint8 (B, 3, H, W), as a strip for the grids, and the ``prompts`` they were made for."""
+    def add_images(self, row: Row, images: Tensor, conditions: Conditions) -> None:
+        """Store ``images``, uint8 (B, 3, H, W), as a strip for the grids, and the ``conditions`` of its columns."""
         path = self.images_path(row)
         with replacing(path) as aside:
             torchvision.io.write_png(strip_of(images), str(aside))
-        if prompts:
-            _write(path.with_name(_PROMPTS), list(prompts))
+        seeds, labels = conditions.seeds.tolist(), conditions.labels.tolist()
+        _write(path.with_suffix(".json"), {"seeds": seeds, "labels": labels, "prompts": list(conditions.prompts)})
 
     def images_path(self, row: Row) -> Path:
         """Return the path of a row's strip of images."""
         return self.folder / "images" / f"{row.name}.png"
 
-    def prompts(self) -> list[str]:
-        """Return the prompts of the strips' columns; none for classes."""
-        return list(_read(self.folder / "images" / _PROMPTS) or [])
+    def columns(self, row: Row) -> dict[str, Any]:
+        """Return ``seeds``, ``labels`` and ``prompts`` of the columns of a row's strip; nothing if there is none."""
+        return dict(_read(self.images_path(row).with_suffix(".json")) or {})
 
     def latency(self) -> dict[str, Any]:
         """Return the latencies stored by :meth:`set_latency`; ``measured`` is empty if there are none."""
@@ -94,6 +93,6 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path}: not a result file ({error}); delete it to measure the row again") from error
 
 
-def _write(path: Path, content: dict[str, Any] | list[str]) -> None:
+def _write(path: Path, content: dict[str, Any]) -> None:
     with replacing(path) as aside:
         aside.write_text(json.dumps(content, indent=1) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torchvision
+from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -42,13 +43,24 @@ def grids(images: Mapping[str, Tensor], captions: Sequence[str] = ()) -> Figure:
     return figure
 
 
-def strip_paths(results: Results, rows: Sequence[Row]) -> dict[str, Path]:
-    """Return the PNG files of the strips stored for ``rows`` by name."""
-    paths = {row.name: results.images_path(row) for row in rows}
-    return {name: path for name, path in paths.items() if path.exists()}
+def strip_paths(results: Results, rows: Sequence[Row], reference: Row) -> dict[str, Path]:
+    """Return the PNG files of the strips stored for ``rows`` by name.
+
+    Those drawn for other seeds or conditions than the strip of ``reference``, or than the first where that has none,
+    are left out, and the log says so.
+    """
+    stored = [row for row in rows if results.images_path(row).exists()]
+    columns = results.columns(reference if reference in stored else stored[0]) if stored else {}
+    alike = [row for row in stored if results.columns(row) == columns]
+    if others := [row.name for row in stored if row not in alike]:
+        rank_zero_info(
+            f"not in the grids, since drawn for other seeds or numbers of images than {alike[0].name}: "
+            f"{', '.join(others)}; to draw them again, delete their files in {results.folder / 'rows'}"
+        )
+    return {row.name: results.images_path(row) for row in alike}
 
 
-def read_strips(results: Results, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Return the strips of images stored for ``rows`` by name, uint8 (3, H, W) each."""
+def read_strips(paths: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Return the strips of images in ``paths`` by name, uint8 (3, H, W) each."""
     mode = torchvision.io.ImageReadMode.RGB
-    return {name: torchvision.io.read_image(str(path), mode) for name, path in strip_paths(results, rows).items()}
+    return {name: torchvision.io.read_image(str(path), mode) for name, path in paths.items()}

@@ -135,7 +135,7 @@ class EvaluationTask(ComparisonTask):
             is_shown = batch_idx == 0 and dataloader_idx == 0 and self.trainer.is_global_zero
             if is_shown and self.grid_images:
                 count = self.grid_images
-                self.stored.add_images(row, drawn.images[:count], batch.prompts[:count])
+                self.stored.add_images(row, drawn.images[:count], batch.slice(0, count))
             self.tallies[row.name].add(drawn, batch, vanilla)
         if batch_idx == int(self.trainer.num_test_batches[dataloader_idx]) - 1:
             for row in rows:

@@ -107,6 +107,22 @@ def test_last_lines_are_page_and_next_command(tmp_path: Path, monkeypatch: pytes
     ]
 
 
+def test_next_command_names_the_folder_of_the_shortcut_that_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_shortcut.callbacks.report.rank_zero_info", said.append)
+    monkeypatch.setattr("sys.argv", ["lit-shortcut", "test"])
+    monkeypatch.chdir(tmp_path)
+    mine = Shortcut(ShortcutNet(ToyBase().spec.width, num_heads=1))
+    arguments: dict[str, Any] = {"rows": [[5], [5, 2, "mine"]], "then": "generate {shortcut} --compare"}
+    measure(tmp_path / "none", methods={"mine": mine}, **arguments)
+    assert said[-1].splitlines()[-1].startswith("page: ")
+    mine.save_pretrained(tmp_path / "my shortcut")
+    measure(tmp_path / "one", methods={"mine": Shortcut.load(tmp_path / "my shortcut")}, **arguments)
+    assert said[-1].splitlines()[-1] == "next: lit-shortcut generate 'my shortcut' --compare"
+
+
 def test_best_of_the_trained_shortcuts_is_named_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("lit_shortcut.callbacks.report.rank_zero_info", said.append)

@@ -22,6 +22,7 @@ from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.sampling import Decoding, generate
 from tests.metrics.brightness import Brightness
 from tests.metrics.reference import write_reference
+from tests.report.made import conditions
 
 IDENTITY = {"base": {"fingerprint": "0123"}, "decoding": {"guidance": 2.8}, "conditions": {"num_images": 10}}
 PASSES = {"mean": 6.0, "low": 6, "high": 6}
@@ -152,8 +153,8 @@ def test_plans_of_one_budget_have_files_of_their_own(tmp_path: Path) -> None:
     results = Results(tmp_path)
     for entry in ([6, 3, "hold"], [6, 3, "hold", "early"], [6, [0, 1, 2], "hold"]):
         results.add(row_of(*entry), 0, IDENTITY, {}, PASSES)
-        results.add_images(row_of(*entry), torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
-    assert len(list((tmp_path / "rows").iterdir())) == len(list((tmp_path / "images").iterdir())) == 3
+        results.add_images(row_of(*entry), torch.zeros(1, 3, 2, 2, dtype=torch.uint8), conditions("a coat"))
+    assert len(list((tmp_path / "rows").iterdir())) == len(list((tmp_path / "images").glob("*.png"))) == 3
 
 
 def test_row_measured_again_replaces_the_old_one_and_the_log_says_why(
@@ -182,7 +183,7 @@ def test_damaged_result_is_named(tmp_path: Path, content: bytes) -> None:
 def test_strip_of_images_keeps_their_pixels_side_by_side(tmp_path: Path) -> None:
     images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     results = Results(tmp_path)
-    results.add_images(row_of(6), images)
+    results.add_images(row_of(6), images, conditions(*"abc"))
     strip = torchvision.io.read_image(str(results.images_path(row_of(6))))
     assert strip.shape == (3, 10, 28)
     for k in range(3):

@@ -6,15 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.contracts import Conditions
 from lit_shortcut.evaluation.results import Results
 from lit_shortcut.evaluation.rows import Row, build_rows
 from lit_shortcut.report.table import collect
 from lit_shortcut.sampling import Decoding
 
 IDENTITY = {"conditions": {"num_images": 500}}
+
+
+def conditions(*prompts: str, first_seed: int = 0) -> Conditions:
+    """Conditions of as many images as there are prompts."""
+    ids = torch.arange(len(prompts))
+    return Conditions(ids, ids + first_seed, ids, prompts)
 
 
 def row(*entry: Any) -> Row:

@@ -13,7 +13,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from lit_shortcut.report.grids import strip_paths
 from lit_shortcut.report.page import page
 from tests.browser import PATIENCE, console, point_at
-from tests.report.made import HOLD, ROWS, SHORT, VANILLA, collected, make
+from tests.report.made import HOLD, ROWS, SHORT, VANILLA, collected, conditions, make
 
 NASTY = "</script><img src=x onerror=alert(1)> \"$5\" and '$10' &amp; %{x} {{ 7 }}"
 
@@ -22,7 +22,9 @@ def write(folder: Path, quality: str | None = "distance", size: int = 8, metric:
     """The page of three rows with two images each, whose grey tells the rows apart."""
     results = make(folder)
     for index, row in enumerate(ROWS):
-        results.add_images(row, torch.full((2, 3, size, size), 60 * index, dtype=torch.uint8), (NASTY, "a coat"))
+        results.add_images(
+            row, torch.full((2, 3, size, size), 60 * index, dtype=torch.uint8), conditions(NASTY, "a coat")
+        )
     table = collected(results, ROWS, [0, 1, 2]).rename(
         columns={"distance": metric, "distance_interval": f"{metric}_interval"}
     )
@@ -32,8 +34,8 @@ def write(folder: Path, quality: str | None = "distance", size: int = 8, metric:
         reference=VANILLA.name,
         quality=quality,
         higher_is_better=False,
-        strips=strip_paths(results, ROWS),
-        prompts=results.prompts(),
+        strips=strip_paths(results, ROWS, VANILLA),
+        prompts=results.columns(VANILLA)["prompts"],
         notes=f"Two images a row.\n- {NASTY}",
         provenance={"commit": "0123abc", "command": NASTY},
     )

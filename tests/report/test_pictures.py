@@ -9,9 +9,21 @@ import pytest
 import torch
 
 from lit_shortcut.evaluation.results import Results
-from lit_shortcut.report.grids import grids, read_strips
+from lit_shortcut.report.grids import grids, read_strips, strip_paths
 from lit_shortcut.report.plot import front, pareto, pixels
-from tests.report.made import HOLD, LATENCIES, ROWS, VANILLA, add, collected, make, row, set_latencies
+from tests.report.made import (
+    HOLD,
+    LATENCIES,
+    ROWS,
+    SHORT,
+    VANILLA,
+    add,
+    collected,
+    conditions,
+    make,
+    row,
+    set_latencies,
+)
 
 DOLLARS = 'signs "$5" and "$10" \\frac{1 $x^$'
 
@@ -123,8 +135,8 @@ def test_long_name_of_a_row_stays_within_the_grid() -> None:
 
 def test_grid_of_one_row_with_one_image_works(tmp_path: Path) -> None:
     results = Results(tmp_path)
-    results.add_images(VANILLA, torch.full((1, 3, 8, 8), 128, dtype=torch.uint8))
-    strips = read_strips(results, ROWS)
+    results.add_images(VANILLA, torch.full((1, 3, 8, 8), 128, dtype=torch.uint8), conditions("a coat"))
+    strips = read_strips(strip_paths(results, ROWS, VANILLA))
     assert list(strips) == ["vanilla_n8"]
     assert bool((pixels(grids(strips)) == 128).all(0).any())
 
@@ -132,18 +144,34 @@ def test_grid_of_one_row_with_one_image_works(tmp_path: Path) -> None:
 def test_prompts_stand_under_the_columns_of_the_grid(tmp_path: Path) -> None:
     images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     results = Results(tmp_path)
-    assert results.prompts() == []
-    results.add_images(VANILLA, images, ("a coat", "a very wide and dark coat " * 4, "größer"))
-    results.add_images(HOLD, images)
-    captions = results.prompts()
-    assert captions == ["a coat", "a very wide and dark coat " * 4, "größer"]
-    figure = grids(read_strips(results, ROWS), captions)
+    assert results.columns(VANILLA) == strip_paths(results, ROWS, VANILLA) == {}
+    captions = ["a coat", "a very wide and dark coat " * 4, "größer"]
+    for shown in (VANILLA, HOLD):
+        results.add_images(shown, images, conditions(*captions))
+    assert results.columns(HOLD)["prompts"] == captions
+    figure = grids(read_strips(strip_paths(results, ROWS, VANILLA)), captions)
     assert [[text.get_text().split()[-1] for text in axis.texts] for axis in figure.axes] == [
         [],
         ["coat", "coat", "größer"],
     ]
     places = [text.get_position()[0] for text in figure.axes[-1].texts]
     assert places == pytest.approx([1 / 6, 3 / 6, 5 / 6])
+
+
+def test_strips_of_other_columns_are_left_out_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_shortcut.report.grids.rank_zero_info", said.append)
+    results, images = Results(tmp_path), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    results.add_images(VANILLA, images, conditions("a coat", "a bag"))
+    results.add_images(HOLD, images, conditions("a coat", "a bag"))
+    for other in (conditions("a coat"), conditions("a coat", "a bag", first_seed=5), conditions("a coat", "a boot")):
+        results.add_images(SHORT, images[: len(other.ids)], other)
+        assert list(strip_paths(results, ROWS, VANILLA)) == [VANILLA.name, HOLD.name]
+        assert SHORT.name in said.pop()
+        assert not said
+    assert list(strip_paths(results, [SHORT, HOLD], VANILLA)) == [SHORT.name]
 
 
 def test_caption_with_dollar_signs_is_drawn_as_it_is() -> None:
