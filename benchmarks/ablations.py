@@ -15,8 +15,12 @@ from jsonargparse import auto_cli
 
 from benchmarks import verbs
 from benchmarks.table import Table
+from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.evaluation.rows import build_rows
 from lit_shortcut.files import replacing
 from lit_shortcut.precision import has_native_bfloat16
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.trajectory import Card
 
 _PLACES = {"network": "model.network", "data": "data"}
 _RUN_SEEDS = [5]  # none of a report, which variants must not be chosen by
@@ -48,6 +52,8 @@ def main(
         folder: where runs and ``ablations.json`` are written.
     """
     folder = folder / base
+    # refuses names that rows cannot have before anything is trained
+    build_rows([[num_steps, 1, name] for name in variants], Decoding(), dict.fromkeys(variants, Hold()))
     kl = {name: _fit(base, name, changes, budgets, max_steps, folder) for name, changes in variants.items()}
     rows = _evaluate(base, list(variants), num_steps, image_budgets, num_images, folder)
     table = Table(
@@ -97,7 +103,9 @@ def _fit(
         verbs.run(*words)
         return yaml.safe_load((folder / "manifest.yaml").read_text())[f"{name}/model.safetensors"]["metrics"]
 
-    metrics: dict[str, float] = verbs.kept(folder / f"{name}.json", words, train)
+    config = yaml.safe_load((Path("configs") / base / "fit.yaml").read_text())
+    asked = {"words": words, "config": config, "set": Card.read(config["data"]["init_args"]["source"]).digest}
+    metrics: dict[str, float] = verbs.kept(folder / f"{name}.json", asked, train)
     return metrics
 
 

@@ -6,6 +6,7 @@ no other of the same method beats, all other decodings. Only what is best there 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import pandas as pd
 from jsonargparse import auto_cli
 
 from benchmarks import verbs
+from lit_shortcut.acceleration.plans import Even
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.evaluation.rows import VANILLA, Row, build_rows
 from lit_shortcut.report.plot import front
@@ -87,11 +89,12 @@ def main(
 
         def choose() -> list[Entry]:
             report = measured("sweep", rows, selection, latency_rounds=_ROUNDS)
-            found, reference = best(rows, report, methods), [report["num_steps"]]
+            found, reference = best(rows, report, methods, plans), [report["num_steps"]]
             return found if reference in found else [reference, *found]
 
         configs = [path.read_text() for path in verbs.configs_of(base, overlays or [])]
         asked = {"rows": rows, "seeds": selection._asdict(), "methods": methods, "configs": configs}
+        asked["files"] = verbs.digests(methods)
         found: list[Entry] = verbs.kept(folder / f"{part}.json", asked, choose)
         return found
 
@@ -100,7 +103,9 @@ def main(
     measured("report", chosen("second", entries), evaluation)
 
 
-def best(entries: list[Entry], report: dict[str, Any], methods: dict[str, Any]) -> list[Entry]:
+def best(
+    entries: list[Entry], report: dict[str, Any], methods: dict[str, Any], plans: Iterable[str] = ()
+) -> list[Entry]:
     """Return the entries that no other of the same method beats in latency and quality.
 
     Of plans and decodings whose steps cost the same, so that latency differs only by chance, the one of best quality
@@ -112,12 +117,14 @@ def best(entries: list[Entry], report: dict[str, Any], methods: dict[str, Any]) 
     quality = report["quality"]
     if quality is None:
         raise ValueError("a frontier needs a quality; evaluate.yaml must not set random_weights")
-    rows = build_rows(entries, Decoding(), dict.fromkeys(methods, Hold()))
+    rows = build_rows(entries, Decoding(), dict.fromkeys(methods, Hold()), dict.fromkeys(plans, Even))
     table = pd.DataFrame(report["rows"]).reindex(columns=["name", "method", "latency_ms", quality]).dropna()
     if missing := {row.method for row in rows} - {*table["method"]}:
         raise ValueError(f"{', '.join(sorted(missing))}: no row has both latency_ms and {quality}")
     table = table.sort_values([quality, "latency_ms"], ascending=[not report["higher_is_better"], True])
-    table = table[~table["name"].map({row.name: _cost(row) for row in rows}).duplicated()]
+    identities = report["identities"]
+    costs = {row.name: _cost(row, Decoding.from_values(identities[row.name]["decoding"])) for row in rows}
+    table = table[~table["name"].map(costs).duplicated()]
     kept = {
         name
         for _, own in table.groupby("method")
@@ -126,10 +133,10 @@ def best(entries: list[Entry], report: dict[str, Any], methods: dict[str, Any]) 
     return [entry for row, entry in zip(rows, entries, strict=True) if row.name in kept]
 
 
-def _cost(row: Row) -> tuple[Any, ...]:
-    """Return what determines the latency of ``row``."""
+def _cost(row: Row, decoding: Decoding) -> tuple[Any, ...]:
+    """Return what determines the latency of ``row``, which was drawn in ``decoding``."""
     method = row.method if row.method == VANILLA else (row.method, row.budget)
-    return method, row.decoding.num_steps, row.decoding.branches, row.decoding.order
+    return method, decoding.num_steps, decoding.branches, decoding.order
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lit_shortcut.files import replacing
+from lit_shortcut.places import located
 
 
 def run(*words: str) -> None:
@@ -45,6 +47,16 @@ def report(
 def configs_of(base: str, overlays: list[Path]) -> list[Path]:
     """Return the YAMLs of :func:`report` that are the user's."""
     return [Path("configs") / base / "evaluate.yaml", *overlays]
+
+
+def digests(arguments: Any) -> dict[str, str]:
+    """Return the sha256 of every file that a string in ``arguments`` names, and of all files in folders so named."""
+    if isinstance(arguments, dict | list):
+        inner = arguments.values() if isinstance(arguments, dict) else arguments
+        return {path: digest for value in inner for path, digest in digests(value).items()}
+    place = located(arguments) if isinstance(arguments, str) else Path()
+    files = sorted(place.rglob("*")) if isinstance(arguments, str) and place.is_dir() else [place]
+    return {str(path): sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
 
 
 def kept(path: Path, asked: Any, make: Callable[[], Any]) -> Any:

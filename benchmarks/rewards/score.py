@@ -2,8 +2,8 @@
 
 ``ENV/bin/python benchmarks/rewards/score.py MODEL FOLDER`` reads the PNGs that ``lit-shortcut generate`` wrote to
 FOLDER, which hold their prompts, or any others, with ``prompts.json``, a list with one for each in the order of their
-names. It writes ``scores_MODEL.json`` beside them. Imports nothing of this project: the packages cannot be installed
-beside it.
+names. It writes ``scores_MODEL.json`` beside them, with a mean of its own for vanilla's pictures. Imports nothing of
+this project: the packages cannot be installed beside it.
 
 imagereward: ImageReward-v1.0, how people like images made for a prompt (Xu et al., arXiv 2304.05977); it takes the
 first 35 tokens of a prompt. Package: ``pip install image-reward==1.5 'transformers>=4.27.4,<4.50'
@@ -27,6 +27,7 @@ from pathlib import Path
 from PIL import Image
 
 _GRID = "grid.png"  # of all pictures, beside them
+_VANILLA = "_vanilla.png"  # end of the names of vanilla's, which generate --compare writes beside the others
 
 
 def imagereward(images: list[Path], prompts: list[str], weights: Path | None, device: str) -> Iterator[float]:
@@ -78,13 +79,14 @@ def main() -> None:
         raise SystemExit(f"{args.folder}: expected PNG files, found none")
     prompts = prompts_of(images, args.folder / "prompts.json") if args.model == "imagereward" else []
     scores = list(MODELS[args.model](images, prompts, args.weights, args.device))
-    found = {
-        "model": args.model,
-        "mean": sum(scores) / len(scores),
-        "scores": {image.name: score for image, score in zip(images, scores, strict=True)},
-    }
+    named = {image.name: score for image, score in zip(images, scores, strict=True)}
+    vanilla = [score for name, score in named.items() if name.endswith(_VANILLA)]
+    others = [score for name, score in named.items() if not name.endswith(_VANILLA)]
+    means = {part: sum(own) / len(own) for part, own in (("mean", others), ("mean_vanilla", vanilla)) if own}
+    found = {"model": args.model, **means, "scores": named}
     (args.folder / f"scores_{args.model}.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{args.model}: mean {found['mean']:.4f} of {len(scores)} images")  # noqa: T201 - what the command is for
+    said = ", ".join(f"{part} {mean:.4f}" for part, mean in means.items())
+    print(f"{args.model}: {said} of {len(scores)} images")  # noqa: T201 - what the command is for
 
 
 if __name__ == "__main__":

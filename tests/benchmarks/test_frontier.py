@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,14 @@ def report(*, higher_is_better: bool = False, **rows: tuple[float, float]) -> di
         {"name": name, "method": name.split("_")[0], "latency_ms": latency, "score": sign * error}
         for name, (latency, error) in rows.items()
     ]
-    return {"quality": "score", "higher_is_better": higher_is_better, "rows": lines}
+    identities = {name: {"decoding": asdict(decoding_of(name))} for name in rows}
+    return {"quality": "score", "higher_is_better": higher_is_better, "rows": lines, "identities": identities}
+
+
+def decoding_of(name: str) -> Decoding:
+    """Decoding of the row ``name``, in a base's own of guidance 3."""
+    num_steps = int(name.split("_")[1].removeprefix("n"))
+    return Decoding(num_steps, guidance=0.0 if name.endswith("guidance0") else 3.0)
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
@@ -64,6 +72,32 @@ def test_of_plans_that_cost_the_same_only_the_best_counts() -> None:
     entries: list[Any] = [[8], [8, 2, "hold", "even"], [8, 2, "hold", "early"]]
     found = report(vanilla_n8=(8, 1.0), hold_n8_b2=(1.9, 4.0), hold_n8_b2_early=(2, 3.0))
     assert frontier.best(entries, found, METHODS) == [[8], [8, 2, "hold", "early"]]
+
+
+def test_what_a_row_costs_follows_from_the_base_s_own_decoding() -> None:
+    """Its order differs from the default one, so a row that names the default costs something else."""
+    entries: list[Any] = [[8], [8, {"order": "confidence"}]]
+    found = report(vanilla_n8=(8, 2.0), vanilla_n8_confidence=(9, 1.0))
+    assert frontier.best(entries, found, METHODS) == [[8, {"order": "confidence"}]]
+    found["identities"]["vanilla_n8"]["decoding"]["order"] = "halton"
+    assert frontier.best(entries, found, METHODS) == entries
+
+
+def test_plans_of_ones_own_are_known_by_name() -> None:
+    entries: list[Any] = [[8], [8, 2, "hold", "mine"]]
+    found = report(vanilla_n8=(8, 1.0), hold_n8_b2_mine=(2, 3.0))
+    assert frontier.best(entries, found, METHODS, ["mine"]) == entries
+
+
+def test_files_that_arguments_name_are_told_by_their_content(tmp_path: Path) -> None:
+    (tmp_path / "network").mkdir()
+    (tmp_path / "network" / "model.safetensors").write_bytes(b"one")
+    arguments = {"shortcut": {"class_path": "a.B", "init_args": {"path": str(tmp_path / "network"), "order": 1}}}
+    before = verbs.digests(arguments)
+    assert [Path(path).name for path in before] == ["model.safetensors"]
+    (tmp_path / "network" / "model.safetensors").write_bytes(b"two")
+    assert verbs.digests(arguments).keys() == before.keys()
+    assert verbs.digests(arguments) != before
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,12 @@ def test_pictures_that_generate_wrote_hold_their_prompts(folder: Path) -> None:
         score("imagereward", folder)
 
 
+def test_vanilla_drawn_beside_the_others_has_a_mean_of_its_own(folder: Path) -> None:
+    Image.new("RGB", (4, 4), (90,) * 3).save(folder / "00_vanilla.png")
+    found = score("unipercept", folder)
+    assert (found["mean"], found["mean_vanilla"]) == (30, 90)
+
+
 def test_unipercept_gives_its_quality_and_needs_no_prompts(folder: Path) -> None:
     (folder / "prompts.json").unlink()
     assert score("unipercept", folder, "--weights", "some/weights")["mean"] == 30
