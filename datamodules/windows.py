@@ -213,13 +213,14 @@ class WindowReader:
         raise TrajectoryError(f"{self.source.source}: no window is readable")
 
     def _fetch_ahead(self, epoch: int, position: int) -> None:
-        """Fetch the shards of the group after that of ``position`` in the background."""
+        """Fetch the shards of the group after that of ``position`` in the background; before the first, its own."""
         group = self.order.group_at(position)
         shards = self.order.shards(epoch, group + 1) or self.order.shards(epoch + 1, 0)
         with self._lock:
             if shards != self._ahead:
+                own = [] if self._ahead else self.order.shards(epoch, group)
                 self._ahead = shards
-                self.source.fetch_ahead(shards)
+                self.source.fetch_ahead([*own, *shards])
 
 
 def _prefix_of(heads: list[Head], windows: list[Window]) -> Prefix:

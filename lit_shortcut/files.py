@@ -87,10 +87,19 @@ def exclusive(folder: Path, *, wait: bool) -> Iterator[None]:
 
     Raises:
         BlockingIOError: if another process or thread holds it and ``wait`` is false.
+        AccessError: if the folder's file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise AccessError(
+                f"{folder}: cannot be locked ({error.strerror or error}); expected a folder on a file system with "
+                "locks, such as a local disk"
+            ) from error
         yield
 
 

@@ -181,15 +181,19 @@ def network_fingerprint(network: object) -> str:
 
 
 def update_manifest(weights: Path, facts: dict[str, Any], manifest: Path | None = None) -> None:
-    """Add ``weights`` to ``manifest``, by default that of its folder: size, sha256, this command and ``facts``."""
+    """Add ``weights`` to ``manifest``, by default that of its folder: size, sha256, this command and ``facts``.
+
+    The same bytes keep the metrics they had if ``facts`` has none.
+    """
     manifest = manifest or weights.with_name("manifest.yaml")
-    entries: dict[str, Any] = yaml.safe_load(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
-    content = weights.read_bytes()
-    entries[weights.relative_to(manifest.parent).as_posix()] = {
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "made_by": " ".join(["lightning", *sys.argv[1:]]),
-    } | facts
+    written = yaml.safe_load(manifest.read_text(encoding="utf-8")) if manifest.exists() else None
+    entries: dict[str, Any] = written or {}
+    content, name = weights.read_bytes(), weights.relative_to(manifest.parent).as_posix()
+    digest, before = hashlib.sha256(content).hexdigest(), entries.get(name, {})
+    if before.get("sha256") == digest and not facts.get("metrics"):
+        facts = facts | {key: before[key] for key in ("metrics",) if key in before}
+    command = " ".join(["lightning", *sys.argv[1:]])
+    entries[name] = {"bytes": len(content), "sha256": digest, "made_by": command} | facts
     with replacing(manifest) as aside:
         text = yaml.safe_dump(entries, sort_keys=True, allow_unicode=True, width=120)
         aside.write_text(text, encoding="utf-8")

@@ -143,6 +143,7 @@ def test_killed_training_ends_with_the_bits_of_the_uninterrupted_one(
     assert_same(
         *(load_tensors(tmp_path / name / RUN / "shortcut.safetensors") for name in ("whole", "killed")), "exported"
     )
+    assert not list((tmp_path / "killed" / LAST).parent.glob(".*.ckpt.*"))  # of half-written checkpoints
     whole, killed = (torch.load(tmp_path / name / LAST, weights_only=True) for name in ("whole", "killed"))
     assert whole["global_step"] == steps
     for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):

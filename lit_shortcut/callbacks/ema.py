@@ -66,6 +66,11 @@ class ModuleEMA(WeightAveraging):
         self._raw_at_end = {k: v.clone() for k, v in self._submodule(pl_module).state_dict().items()}
         super().on_train_end(trainer, pl_module)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the average in the module, too, where a finished run was resumed and there was nothing to train."""
+        if self._raw_at_end is None:
+            self.on_train_end(trainer, pl_module)
+
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """No swap here: ``on_validation_start`` has done it, before any callback's epoch hook."""
 
@@ -95,8 +100,10 @@ class ModuleEMA(WeightAveraging):
         self._average_model.n_averaged.fill_(self._updates)
         prefix, averaged = f"{self.module}.", self._average_model.state_dict()
         state = checkpoint["state_dict"]
+        named = (name for name, _ in self._submodule(pl_module).named_parameters())
+        raw = self._raw_at_end or dict(zip(named, self._raw, strict=False))  # none are put aside while training
         checkpoint["current_model_state"] = {k: v for k, v in state.items() if k.startswith(prefix)} | {
-            prefix + k: v for k, v in (self._raw_at_end or {}).items()
+            prefix + k: v for k, v in raw.items()
         }
         checkpoint["averaging_state"] = {k: v for k, v in averaged.items() if not k.startswith("module.")}
         if self._has_average():

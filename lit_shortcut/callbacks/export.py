@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from torch import nn
 
 from lit_shortcut.acceleration.card import PICTURES
 from lit_shortcut.acceleration.origin import CARD, WEIGHTS, BaseReference, Origin
@@ -16,7 +17,7 @@ from lit_shortcut.bounds import require_at_least
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trials import is_trial, require_writable_file
-from lit_shortcut.weights import save_module, update_manifest
+from lit_shortcut.weights import fingerprint, load_tensors, save_module, update_manifest
 
 
 class ExportWeights(L.Callback):
@@ -120,10 +121,16 @@ class ExportShortcut(ExportWeights):
         recorded = Origin.of_metadata(task.network_facts())
         base = replace(self.origin.base, fingerprint=recorded.base.fingerprint)
         origin = replace(self.origin, base=base, num_steps=recorded.num_steps, decoding=recorded.decoding)
-        for name in (CARD, *PICTURES):  # of the shortcut that was here; saving would keep its card
-            (self.path / name).unlink(missing_ok=True)
+        if not self._is_there(task.network):
+            for name in (CARD, *PICTURES):  # of the shortcut that was here; saving would keep its card
+                (self.path / name).unlink(missing_ok=True)
         Shortcut(task.network, base.fingerprint, origin=origin).save_pretrained(self.path)
         return self.path / WEIGHTS
+
+    def _is_there(self, network: nn.Module) -> bool:
+        """Return whether the folder holds the weights of ``network``: a finished run was resumed."""
+        path = self.path / WEIGHTS
+        return path.exists() and fingerprint(load_tensors(path)[0]) == fingerprint(network.state_dict())
 
 
 def _outcome(trainer: L.Trainer) -> dict[str, Any]:

@@ -41,10 +41,16 @@ class LastCheckpoint(ModelCheckpoint):
         return type(self).__qualname__
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Set up as Lightning does, without its warning about existing files: overwriting them is intended."""
+        """Set up as Lightning does, without its warning about existing files: overwriting them is intended.
+
+        What a killed run left of a checkpoint is deleted.
+        """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            for part in Path(self.dirpath or "").glob(f".{self.CHECKPOINT_NAME_LAST}.*"):
+                part.unlink()  # of a run that was killed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adapt the interval to the run's length."""

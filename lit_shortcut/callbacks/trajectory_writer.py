@@ -21,7 +21,7 @@ from lit_shortcut.background import Background
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import MaskedImageModel, Trajectories
 from lit_shortcut.evaluation.identity import differences
-from lit_shortcut.files import exclusive
+from lit_shortcut.files import AccessError, exclusive
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import Asked, card_of
 from lit_shortcut.trajectory import ENCODINGS, Card, TrajectoryError, write_shard
@@ -177,8 +177,8 @@ class TrajectoryWriter(BasePredictionWriter):
             raise TrajectoryError(
                 f"{self.folder}: another predict is recording into it; wait until it ends or use another folder"
             ) from error
-        except OSError as error:
-            _log.warning("%s: cannot be locked (%s); do not start a second predict into it", self.folder, error)
+        except AccessError as error:
+            _log.warning("%s; do not start a second predict into it", error)
 
     def _is_replaced(self) -> bool:
         """Return whether the contents of the folder are to be deleted first."""

@@ -80,7 +80,6 @@ class ShortcutTask(OptimizedTask):
         self.card: Card | None = None
         self.rollouts: Rollouts | None = None
         self._ends: tuple[RecordedEnds, ...] = ()
-        self._loss: Tensor | None = None
         self._masked_before: list[int] = []
 
     @property
@@ -153,9 +152,13 @@ class ShortcutTask(OptimizedTask):
         return asdict(self.card) | {"base_fingerprint": self.card.base_fingerprint} if self.card else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what every trained task keeps, unless the last loss was not finite."""
-        if self._loss is not None:
-            self._require_finite(float(sum_over_ranks(self._loss)))
+        """Keep what every trained task keeps, unless a loss since the step logged last was not finite.
+
+        Then the weights aren't either, on any rank. Losses are not summed, since a signal of SLURM makes each rank save
+        wherever it happens to be.
+        """
+        if not bool(torch.stack([weights.isfinite().all() for weights in self.network.parameters()]).all()):
+            self._require_finite(math.nan)
         super().on_save_checkpoint(checkpoint)
 
     def forward(
@@ -177,7 +180,6 @@ class ShortcutTask(OptimizedTask):
         shares = self._shares(where, batch, last, batch_idx)
         terms = {name: term * shares[self.losses[name].places] for name, term in terms.items()}
         loss = weighted_sum(self.losses, terms)
-        self._loss = loss.detach()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             found = diagnostics(prediction, batch.features, batch.targets[:, last], where["masked"])

@@ -91,6 +91,8 @@ class Source:
             held = sorted(self.folder.glob("shard-*.tar"), key=lambda held: held.stat().st_mtime)
             for oldest in held[: max(0, len(held) - self.kept + 1)]:
                 self._remove(oldest)  # processes that have it open can still read it
+            for part in self.folder.glob(".shard-*"):
+                part.unlink()  # of a fetch that was killed
             for name in (path.with_suffix(".json").name, path.name):  # a shard that is there has its index
                 fetch(locate(self.source, name), self.folder / name)
 

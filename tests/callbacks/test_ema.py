@@ -219,6 +219,22 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as above
+def test_finished_run_that_is_resumed_leaves_the_average(tmp_path: Path) -> None:
+    """Lightning then trains nothing, and calls no hook at the end of training."""
+    steps = {"max_epochs": -1, "max_steps": 2 * BATCHES}
+
+    def checkpoint_of(folder: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=2 * BATCHES)
+
+    whole, recorder, _ = fit(tmp_path, ModuleEMA(decay=0.9), checkpoint_of("whole"), **steps)
+    path = tmp_path / "whole" / f"step={2 * BATCHES}.ckpt"
+    resumed, nothing, _ = fit(tmp_path, ModuleEMA(decay=0.9), checkpoint_of("rest"), ckpt_path=path, **steps)
+    assert not nothing.raw
+    assert not same(weights(whole), recorder.raw[-1])
+    assert same(weights(resumed), weights(whole))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as above
 def test_run_may_start_from_a_checkpoint_without_an_average(tmp_path: Path) -> None:
     checkpoints = ModelCheckpoint(tmp_path / "plain", filename="{epoch}")
     _, before, _ = fit(tmp_path, checkpoints, max_epochs=1)
@@ -242,6 +258,20 @@ def test_exception_during_validation_puts_the_raw_weights_back(tmp_path: Path) -
     rescued = torch.load(tmp_path / "kept" / "rescued.ckpt", weights_only=True)
     assert_close(of_network(rescued["state_dict"], task), expected)
     assert same(of_network(rescued["current_model_state"], task), recorder.raw[-1])
+
+
+def test_checkpoint_saved_during_validation_has_average_and_raw_weights(tmp_path: Path) -> None:
+    """As SLURM's signal may have it."""
+
+    class Saves(Callback):
+        def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    task, recorder = Task(), Recorder()
+    trainer(tmp_path, recorder, ModuleEMA(decay=0.9), Saves()).fit(task, batches(), batches(1))
+    within = torch.load(tmp_path / "within.ckpt", weights_only=True)
+    assert same(of_network(within["state_dict"], task), task.seen_by_validation[-1][1])
+    assert same(of_network(within["current_model_state"], task), recorder.raw[-1])
 
 
 def test_exception_during_training_leaves_the_raw_weights(tmp_path: Path) -> None:

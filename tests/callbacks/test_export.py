@@ -21,7 +21,7 @@ from lit_shortcut.fashion.classifier import ClassifierTask, FashionCNN
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
-from lit_shortcut.weights import load_tensors
+from lit_shortcut.weights import load_tensors, update_manifest
 from tests.tiny_trajectories import SPEC, write_set
 
 
@@ -101,6 +101,18 @@ def test_manifest_says_what_made_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     }
 
 
+def test_same_bytes_keep_their_metrics_in_the_manifest(tmp_path: Path) -> None:
+    path, manifest = tmp_path / "net.safetensors", tmp_path / "manifest.yaml"
+    manifest.touch()
+    path.write_bytes(b"one")
+    update_manifest(path, {"metrics": {"val/mse": 1.0}})
+    update_manifest(path, {"metrics": {}})
+    assert yaml.safe_load(manifest.read_text())["net.safetensors"]["metrics"] == {"val/mse": 1.0}
+    path.write_bytes(b"two")
+    update_manifest(path, {"metrics": {}})
+    assert yaml.safe_load(manifest.read_text())["net.safetensors"]["metrics"] == {}
+
+
 def test_trial_run_exports_nothing(tmp_path: Path) -> None:
     fit(tmp_path / "net.safetensors", fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []
@@ -136,8 +148,12 @@ def test_shortcut_is_exported_as_a_folder_with_its_base(tmp_path: Path, monkeypa
         assert torch.equal(tensor, task.network.state_dict()[name])
     readme = tmp_path / "shortcut" / "README.md"
     fresh = readme.read_text()
-    readme.write_text("measurements of the shortcut that was here before")
+    readme.write_text("measurements of the shortcut that is here")
     (tmp_path / "shortcut" / "pareto.png").write_bytes(b"")
+    export.write(task)  # as a finished run does that is resumed
+    assert readme.read_text() == "measurements of the shortcut that is here"
+    assert (tmp_path / "shortcut" / "pareto.png").exists()
+    torch.nn.init.ones_(task.network.get_submodule("widen").bias)  # type: ignore[arg-type]
     export.write(task)
     assert readme.read_text() == fresh
     assert not (tmp_path / "shortcut" / "pareto.png").exists()

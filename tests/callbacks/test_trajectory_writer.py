@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import time
@@ -310,6 +311,19 @@ def test_second_predict_into_a_folder_is_told_so_and_touches_nothing(tmp_path: P
     assert module.batches == 0
     assert contents(tmp_path) == before
     predict(tmp_path, module)
+    assert is_complete(tmp_path, Card.read(tmp_path))
+
+
+def test_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("lit_shortcut.files.fcntl.flock", flock)
+    predict(tmp_path)
+    assert f"{tmp_path}: cannot be locked (Function not implemented)" in caplog.text
+    assert "do not start a second predict into it" in caplog.text
     assert is_complete(tmp_path, Card.read(tmp_path))
 
 

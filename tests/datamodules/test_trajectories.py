@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -28,6 +29,7 @@ from lit_shortcut.files import AccessError
 from lit_shortcut.guidance import guide_rows
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import TrajectoryError, problems
+from lit_shortcut.trajectory.source import Source
 from tests.forged_shards import edit_index
 from tests.tiny_trajectories import SPEC, adopt, card, interface, trajectories, write_set
 
@@ -401,6 +403,42 @@ def test_set_behind_http_is_read_like_a_folder(folder: Path, tmp_path: Path) -> 
         assert len(list(tmp_path.glob("*/shard-*.tar"))) <= 3  # this group's, its neighbour's, the validation's
         with pytest.raises(AccessError, match=r"nowhere/card\.json: cannot be fetched \(FileNotFoundError"):
             make(f"{url}/nowhere")
+
+
+def test_what_a_killed_fetch_left_in_the_cache_is_deleted(folder: Path, tmp_path: Path, bucket: str) -> None:
+    order(make(bucket, cache=tmp_path))
+    (shard,) = tmp_path.glob("*/shard-000001.tar")
+    (leftover := shard.with_name(".shard-000002.tar.4711")).write_bytes(b"part")
+    shard.unlink()
+    order(make(bucket, cache=tmp_path))
+    assert not leftover.exists()
+
+
+def test_cache_without_locks_is_refused_with_a_way_out(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("lit_shortcut.files.fcntl.flock", flock)
+    with pytest.raises(AccessError, match=rf"{tmp_path}.*cannot be locked.*a file system with locks"):
+        order(make(bucket, cache=tmp_path))
+
+
+def test_shards_needed_first_are_fetched_first(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    read: list[int] = []
+
+    def noted(self: Source, index: int, use: Any, own: Any = Source.read) -> Any:
+        read.append(index)
+        return own(self, index, use)
+
+    monkeypatch.setattr(Source, "read", noted)
+    monkeypatch.setattr(Source, "fetch_ahead", lambda self, indices: asked.append(list(indices)))
+    order(make(bucket, cache=tmp_path, shuffle_shards=2))
+    first, second, *_ = dict.fromkeys(read)
+    assert {first, second} == set(asked[0][:2])
+    assert len(set(asked[0])) == 4  # and then the next group
 
 
 def test_set_in_an_object_store_is_read_like_a_folder(folder: Path, tmp_path: Path, bucket: str) -> None:
