@@ -96,7 +96,7 @@ def build(pipeline: Pipeline) -> gr.Blocks:
 
     def on_draw(
         wanted: str | int,
-        seed: int,
+        seed: int | None,
         num_steps: int,
         budget: int,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
@@ -105,6 +105,8 @@ def build(pipeline: Pipeline) -> gr.Blocks:
             progress((done, total), unit="steps")
 
         try:
+            if seed is None:  # the field is empty
+                raise ValueError("expected a seed, got none")
             vanilla, shortcut = compare(pipeline, wanted, seed, num_steps, budget, on_step)
         except ValueError as error:
             raise gr.Error(html.escape(str(error)), duration=8, print_exception=False) from error
@@ -144,7 +146,8 @@ def serve(pipeline: Pipeline, host: str | None = None, port: int | None = None) 
     """
     page = build(pipeline)
     wanted = 0 if pipeline.base.spec.num_classes else "warm up"
-    compare(pipeline, wanted, 0, pipeline.decoding.num_steps, 1)  # what a device does once is no visitor's latency
+    budget = pipeline.budget or 1  # a calibrated plan has some budgets only
+    compare(pipeline, wanted, 0, pipeline.decoding.num_steps, budget)  # what a device does once is no visitor's latency
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # others come from a network
     page.launch(server_name=host, server_port=port, share=False, ssr_mode=False, footer_links=[], theme=theme)
 

@@ -18,7 +18,7 @@ from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.pictures import PlanName, row_of
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.weights import fingerprint
+from lit_shortcut.weights import WeightsError, fingerprint
 
 _INSTALLED = "_lit_shortcut"
 _SCHEDULES: dict[str, Schedule] = {"cosine": "cosine_each", "linear": "linear"}  # the scheduler's names, and ours
@@ -67,7 +67,15 @@ def enable_shortcut(
         origin, num_steps = predictor.origin, predictor.origin.num_steps
         budget, plan = budget if budget is not None else origin.budget or None, plan or cast(PlanName, origin.plan)
         own = _fingerprint_like(transformer, predictor.base_fingerprint)
-        predictor.require_base(own)
+        try:
+            predictor.require_base(own)
+        except WeightsError as error:
+            if (held := next(transformer.parameters()).dtype) == torch.float32:
+                raise
+            raise WeightsError(
+                f"{error}; if it is the same base, load the pipeline in float32: weights in "
+                f"{str(held).removeprefix('torch.')} cannot be compared with those of another precision"
+            ) from error
 
     def accelerate(num_steps: int) -> Acceleration:
         return row_of(predictor, plan or "even", budget, Decoding(num_steps)).acceleration
@@ -241,6 +249,8 @@ def _places(is_masked: Tensor) -> Tensor:
 
 def _transformer_of(pipe: Any) -> nn.Module:
     transformer = getattr(pipe, "transformer", None)
+    if hasattr(transformer, "_orig_mod"):
+        raise ValueError(f"{type(pipe).__name__} has a transformer compiled by torch.compile; expected it uncompiled")
     needed = ("embed", "mlm_layer", "project_from_hidden")
     is_known = isinstance(transformer, nn.Module) and all(hasattr(transformer, name) for name in needed)
     if not is_known or not hasattr(getattr(getattr(pipe, "scheduler", None), "config", None), "mask_token_id"):

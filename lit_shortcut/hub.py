@@ -10,6 +10,8 @@ from huggingface_hub import HfUri, hf_hub_download, hf_hub_url, parse_hf_uri, sn
 from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError, first_sentence
 
+_FILE, _REPOSITORY = "hf://owner/repository/file", "hf://owner/repository"
+
 
 def local_file(address: str) -> Path:
     """Return the path of the file at ``address``, or of its copy in the hub's cache, downloaded once.
@@ -22,7 +24,7 @@ def local_file(address: str) -> Path:
     """
     if not address.startswith("hf://"):
         return located(address)
-    place = _parsed(address, "hf://owner/repository/file")
+    place = _parsed(address, _FILE)
     try:
         return Path(hf_hub_download(place.id, place.path_in_repo, revision=place.revision))
     except (OSError, ValueError) as error:
@@ -46,7 +48,7 @@ def local_folder(address: str, patterns: Sequence[str]) -> Path:
     """
     if not address.startswith("hf://"):
         return located(address)
-    place = _parsed(address, "hf://owner/repository")
+    place = _parsed(address, _REPOSITORY)
     try:
         return Path(snapshot_download(place.id, revision=place.revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
@@ -58,8 +60,19 @@ def local_folder(address: str, patterns: Sequence[str]) -> Path:
         ) from error
 
 
+def at_revision(address: str, revision: str) -> str:
+    """Return the ``hf://`` ``address`` of a repository or a file in it at ``revision``, unless that is empty."""
+    owner, repository, *path = address.removeprefix("hf://").split("/")
+    repository += f"@{revision}" * bool(revision)
+    return "hf://" + "/".join([owner, repository, *path])
+
+
 def _parsed(address: str, form: str) -> HfUri:
+    """Parse the address of a model's repository, or of a file in one, whichever ``form`` is."""
     try:
-        return parse_hf_uri(address)
+        place = parse_hf_uri(address)
     except ValueError as error:
         raise WeightsError(f"{address}: expected {form} ({error})") from error
+    if place.type != "model" or bool(place.path_in_repo) != (form == _FILE):
+        raise WeightsError(f"{address}: expected {form} of a model")
+    return place

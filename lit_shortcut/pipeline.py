@@ -16,6 +16,7 @@ from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.origin import CONFIG, BaseReference
 from lit_shortcut.acceleration.shortcut import Precision, Shortcut
 from lit_shortcut.contracts import MaskedImageModel
+from lit_shortcut.hub import at_revision
 from lit_shortcut.pictures import Drawing, PlanName, conditions_of, draw, row_of, to_pil
 from lit_shortcut.places import located
 from lit_shortcut.sampling import Decoding
@@ -179,7 +180,7 @@ def load(
         budget: b, steps that the base computes; None takes the shortcut's own, or all steps if it has none.
         base: the base to accelerate; None builds the one that the shortcut names.
         num_steps: N; None takes that of the shortcut's trajectories.
-        device: device to run on; None takes a GPU if there is one.
+        device: device to run on; None takes that of ``base``, or without one a GPU if there is one.
         dtype: dtype that the shortcut runs in; None takes float32.
         revision: revision of the shortcut's repository.
 
@@ -201,8 +202,10 @@ def load(
         cast(PlanName, origin.plan),
         budget if budget is not None else origin.budget or None,
     )
-    if device is None:
+    if device is None and base is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device is None:
+        device = pipeline.device
     return pipeline.to(device)
 
 
@@ -229,7 +232,7 @@ def build_base(reference: BaseReference, folder: Path) -> MaskedImageModel:
         raise WeightsError(f"{folder}: {named}; pass the base itself: load(…, base=…)")
     source = reference.source
     if source.startswith("hf://"):
-        source += f"@{reference.revision}" * bool(reference.revision)
+        source = at_revision(source, reference.revision)
     elif source:
         path, here = (folder / source).resolve(), Path.cwd()
         source = str(located(path.relative_to(here)) if path.is_relative_to(here) else path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +20,11 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from lit_shortcut import load
-from lit_shortcut.app import MOST_CHARACTERS, build, compare
+from lit_shortcut.acceleration.calibrated import PlanFile, Schedule
+from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.app import MOST_CHARACTERS, build, compare, serve
 from lit_shortcut.cli import main
+from lit_shortcut.decoding.schedules import tokens_per_step
 from lit_shortcut.pipeline import Pipeline
 from tests.browser import PATIENCE, console
 from tests.command_line import CONFIGS
@@ -83,6 +88,18 @@ def test_server_refuses_what_is_out_of_range(texts: Pipeline, changed: dict[str,
 def test_page_without_a_shortcut_is_refused(classes: Pipeline) -> None:
     with pytest.raises(ValueError, match=r"no model\.shortcut"):
         build(Pipeline(classes.base, classes.decoding))
+
+
+def test_server_warms_up_within_the_budgets_of_a_calibrated_plan(
+    classes: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_shortcut.app.build", lambda _: SimpleNamespace(launch=lambda **_: None))
+    shutil.copytree(CHECKPOINTS / "fashion" / "shortcut", tmp_path / "shortcut")
+    shortcut, decoding = Shortcut.load(tmp_path / "shortcut"), classes.decoding
+    counts = tokens_per_step(decoding.schedule, decoding.num_steps, classes.base.spec.num_tokens)
+    schedule = Schedule(counts=counts, trajectories=1, steps={"3": [0, 5, 9]}, kl={"3": 0.0})
+    PlanFile(shortcut.identity(), classes.base.fingerprint, [schedule]).write(tmp_path / "shortcut" / "plan.json")
+    serve(Pipeline(classes.base, decoding, Shortcut.load(tmp_path / "shortcut"), "calibrated", 3))
 
 
 # ---- the command

@@ -377,6 +377,22 @@ def test_shortcut_of_another_base_is_refused() -> None:
     assert "forward" not in disabled.__dict__
 
 
+def test_error_says_that_halves_of_other_precisions_cannot_be_compared() -> None:
+    """Rounding to float16 and then to bfloat16 is not rounding to bfloat16."""
+    pipe = AmusedPipeline(**make_parts())
+    recorded = {name: tensor.to(torch.bfloat16) for name, tensor in pipe.transformer.state_dict().items()}
+    pipe.transformer.half()
+    with pytest.raises(WeightsError, match=r"cannot accelerate.*load the pipeline in float32: weights in float16"):
+        enable_shortcut(pipe, Shortcut(make_shortcut().network, fingerprint(recorded)), budget=B)
+
+
+def test_compiled_transformer_is_refused() -> None:
+    pipe = AmusedPipeline(**make_parts())
+    pipe.transformer = torch.compile(pipe.transformer)
+    with pytest.raises(ValueError, match=r"compiled by torch\.compile; expected it uncompiled"):
+        enable_shortcut(pipe, make_shortcut(), budget=B)
+
+
 def test_guided_shortcut_is_refused() -> None:
     pipe = AmusedPipeline(**make_parts())
     with pytest.raises(ValueError, match=r"guides the logits itself; train one with guided: false"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from lit_shortcut.hub import local_file, local_folder
+from lit_shortcut.hub import at_revision, local_file, local_folder
 from lit_shortcut.weights import WeightsError
 
 ADDRESS = "hf://owner/weights/folder/net.pth"
@@ -57,6 +57,26 @@ def test_missing_access_says_what_to_download_and_where_to_put_it(offline: Path)
 def test_malformed_address_is_refused_by_name(address: str) -> None:
     with pytest.raises(WeightsError, match=f"{address}: "):
         local_file(address)
+
+
+@pytest.mark.parametrize("address", ["hf://datasets/owner/weights/net.pth", "hf://owner/weights"])
+def test_what_is_no_file_of_a_model_is_refused(address: str) -> None:
+    with pytest.raises(WeightsError, match=f"{address}: expected hf://owner/repository/file of a model"):
+        local_file(address)
+
+
+def test_part_of_a_repository_is_refused_as_a_folder() -> None:
+    with pytest.raises(WeightsError, match="text_encoder: expected hf://owner/repository of a model"):
+        local_folder("hf://owner/weights/text_encoder", ["*"])
+
+
+@pytest.mark.parametrize(
+    ("address", "pinned"),
+    [("hf://owner/weights", "hf://owner/weights@abc"), (ADDRESS, "hf://owner/weights@abc/folder/net.pth")],
+)
+def test_revision_goes_behind_the_repository(address: str, pinned: str) -> None:
+    assert at_revision(address, "abc") == pinned
+    assert at_revision(address, "") == address
 
 
 def test_folder_in_the_cache_is_found_without_a_network(offline: Path) -> None:

@@ -155,22 +155,23 @@ class Adaptive(Plan):
 
         def decide(past: Past, state: State) -> bool | Tensor:
             nonlocal earlier, change, gap
-            if earlier is not None:
+            if earlier is None:
+                moved = torch.zeros(len(state.tokens), device=past.latest.device)
+            else:
                 image = slice(state.tokens.shape[1])
                 moved = relative_change(*(guide(part[:, :, image], state.guidance) for part in (past.latest, earlier)))
-                change = change + (moved if self.per == "sample" else moved.mean())
             earlier = past.latest
+            change = change + (moved if self.per == "sample" else moved.mean())
             gap = gap + 1
-            is_full = torch.as_tensor(change > self.threshold)
+            is_full = change > self.threshold
             if self.max_gap is not None:
-                is_full = is_full | torch.as_tensor(gap > self.max_gap, device=is_full.device)
+                is_full = is_full | (gap > self.max_gap)
             if self.per == "batch":
                 is_batch_full = bool(is_full)
                 change, gap = (0.0, 0) if is_batch_full else (change, gap)
                 return is_batch_full
-            is_full = is_full.expand(len(state.tokens))
-            change = torch.where(is_full, 0.0, change)
-            gap = torch.where(is_full, 0, torch.as_tensor(gap, device=is_full.device))
+            change = change.where(~is_full, 0.0)
+            gap = torch.where(is_full, 0, gap)
             return is_full
 
         return decide

@@ -183,13 +183,27 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         return shortcut
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        facts = {"num_steps": self.origin.num_steps, "decoding": dict(self.origin.decoding)}  # of the file by itself
-        save_module(save_directory / WEIGHTS, self.network, facts | {"base_fingerprint": self.base_fingerprint})
         write_config(save_directory, network_identity(self.network), self.origin)
-        if self.folder is not None and self.folder.resolve() != save_directory.resolve():
-            for path in (self.folder / PLAN, self.folder / CARD, *self.folder.glob("*.png")):
-                if path.exists():
-                    shutil.copyfile(path, save_directory / path.name)
+        is_as_read = self._is_as_read()
+        if not is_as_read:
+            facts = {"num_steps": self.origin.num_steps, "decoding": dict(self.origin.decoding)}  # of the file alone
+            save_module(save_directory / WEIGHTS, self.network, facts | {"base_fingerprint": self.base_fingerprint})
+        if self.folder is None or self.folder.resolve() == save_directory.resolve():
+            return
+        for_weights = (WEIGHTS, PLAN) if is_as_read else ()  # a calibrated plan is for these weights only
+        for path in (*(self.folder / name for name in (*for_weights, CARD)), *self.folder.glob("*.png")):
+            if path.exists():
+                shutil.copyfile(path, save_directory / path.name)
+
+    def _is_as_read(self) -> bool:
+        """Return whether the weights are those of the folder they were read from, whatever they are run in."""
+        if self.folder is None or not (self.folder / WEIGHTS).exists():
+            return False
+        stored, _ = load_tensors(self.folder / WEIGHTS)
+        own = self.network.state_dict()
+        return stored.keys() == own.keys() and all(
+            torch.equal(stored[name].to(tensor.dtype), tensor.cpu()) for name, tensor in own.items()
+        )
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Return the model card, without measurements; :func:`~lit_shortcut.acceleration.card.write_card` adds them."""

@@ -57,6 +57,9 @@ class CLIPWords:
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self._tokenizer: Any = tokenizer
+        # at once, since encoding sets padding and truncation in the tokenizer
+        settings = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.pad_token_id}"
+        self._identity = sha256(settings.encode()).hexdigest()[:16]
 
     @classmethod
     def load(cls, folder: Path) -> CLIPWords:
@@ -89,8 +92,7 @@ class CLIPWords:
 
     def identity(self) -> str:
         """Digest of vocabulary, merges, settings and padding."""
-        settings = f"{self._tokenizer.backend_tokenizer.to_str()}{self._tokenizer.pad_token_id}"
-        return sha256(settings.encode()).hexdigest()[:16]
+        return self._identity
 
 
 class Bytes:

@@ -171,6 +171,23 @@ def test_calibrated_plans_lie_beside_the_weights(base: MaskGIT, tmp_path: Path) 
     assert row.acceleration.identity()["plan"] == "calibrated"
 
 
+def test_what_only_runs_in_another_dtype_is_saved_as_it_was_read(base: MaskGIT, tmp_path: Path) -> None:
+    """Its calibrated plan is for those weights."""
+    made = Shortcut(ShortcutNet(width=base.spec.width, num_heads=2), base.fingerprint, origin=Origin(num_steps=5))
+    made.save_pretrained(tmp_path / "one")
+    (tmp_path / "one" / "plan.json").write_text("{}")
+    again = Shortcut.from_pretrained(tmp_path / "one", dtype="bfloat16")
+    again.save_pretrained(tmp_path / "two")
+    assert (tmp_path / "two" / "model.safetensors").read_bytes() == (
+        tmp_path / "one" / "model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "two" / "plan.json").exists()
+    torch.nn.init.ones_(again.network.widen.bias)  # type: ignore[arg-type]
+    again.save_pretrained(tmp_path / "three")
+    assert not (tmp_path / "three" / "plan.json").exists()
+    assert Shortcut.from_pretrained(tmp_path / "three").identity() != made.identity()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [

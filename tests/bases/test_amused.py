@@ -278,6 +278,13 @@ def test_prompt_over_length_is_cut_with_a_warning(whole: Path) -> None:
     assert ids[0, 1:-1].unique().numel() == 1  # letters within the word
 
 
+def test_identity_of_the_words_stays_when_texts_are_encoded(whole: Path) -> None:
+    words = CLIPWords.load(whole / "tokenizer")
+    before = words.identity()
+    words.ids(["a cat"], 20)
+    assert words.identity() == before == CLIPWords.load(whole / "tokenizer").identity()
+
+
 def test_end_token_of_old_configurations_is_the_highest_id(folder: Path) -> None:
     modern = published(str(folder))
     path = folder / "text_encoder" / "config.json"

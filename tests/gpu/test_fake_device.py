@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
+from lit_shortcut.acceleration.accelerated import Accelerated, Past, Vanilla
 from lit_shortcut.acceleration.plans import Adaptive
 from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.contracts import Conditions, MaskedImageModel, Trajectories, Transition
@@ -193,6 +193,14 @@ def test_a_plan_that_reads_features_is_caught(monkeypatch: pytest.MonkeyPatch) -
     """The fake device does raise."""
     with fake("toy", monkeypatch) as on, pytest.raises(DataDependentOutputException):
         generate(on.base, on.conditions, DECODINGS["default"], Accelerated(Adaptive(0.1), Hold()))
+
+
+def test_a_plan_that_decides_by_sample_computes_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake("toy", monkeypatch) as on:
+        decide = Adaptive(0.1, "sample", max_gap=2).start([4] * NUM_STEPS, Hold())
+        for step in sample(on.base, on.conditions, DECODINGS["default"], Vanilla()):
+            latest = Past(step.features, [])
+            assert {decide(latest, step.state).device for _ in range(2)} == {on.device}
 
 
 def test_a_tensor_left_on_the_host_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
