@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/pip install --progress-bar on -e ".[dev]"
 	touch $@
 
-demo: install ## Record, train the shipped shortcut further, report (14 to 19 minutes on two cores after installation)
+demo: install ## Record, train the shipped shortcut further, report (14 to 16 minutes on two cores, a third more for fashion_text; installation not counted)
 	$(MAKE) extract-trajectories fit-further report
 
 extract-trajectories: install ## Record trajectories of BASE

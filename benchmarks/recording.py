@@ -24,7 +24,7 @@ from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.tasks.recording import RecordingTask
 
 NUM_IMAGES, BATCH_SIZE, ROUNDS = 96, 32, 3
-PLAIN = "sampling alone"
+PLAIN = "sampling only"
 
 
 class _Sampling(RecordingTask):

@@ -192,7 +192,7 @@ def update_manifest(weights: Path, facts: dict[str, Any], manifest: Path | None 
     digest, before = hashlib.sha256(content).hexdigest(), entries.get(name, {})
     if before.get("sha256") == digest and not facts.get("metrics"):
         facts = facts | {key: before[key] for key in ("metrics",) if key in before}
-    command = " ".join(["lightning", *sys.argv[1:]])
+    command = " ".join(["lit-shortcut", *sys.argv[1:]])
     entries[name] = {"bytes": len(content), "sha256": digest, "made_by": command} | facts
     with replacing(manifest) as aside:
         text = yaml.safe_dump(entries, sort_keys=True, allow_unicode=True, width=120)

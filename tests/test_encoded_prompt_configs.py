@@ -24,12 +24,10 @@ QUIET = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=f
 
 
 def base_words(folder: Path) -> list[str]:
-    source = f"--model.base.init_args.source={folder / 'checkpoint'}"
-    return [
-        source,
-        *(f"--model.base.init_args.{side}=64" for side in ("height", "width")),
-        "--model.base.init_args.negative=bad",
-    ]
+    init = "--model.base.init_args"
+    own_text = [f"{init}.text_encoder={folder / 'checkpoint/text_encoder'}"] if "meissonic" in folder.name else []
+    sizes = (f"{init}.{side}=64" for side in ("height", "width"))
+    return [f"{init}.source={folder / 'checkpoint'}", *own_text, *sizes, f"{init}.negative=bad"]
 
 
 @pytest.fixture(scope="module", params=SHORTCUTS)

@@ -45,8 +45,8 @@ def published() -> list[str]:
 def test_extract_records_the_published_base(folder: Path) -> None:
     card = Card.read(folder / "runs/halton/trajectories")
     assert (card.num_steps, card.branches, card.num_classes, card.spec["num_tokens"]) == (4, 2, 1000, 256)
-    assert card.decoding["order"] == "halton_rolled"
-    assert card.decoding["temperature_course"] == {"first": 1.0, "last": 1.0, "power": 1.0, "warmup": 0}
+    assert card.decoding["order"] == "halton"
+    assert card.decoding["temperature_course"] == {"first": 1.0, "last": 1.0, "power": 1.0, "warmup": 1}
 
 
 def test_fit_trains_on_them_and_evaluate_measures_the_shortcut(folder: Path) -> None:
@@ -69,7 +69,7 @@ def test_latency_of_random_weights_needs_no_files(tmp_path: Path, folder: Path) 
 
 
 def test_decoding_is_that_of_the_published_sampler() -> None:
-    decoding = Decoding(**yaml.safe_load((CONFIGS / "parts/halton_decoding.yaml").read_text()))
-    assert (decoding.num_steps, decoding.schedule, decoding.order) == (32, "arccos_left", "halton_rolled")
+    decoding = Decoding.from_values(yaml.safe_load((CONFIGS / "parts/halton_decoding.yaml").read_text()))
+    assert (decoding.num_steps, decoding.schedule, decoding.order) == (32, "arccos_left", "halton")
     assert [decoding.guidance_at(step) for step in (0, 31)] == [0.5, 0.5]
-    assert [decoding.sharpness_at(step) for step in (0, 31)] == [1, 1]
+    assert [decoding.sharpness_at(step) for step in (0, 1, 31)] == [0.5, 1, 1]

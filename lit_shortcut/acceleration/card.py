@@ -1,4 +1,4 @@
-"""Model card of a shortcut: its use, and the results of ``lightning test``."""
+"""Model card of a shortcut: its use, and the results of ``lit-shortcut test``."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ _OF_CLASSES = ("fashion", "maskgit", "halton")
 
 
 def write_card(folder: Path, report: Path) -> None:
-    """Write the model card of the shortcut in ``folder``, with the results of ``lightning test``.
+    """Write the model card of the shortcut in ``folder``, with the results of ``lit-shortcut test``.
 
     Args:
         folder: folder of the shortcut.
@@ -100,7 +100,7 @@ def write_card(folder: Path, report: Path) -> None:
     """
     network, origin = read_config(folder)
     if not (report / REPORT).is_file():
-        raise ValueError(f"{report / REPORT}: no such file; expected the results of lightning test")
+        raise ValueError(f"{report / REPORT}: no such file; expected the results of lit-shortcut test")
     pictures = [name for name in PICTURES if (report / name).is_file()]
     for name in pictures:
         shutil.copyfile(report / name, folder / name)

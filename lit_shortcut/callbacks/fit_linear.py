@@ -16,7 +16,7 @@ from lit_shortcut.trials import is_trial, require_writable_file
 
 
 class FitLinear(L.Callback):
-    """Write the file that :class:`~lit_shortcut.acceleration.linear.Linear` reads. Run by ``lightning validate``.
+    """Write the file that :class:`~lit_shortcut.acceleration.linear.Linear` reads. Run by ``lit-shortcut validate``.
 
     Args:
         path: safetensors file.

@@ -27,7 +27,7 @@ _TOLERANCE = 0.25  # full steps, between the mean asked for and the nearest one 
 class PlanSearch(L.Callback):
     """Write the plans that :class:`~lit_shortcut.acceleration.calibrated.Calibrated` and ``CalibratedAdaptive`` read.
 
-    Run by ``lightning validate``. Thresholds are found by replaying the whole validation set some twenty times a
+    Run by ``lit-shortcut validate``. Thresholds are found by replaying the whole validation set some twenty times a
     budget.
 
     Args:

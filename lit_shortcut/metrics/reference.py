@@ -76,7 +76,7 @@ def load_reference(path: Path, extractor: nn.Module, names: tuple[str, ...]) -> 
     path = located(path)
     if not path.is_file():
         raise WeightsError(
-            f"{path}: no such file of reference statistics; write it by `lightning predict` with "
+            f"{path}: no such file of reference statistics; write it by `lit-shortcut predict` with "
             "lit_shortcut.tasks.reference.ReferenceTask, for ImageNet by configs/maskgit/reference.yaml"
         )
     tensors, metadata = load_tensors(path)

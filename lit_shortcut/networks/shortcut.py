@@ -82,7 +82,7 @@ class Block(nn.Module):
 
 
 class ShortcutNetwork(nn.Module, ABC):
-    """Parent of all shortcut networks: average velocity of the features over some steps, f + S(f, control, r).
+    """Parent of all shortcut networks: the features some steps later, f + S(f, control, r).
 
     S projects to the network's own width, then applies blocks, convolutions, a last layer, modulation by the masked
     share, and a projection back. With a bottleneck the last projection starts at zero, so that an untrained network

@@ -34,7 +34,7 @@ _OWN_NAMES = ("loss", "gain", "cosine", "cosine_gain")
 
 
 class ShortcutTask(OptimizedTask):
-    """Regress the average velocity of the features, by default as published: squared error at places still masked.
+    """Train a network for the change of the features, by default as published: squared error at places still masked.
 
     Validation repeats the prediction 1 … ``rollout_depth`` steps in a row along each recorded trajectory and compares
     with "hold" (the last base features again): ``val/gain`` is 1 − MSE / MSE of hold, after one step, and

@@ -28,7 +28,7 @@ def test_report_and_numbers_are_named_after_the_device(tmp_path: Path, monkeypat
     assert [row["N, b"] for row in decoding] == ["4, 4", "4, 2"]
     assert decoding[0]["speed-up"] == 1
     assert decoding[1]["speed-up"] == pytest.approx(decoding[0]["ms an image"] / decoding[1]["ms an image"])
-    assert {row["what"] for row in recording} == {"sampling alone", "recording bfloat16", "recording int8"}
+    assert {row["what"] for row in recording} == {"sampling only", "recording bfloat16", "recording int8"}
     assert training[0]["batch"] == 1
     assert all(row["pairs/s"] > 0 for row in training)
 

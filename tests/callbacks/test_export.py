@@ -95,7 +95,7 @@ def test_manifest_says_what_made_the_file(tmp_path: Path, monkeypatch: pytest.Mo
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "licence": "MIT",
         "trained_on": "noise",
-        "made_by": "lightning fit --config configs/x.yaml",
+        "made_by": "lit-shortcut fit --config configs/x.yaml",
         "optimizer_steps": 3,
         "metrics": {},
     }

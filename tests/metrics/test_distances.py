@@ -163,7 +163,7 @@ def test_file_without_statistics_is_refused(tmp_path: Path) -> None:
     save_tensors(tmp_path / "other.safetensors", {"weight": torch.zeros(1)}, {})
     with pytest.raises(WeightsError, match=r"other\.safetensors"):
         FrechetDistance(Projection(), tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match=r"missing\.safetensors: no such file .* `lightning predict` with"):
+    with pytest.raises(WeightsError, match=r"missing\.safetensors: no such file .* `lit-shortcut predict` with"):
         FrechetDistance(Projection(), tmp_path / "missing.safetensors")
 
 

@@ -76,7 +76,7 @@ def test_manifest_says_which_images_they_are(path: Path) -> None:
     entry = yaml.safe_load(path.with_name("manifest.yaml").read_text())["reference.safetensors"]
     assert entry["images"] == "ten of noise"
     assert entry["licence"] == "MIT"
-    assert entry["made_by"] == "lightning predict --config configs/x.yaml"
+    assert entry["made_by"] == "lit-shortcut predict --config configs/x.yaml"
     assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 

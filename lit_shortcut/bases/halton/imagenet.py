@@ -73,8 +73,7 @@ def imagenet_sizes(size: Size, resolution: Resolution) -> dict[str, Any]:
 
 
 def _file(source: str, name: str) -> Path:
-    if not source.startswith("hf://"):
-        converted = located((Path(source) / name).with_suffix(".safetensors"))
-        if converted.exists():
-            return converted
-    return local_file(f"{source}/{name}")
+    """Return the file ``name`` of ``source``, or what ``lit_shortcut.convert`` wrote beside it."""
+    file = local_file(f"{source}/{name}") if source.startswith("hf://") else located(Path(source) / name)
+    converted = located(file.with_suffix(".safetensors"))
+    return converted if converted.exists() else file

@@ -123,7 +123,9 @@ def read_sizes(path: Path) -> dict[str, Any]:
             "width": config["ch"],
             "multipliers": config["ch_mult"],
             "num_blocks": config["num_res_blocks"],
-            "attention_levels": [levels.index(resolution) for resolution in config["attn_resolutions"]],
+            "attention_levels": [  # taming ignores resolutions that no level has
+                levels.index(resolution) for resolution in config["attn_resolutions"] if resolution in levels
+            ],
         }
         fixed = {name: config[name] for name in ("double_z", "in_channels", "out_ch")}
     except FileNotFoundError as error:

@@ -57,8 +57,8 @@ def published(
         height: height of the images in pixels; None takes 1024 if the transformer resamples (Meissonic), else 512.
         width: width of the images in pixels, likewise.
         negative: prompt of the unconditional branch.
-        text_encoder: folder or address of a text encoder, or a whole CLIP, to use instead of the source's own. The
-            authors call ``hf://laion/CLIP-ViT-H-14-laion2B-s32B-b79K`` more stable for some prompts.
+        text_encoder: folder or address of a text encoder, or a whole CLIP, to use instead of the source's own.
+            Meissonic's scripts load ``hf://laion/CLIP-ViT-H-14-laion2B-s32B-b79K``, Monetico's the source's own.
         variant: ``fp16`` takes the source's files in half precision.
         dtype: dtype of transformer and text encoder; the image decoder runs in float32. Meissonic's time is rounded to
             it.
