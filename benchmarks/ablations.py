@@ -93,7 +93,7 @@ def _fit(
         "--trainer.enable_checkpointing=false",
         *_precision("bf16-mixed"),
         *(
-            f"--{_PLACES[part]}.init_args.{key}={json.dumps(value)}"
+            f"--{_PLACES[part]}.init_args.{key}={value if isinstance(value, str) else json.dumps(value)}"
             for part, values in changes.items()
             for key, value in values.items()
         ),

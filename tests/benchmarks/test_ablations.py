@@ -15,7 +15,7 @@ from tests.command_line import CONFIGS, lightning, record_toy
 ROOT = CONFIGS.parent
 VARIANTS: Any = {
     "plain": {},
-    "blind": {"network": {"uses_control": False, "anchored": True}, "data": {"max_gap": 2}},
+    "blind": {"network": {"uses_control": False, "anchored": True, "rows": "all"}, "data": {"max_gap": 2}},
 }
 
 
