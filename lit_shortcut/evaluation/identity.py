@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_shortcut.acceleration.accelerated import Accelerated
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import MaskedImageModel
 from lit_shortcut.evaluation.rows import Row
 from lit_shortcut.metrics.images import ImageMetric
@@ -58,6 +60,15 @@ def row_identity(
     measured = {name: metric.identity() for name, metric in metrics.items()}
     compared = {} if originals is None else {"originals": dict(originals)}
     return dict(loop) | _as_json({"conditions": dict(conditions), "metrics": measured} | compared)
+
+
+def trained_otherwise(row: Row) -> list[str]:
+    """Return where the decoding of ``row`` differs from that of the trajectories that its shortcut was trained on."""
+    way = row.acceleration
+    if not (isinstance(way, Accelerated) and isinstance(way.predictor, Shortcut)):
+        return []
+    recorded, own = dict(way.predictor.origin.decoding), _as_json(asdict(row.decoding))
+    return differences(recorded, {name: own[name] for name in recorded if name in own})
 
 
 def dtype_of(base: MaskedImageModel) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from datamodules.conditions import ClassLabels
 from lit_shortcut.acceleration.calibrated import Calibrated, PlanFile, Schedule
+from lit_shortcut.acceleration.origin import Origin
 from lit_shortcut.acceleration.plans import Adaptive
 from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.shortcut import Shortcut
@@ -257,6 +258,22 @@ def test_passes_of_an_adaptive_plan_are_those_that_were_run(tmp_path: Path) -> N
     batches = ClassLabels(10, batch_size=4).loader()
     counted = torch.cat([draw(ToyBase(), batch, row).full_steps for batch in batches]).float()
     assert found["taylor_n5_b2_adaptive_seed0"]["mean"] == pytest.approx(float(counted.mean()))
+
+
+def test_rows_unlike_the_trajectories_of_their_shortcut_are_named_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_shortcut.tasks.comparison.rank_zero_info", said.append)
+    origin = Origin(num_steps=5, decoding={"num_steps": 5, "temperature": 0.9})
+    shortcut = Shortcut(ShortcutNet(ToyBase().spec.width, num_heads=1), origin=origin)
+    rows = [[5], [5, 2, "it", {"temperature": 0.9}], [5, 2, "it"], [6, 2, "it"]]
+    measure(tmp_path, rows, methods={"it": shortcut})
+    unlike = "not drawn as its shortcut's trajectories were: "
+    assert said == [
+        f"it_n5_b2: {unlike}temperature was 0.9 and is 1.0",
+        f"it_n6_b2: {unlike}num_steps was 5 and is 6; temperature was 0.9 and is 1.0",
+    ]
 
 
 def test_calibrated_plan_is_read_from_its_file_and_checked_once(
