@@ -14,21 +14,24 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 _CONFIGS = "configs"
 _projects: list[Path] = []
+_said: set[Path] = set()
 
 
 def located(path: str | Path) -> Path:
     """Return where the input at relative ``path`` is.
 
     The current folder comes first, then the projects given to :func:`use_projects_of`, then :data:`SHIPPED`; inputs
-    from outside the current folder are logged. A path found nowhere is returned unchanged, for its reader to refuse.
-    Outputs are never looked for: they go to the current folder.
+    from outside the current folder are logged, each once. A path found nowhere is returned unchanged, for its reader to
+    refuse. Outputs are never looked for: they go to the current folder.
     """
     path = Path(path)
     if path.is_absolute() or path.exists():
         return path
     for project in (*_projects, SHIPPED):
         if (found := project / path).exists():
-            rank_zero_info(f"{path}: taken from {project}; it is not in {Path.cwd()}")
+            if found not in _said:
+                _said.add(found)
+                rank_zero_info(f"{path}: taken from {project}; it is not in {Path.cwd()}")
             return found
     return path
 
@@ -43,6 +46,7 @@ def use_projects_of(configs: Iterable[Path]) -> None:
 
     The project of a YAML is the folder that holds the ``configs`` it lies in, or else the YAML's own folder.
     """
+    _said.clear()
     _projects[:] = dict.fromkeys(_project_of(config.absolute()) for config in configs)
 
 
