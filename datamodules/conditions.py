@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from math import ceil
 from typing import Any
 
@@ -15,6 +16,11 @@ from datamodules.ranks import rank_and_world_size
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions
+
+
+def hash_of(values: Sequence[str] | Sequence[int]) -> str:
+    """Return the sha256 of a list of prompts or classes."""
+    return sha256(json.dumps(list(values)).encode()).hexdigest()
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -77,7 +83,7 @@ class InTurn(L.LightningDataModule):
     """
 
     prompts_sha256 = ""
-    """Hash of the list of prompts that labels index; empty if labels are classes."""
+    """Hash of the list, of prompts say, that is gone through in turn; empty if that is all classes."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from datamodules.conditions import InTurn
+from datamodules.conditions import InTurn, hash_of
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.pictures import require_seeds
 
@@ -38,6 +38,7 @@ class Listed(InTurn):
             raise ValueError(f"expected either prompts or labels, got {'both' if self.prompts else 'neither'}")
         if empty := [number for number, prompt in enumerate(self.prompts, start=1) if not prompt.strip()]:
             raise ValueError(f"prompt {empty[0]}: expected a text, found an empty one")
+        self.prompts_sha256 = hash_of(self.prompts or self.labels)
         count = len(self.prompts) or len(self.labels)
         super().__init__(count if num_images is None else num_images, batch_size, seed, count)
         require_seeds([seed, seed + self.num_images - 1])

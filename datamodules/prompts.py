@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from datamodules.conditions import InTurn
+from datamodules.conditions import InTurn, hash_of
 from lit_shortcut.contracts import Conditions
 from lit_shortcut.places import located
 
@@ -60,7 +59,7 @@ class Prompts(InTurn):
         run_seeds: list[int] | None = None,
     ) -> None:
         self.prompts = read_prompts(Path(path))
-        self.prompts_sha256 = sha256(json.dumps(self.prompts).encode()).hexdigest()
+        self.prompts_sha256 = hash_of(self.prompts)
         count = len(self.prompts) if num_images is None else num_images
         super().__init__(count, batch_size, seed, len(self.prompts), run_seeds)
 

@@ -21,6 +21,12 @@ def test_labels_come_in_turn_one_image_each_unless_told_otherwise() -> None:
     assert batch.prompts == ()
 
 
+def test_identity_is_that_of_what_is_listed() -> None:
+    listed = [Listed(["a", "b"]), Listed(["a", "c"]), Listed(labels=[0, 1]), Listed(labels=[0, 2])]
+    assert len({str(one.identity()) for one in listed}) == 4
+    assert Listed(labels=[0, 2]).identity() == listed[-1].identity()
+
+
 def test_seeds_fill_64_bits() -> None:
     (batch,) = Listed(labels=[0], seed=2**63 - 1).loader()
     assert batch.seeds.tolist() == [2**63 - 1]
