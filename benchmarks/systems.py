@@ -22,7 +22,13 @@ from lit_shortcut.sampling import Decoding
 Scale = Literal["published", "tiny"]
 _PROMPT = "A lighthouse on a cliff at dusk, a small boat below, oil on canvas"
 _DIMOO = Decoding(
-    64, "cosine_left", guidance=4.0, guidance_course="constant", confidence_noise=1.0, noise_course="constant"
+    64,
+    "cosine_left",
+    guidance=4.0,
+    guidance_course="constant",
+    confidence_noise=1.0,
+    noise_course="constant",
+    noise_dtype="bfloat16",
 )
 
 

@@ -24,15 +24,16 @@ from lit_shortcut.contracts import (
     TokenSpec,
 )
 from lit_shortcut.decoding.halton import halton_order, roll_order, rolled_starts
-from lit_shortcut.decoding.noise import gumbel, uniform
+from lit_shortcut.decoding.noise import bfloat16_gumbel, gumbel, uniform
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
 from lit_shortcut.decoding.temperature import TemperatureCourse
-from lit_shortcut.decoding.unmasking import Choice, sample_codes
+from lit_shortcut.decoding.unmasking import Choice, largest_codes, sample_codes
 from lit_shortcut.guidance import guide
 
 Order = Literal["confidence", "halton", "halton_rolled"]
 Course = Literal["linear", "constant"]
 NoiseCourse = Literal["linear", "constant", "product"]
+NoiseDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Decoding:
         confidence_noise: scale of the Gumbel noise on confidences at step 0.
         noise_course: whether that scale falls linearly to 0, is constant, or is multiplied by 1 − (i+1)/N at each step
             i (``product``, as MMaDA and Show-o do).
+        noise_dtype: ``float32`` draws codes exactly. ``bfloat16`` draws them by Gumbel noise as Lumina-DiMOO's release
+            does: rounded noise never exceeds 5.6, so that improbable codes are never drawn, and confidences vary less.
         order: which places are committed first: the most confident; or those of a fixed order of low discrepancy over
             the grid (:func:`~lit_shortcut.decoding.halton.halton_order`), the same for all images or, rolled, begun at
             a place of each image's own. Those two orders use neither confidence nor its noise.
@@ -62,12 +65,14 @@ class Decoding:
     temperature_course: TemperatureCourse = field(default_factory=TemperatureCourse)
     confidence_noise: float = 7.0
     noise_course: NoiseCourse = "linear"
+    noise_dtype: NoiseDtype = "float32"
     order: Order = "confidence"
 
     def __post_init__(self) -> None:
         require_at_least(1, num_steps=self.num_steps)
         require_at_least(0, temperature=self.temperature, confidence_noise=self.confidence_noise)
-        words = {"schedule": Schedule, "guidance_course": Course, "noise_course": NoiseCourse, "order": Order}
+        words: dict[str, Any] = {"schedule": Schedule, "guidance_course": Course, "order": Order}
+        words |= {"noise_course": NoiseCourse, "noise_dtype": NoiseDtype}
         for name, kind in words.items():
             if getattr(self, name) not in (known := get_args(kind)):
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
@@ -240,10 +245,11 @@ class LogProbs:
 
 
 class _Noise(NamedTuple):
-    """Noise of all steps, each (N, B, L) or None: uniform for codes, Gumbel on confidences."""
+    """Noise of all steps, each (N, B, L) or None: uniform for codes, Gumbel on confidences; and ``seeds`` (B,)."""
 
     codes: Tensor | None
     confidences: Tensor | None
+    seeds: Tensor
 
 
 def _noise_of_all_steps(seeds: Tensor, decoding: Decoding, num_tokens: int) -> _Noise:
@@ -251,9 +257,11 @@ def _noise_of_all_steps(seeds: Tensor, decoding: Decoding, num_tokens: int) -> _
     codes = uniform(seeds, 2 * steps, places) if decoding.temperature else None
     scales = [decoding.noise_at(step) for step in range(decoding.num_steps)]
     if decoding.order != "confidence" or not any(scales):
-        return _Noise(codes, None)
+        return _Noise(codes, None, seeds)
     scale = torch.tensor(scales, dtype=torch.float32, device=seeds.device)[:, None, None]
-    return _Noise(codes, gumbel(uniform(seeds, 2 * steps + 1, places)) * scale)
+    uniforms = uniform(seeds, 2 * steps + 1, places)
+    of_confidences = bfloat16_gumbel(uniforms).float() if decoding.noise_dtype == "bfloat16" else gumbel(uniforms)
+    return _Noise(codes, of_confidences * scale, seeds)
 
 
 def _masked_shares(counts: list[int], seeds: Tensor) -> Tensor:
@@ -313,4 +321,8 @@ def _draw(
         return sample_codes(logits, None)
     if (sharpness := decoding.sharpness_at(step)) != 1:
         logits = logits * sharpness
+    if decoding.noise_dtype == "bfloat16":  # a value for each code: too many to make before the first step
+        of_codes = places[..., None] * logits.shape[-1] + torch.arange(logits.shape[-1], device=places.device)
+        uniforms = uniform(noise.seeds, 2 * step, of_codes.flatten(1)).view_as(of_codes)
+        return largest_codes(logits, bfloat16_gumbel(uniforms))
     return sample_codes(logits, noise.codes[step].gather(1, places))

@@ -262,6 +262,32 @@ def test_temperature_course_sharpens_step_by_step(base: MaskGIT, conditions: Mak
     assert not torch.equal(drawn(temperature_course=warm)[-1].tokens, drawn()[-1].tokens)
 
 
+def test_noise_in_bfloat16_draws_no_improbable_code_and_others_as_often_as_they_should_be() -> None:
+    ids = torch.arange(20_000)
+    conditions = Conditions(ids, ids, torch.zeros_like(ids))
+    logits = torch.tensor([0.0, -1.0, -2.0, *[-9.5] * 40])  # the last together once in 360 draws
+    one = {"num_steps": 1, "guidance": 0.0}
+    counts = {}
+    for dtype in ("float32", "bfloat16"):
+        (step,) = steps_of(FixedLogits(logits.expand(1, 1, -1)), conditions, noise_dtype=dtype, **one)
+        counts[dtype] = torch.bincount(step.tokens[:, 0], minlength=len(logits))
+    assert counts["float32"][3:].sum() > 20
+    assert counts["bfloat16"][3:].sum() == 0
+    shares = counts["bfloat16"][:3] / len(ids)
+    torch.testing.assert_close(shares.double(), logits[:3].double().softmax(0), atol=0.02, rtol=0)
+
+
+def test_noise_in_bfloat16_belongs_to_the_image(base: MaskGIT, conditions: MakeConditions) -> None:
+    decoding: dict[str, Any] = {"num_steps": 4, "noise_dtype": "bfloat16"}
+    *_, together = steps_of(base, conditions(3), **decoding)
+    everyone = conditions(3)
+    for row in range(3):
+        *_, alone = steps_of(base, everyone.slice(row, row + 1), **decoding)
+        assert torch.equal(alone.tokens[0], together.tokens[row])
+    *_, exact = steps_of(base, conditions(3), num_steps=4)
+    assert not torch.equal(exact.tokens, together.tokens)
+
+
 @pytest.mark.parametrize(("name", "value"), [("first", 0.0), ("last", -1.0), ("warmup", -1)])
 def test_temperature_course_below_its_bounds_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"temperature_course\.{name}.*{value}"):

@@ -9,6 +9,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
+_TINY = 1e-20  # keeps the logarithms finite
 _BITS = 23  # with one half added, 24 significant bits: exact in float32, never 0 or 1
 
 
@@ -34,6 +35,16 @@ def uniform(seeds: Tensor, streams: Tensor | int, positions: Tensor) -> Tensor:
 def gumbel(uniforms: Tensor) -> Tensor:
     """Return standard Gumbel noise −log(−log u) from ``uniforms`` u in (0, 1)."""
     return -(-uniforms.log()).log()
+
+
+def bfloat16_gumbel(uniforms: Tensor) -> Tensor:
+    """Return Gumbel noise as it comes from ``uniforms`` in bfloat16: between −3.9 and 5.6, in steps.
+
+    The greatest bfloat16 below 1 is 255/256, and what is rounded to 1 becomes 0, as CUDA's generator has it.
+    """
+    rounded = uniforms.bfloat16()
+    rounded = torch.where(rounded == 1, 0, rounded)
+    return -(-(rounded + _TINY).log() + _TINY).log()
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -35,6 +35,16 @@ def sample_codes(logits: Tensor, uniforms: Tensor | None) -> Choice:
     return Choice(codes, log_probs.gather(-1, codes[..., None]).squeeze(-1))
 
 
+def largest_codes(logits: Tensor, noise: Tensor) -> Choice:
+    """Take the codes of the largest sums of ``logits`` and ``noise`` (B, M, V), both in the dtype of the noise.
+
+    With Gumbel noise this draws from softmax(``logits``), as exactly as the dtype allows.
+    """
+    log_probs = logits.float().log_softmax(dim=-1)
+    codes = (logits.to(noise.dtype) + noise).argmax(dim=-1)
+    return Choice(codes, log_probs.gather(-1, codes[..., None]).squeeze(-1))
+
+
 def _cumulative(probabilities: Tensor) -> Tensor:
     """Return the running sums (B, M, V) of ``probabilities``.
 

@@ -7,7 +7,7 @@ from scipy import stats
 from torch import Tensor
 
 from lit_shortcut.decoding import noise
-from lit_shortcut.decoding.noise import gumbel, uniform
+from lit_shortcut.decoding.noise import bfloat16_gumbel, gumbel, uniform
 
 ALL_BITS = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -60,6 +60,16 @@ def test_extreme_hashes_stay_inside_the_open_interval(hashed: int, monkeypatch: 
     value = draw(1, 1).float()
     assert 0 < value.item() < 1
     assert bool(gumbel(value).isfinite())
+
+
+def test_gumbel_noise_in_bfloat16_ends_where_its_numbers_do() -> None:
+    values = torch.linspace(2**-24, 1 - 2**-24, 2**20)
+    found = bfloat16_gumbel(values)
+    assert found.dtype == torch.bfloat16
+    assert (3.8 < -found.min() < 3.9, 5.5 < found.max() < 5.6) == (True, True)
+    assert bool((found[values > 511 / 512] == found.min()).all())  # rounded to 1, which CUDA gives as 0
+    middle = (0.01 < values) & (values < 0.9)
+    torch.testing.assert_close(found[middle].float(), gumbel(values[middle]), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize(("seeds", "positions"), [(1, 400_000), (400_000, 1), (2000, 200)])

@@ -48,6 +48,7 @@ DECODINGS = {
     "default": Decoding(NUM_STEPS),
     "unguided": Decoding(NUM_STEPS, guidance=0.0, temperature=0.7),
     "halton": Decoding(NUM_STEPS, order="halton_rolled"),
+    "bfloat16": Decoding(NUM_STEPS, noise_dtype="bfloat16"),
 }
 
 
