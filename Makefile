@@ -42,7 +42,7 @@ fit-further: install ## The same, from the shipped shortcut on
 report: install ## Measure BASE with and without shortcut; WEIGHTS=random: latency only, at published size
 	$(RUN) test --config configs/$(BASE)/$(if $(filter random,$(WEIGHTS)),latency,evaluate).yaml
 
-report-full: install ## Report at full length: thousands of images a row, 3 seeds (hours); resumes where it stopped
+report-full: install ## Report at full length: thousands of images per row, 3 seeds (hours); resumes where it stopped
 	$(RUN) test $(addprefix --config ,configs/$(BASE)/evaluate.yaml $(wildcard configs/$(BASE)/full_length.yaml))
 
 bench: BASE := maskgit

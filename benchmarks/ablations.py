@@ -76,7 +76,7 @@ def _fit(
     max_steps: int,
     folder: Path,
 ) -> dict[str, float]:
-    """Train one variant unless the same command has done so; returns the metrics of its validation."""
+    """Train one variant unless the same command, configuration and set have; returns the metrics of its validation."""
     export = {"path": str(folder / name), "licence": "Apache-2.0", "trained_on": f"trajectories of {base}"}
     callbacks = [
         {"class_path": "lit_shortcut.callbacks.ema.ModuleEMA", "init_args": {"decay": 0.999}},

@@ -92,9 +92,9 @@ def main(
             found, reference = best(rows, report, methods, plans), [report["num_steps"]]
             return found if reference in found else [reference, *found]
 
-        configs = [path.read_text() for path in verbs.configs_of(base, overlays or [])]
-        asked = {"rows": rows, "seeds": selection._asdict(), "methods": methods, "configs": configs}
-        asked["files"] = verbs.digests(methods)
+        configs = [str(path) for path in verbs.configs_of(base, overlays or [])]
+        asked = {"rows": rows, "seeds": selection._asdict(), "methods": methods}
+        asked["files"] = verbs.digests([methods, configs])
         found: list[Entry] = verbs.kept(folder / f"{part}.json", asked, choose)
         return found
 

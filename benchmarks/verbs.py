@@ -15,9 +15,11 @@ import yaml
 from lit_shortcut.files import replacing
 from lit_shortcut.places import located
 
+_LONGEST_PATH = 255
+
 
 def run(*words: str) -> None:
-    """Run ``lightning <words>`` in a process of its own."""
+    """Run ``lit-shortcut <words>`` in a process of its own."""
     subprocess.run([sys.executable, "-m", "lit_shortcut.cli", *words], check=True)  # noqa: S603 - our own verbs
 
 
@@ -49,14 +51,23 @@ def configs_of(base: str, overlays: list[Path]) -> list[Path]:
     return [Path("configs") / base / "evaluate.yaml", *overlays]
 
 
-def digests(arguments: Any) -> dict[str, str]:
-    """Return the sha256 of every file that a string in ``arguments`` names, and of all files in folders so named."""
+def digests(arguments: Any, folder: Path | None = None) -> dict[str, str]:
+    """Return the sha256 of every file that a string in ``arguments`` names, and of those that a YAML among them names.
+
+    Within a YAML, in ``folder``, paths may be relative to it, and folders are results; elsewhere all files in a folder
+    count.
+    """
     if isinstance(arguments, dict | list):
         inner = arguments.values() if isinstance(arguments, dict) else arguments
-        return {path: digest for value in inner for path, digest in digests(value).items()}
-    place = located(arguments) if isinstance(arguments, str) else Path()
-    files = sorted(place.rglob("*")) if isinstance(arguments, str) and place.is_dir() else [place]
-    return {str(path): sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+        return {path: digest for value in inner for path, digest in digests(value, folder).items()}
+    if not isinstance(arguments, str) or not arguments or len(arguments) > _LONGEST_PATH:
+        return {}
+    place = located(arguments) if folder is None or not (folder / arguments).exists() else folder / arguments
+    files = sorted(place.rglob("*")) if folder is None and place.is_dir() else [place]
+    found = {str(path): sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    if place.suffix == ".yaml" and place.is_file():
+        found |= digests(yaml.safe_load(place.read_text()), place.parent)
+    return found
 
 
 def kept(path: Path, asked: Any, make: Callable[[], Any]) -> Any:

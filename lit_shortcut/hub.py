@@ -62,9 +62,11 @@ def local_folder(address: str, patterns: Sequence[str]) -> Path:
 
 def at_revision(address: str, revision: str) -> str:
     """Return the ``hf://`` ``address`` of a repository or a file in it at ``revision``, unless that is empty."""
-    owner, repository, *path = address.removeprefix("hf://").split("/")
-    repository += f"@{revision}" * bool(revision)
-    return "hf://" + "/".join([owner, repository, *path])
+    owner, slash, rest = address.removeprefix("hf://").partition("/")
+    if not revision or not slash:
+        return address
+    repository, slash, path = rest.partition("/")
+    return f"hf://{owner}/{repository.partition('@')[0]}@{revision}{slash}{path}"
 
 
 def _parsed(address: str, form: str) -> HfUri:

@@ -190,8 +190,8 @@ def update_manifest(weights: Path, facts: dict[str, Any], manifest: Path | None 
     entries: dict[str, Any] = written or {}
     content, name = weights.read_bytes(), weights.relative_to(manifest.parent).as_posix()
     digest, before = hashlib.sha256(content).hexdigest(), entries.get(name, {})
-    if before.get("sha256") == digest and not facts.get("metrics"):
-        facts = facts | {key: before[key] for key in ("metrics",) if key in before}
+    if before.get("sha256") == digest and not facts.get("metrics") and "metrics" in before:
+        facts = facts | {"metrics": before["metrics"]}
     command = " ".join(["lit-shortcut", *sys.argv[1:]])
     entries[name] = {"bytes": len(content), "sha256": digest, "made_by": command} | facts
     with replacing(manifest) as aside:

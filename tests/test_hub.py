@@ -72,7 +72,12 @@ def test_part_of_a_repository_is_refused_as_a_folder() -> None:
 
 @pytest.mark.parametrize(
     ("address", "pinned"),
-    [("hf://owner/weights", "hf://owner/weights@abc"), (ADDRESS, "hf://owner/weights@abc/folder/net.pth")],
+    [
+        ("hf://owner/weights", "hf://owner/weights@abc"),
+        ("hf://owner/weights@old", "hf://owner/weights@abc"),
+        (ADDRESS, "hf://owner/weights@abc/folder/net.pth"),
+        ("hf://gpt2", "hf://gpt2"),  # refused by name when it is opened
+    ],
 )
 def test_revision_goes_behind_the_repository(address: str, pinned: str) -> None:
     assert at_revision(address, "abc") == pinned

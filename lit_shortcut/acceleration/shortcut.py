@@ -37,7 +37,7 @@ from lit_shortcut.weights import (
     first_sentence,
     load_module_with_metadata,
     load_tensors,
-    save_module,
+    save_tensors,
 )
 from lit_shortcut.weights import identity as network_identity
 
@@ -183,27 +183,32 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         return shortcut
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_config(save_directory, network_identity(self.network), self.origin)
-        is_as_read = self._is_as_read()
-        if not is_as_read:
-            facts = {"num_steps": self.origin.num_steps, "decoding": dict(self.origin.decoding)}  # of the file alone
-            save_module(save_directory / WEIGHTS, self.network, facts | {"base_fingerprint": self.base_fingerprint})
+        as_read = self._as_read()
+        own = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        identity = network_identity(self.network)
+        facts = {"num_steps": self.origin.num_steps, "decoding": dict(self.origin.decoding)}  # of the file by itself
+        save_tensors(
+            save_directory / WEIGHTS, as_read or own, identity | facts | {"base_fingerprint": self.base_fingerprint}
+        )
+        write_config(save_directory, identity, self.origin)
         if self.folder is None or self.folder.resolve() == save_directory.resolve():
             return
-        for_weights = (WEIGHTS, PLAN) if is_as_read else ()  # a calibrated plan is for these weights only
-        for path in (*(self.folder / name for name in (*for_weights, CARD)), *self.folder.glob("*.png")):
+        kept = [self.folder / CARD, *self.folder.glob("*.png")]
+        kept += [self.folder / PLAN] if as_read else []  # a calibrated plan is for these weights only
+        for path in kept:
             if path.exists():
                 shutil.copyfile(path, save_directory / path.name)
 
-    def _is_as_read(self) -> bool:
-        """Return whether the weights are those of the folder they were read from, whatever they are run in."""
+    def _as_read(self) -> dict[str, Tensor]:
+        """Return the weights of the folder they were read from, if they only run in another dtype now; else none."""
         if self.folder is None or not (self.folder / WEIGHTS).exists():
-            return False
+            return {}
         stored, _ = load_tensors(self.folder / WEIGHTS)
         own = self.network.state_dict()
-        return stored.keys() == own.keys() and all(
+        is_equal = stored.keys() == own.keys() and all(
             torch.equal(stored[name].to(tensor.dtype), tensor.cpu()) for name, tensor in own.items()
         )
+        return stored if is_equal else {}
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Return the model card, without measurements; :func:`~lit_shortcut.acceleration.card.write_card` adds them."""

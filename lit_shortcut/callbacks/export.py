@@ -14,10 +14,11 @@ from lit_shortcut.acceleration.card import PICTURES
 from lit_shortcut.acceleration.origin import CARD, WEIGHTS, BaseReference, Origin
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
+from lit_shortcut.callbacks.ema import ModuleEMA
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trials import is_trial, require_writable_file
-from lit_shortcut.weights import fingerprint, load_tensors, save_module, update_manifest
+from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_module, update_manifest
 
 
 class ExportWeights(L.Callback):
@@ -47,6 +48,9 @@ class ExportWeights(L.Callback):
         if not trainer.is_global_zero or is_trial(trainer, "fit"):
             return
         assert isinstance(pl_module, OptimizedTask)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # its average goes first, wherever it stands
+            if isinstance(callback, ModuleEMA):
+                callback.on_fit_end(trainer, pl_module)
         self.written = self.write(pl_module)
         update_manifest(self.written, self.facts | _outcome(trainer), self.path.with_name("manifest.yaml"))
 
@@ -129,8 +133,10 @@ class ExportShortcut(ExportWeights):
 
     def _is_there(self, network: nn.Module) -> bool:
         """Return whether the folder holds the weights of ``network``: a finished run was resumed."""
-        path = self.path / WEIGHTS
-        return path.exists() and fingerprint(load_tensors(path)[0]) == fingerprint(network.state_dict())
+        try:
+            return fingerprint(load_tensors(self.path / WEIGHTS)[0]) == fingerprint(network.state_dict())
+        except WeightsError:
+            return False
 
 
 def _outcome(trainer: L.Trainer) -> dict[str, Any]:

@@ -103,10 +103,7 @@ class Report(L.Callback):
         folder = results.folder
         (folder / "report.md").write_text(text, encoding="utf-8")
         (folder / "report.json").write_text(figures, encoding="utf-8")
-        is_pictured = bool(task.grid_images) and not task.random_weights
-        strips = strip_paths(results, task.rows, task.reference) if is_pictured else {}
-        shown = [row for row in task.rows if row.name in strips]
-        prompts: list[str] = results.columns(shown[0]).get("prompts", []) if shown else []
+        strips, prompts = self._strips(task)
         written = ["report.md", "report.json", *self._pictures(trainer, task, table, strips, prompts, higher_is_better)]
         written += self._page(trainer, task, table, strips, prompts, below, higher_is_better)
         log_table(trainer, "report/table", table)
@@ -121,6 +118,15 @@ class Report(L.Callback):
             command=self._next(task),
         )
         rank_zero_info(f"\n{text}\nwritten to {folder}: {', '.join(written)}\n\n{last}")
+
+    def _strips(self, task: EvaluationTask) -> tuple[dict[str, Path], list[str]]:
+        """Return the strips of images for the grids by row, and the prompts of their columns."""
+        if task.grid_images and not task.random_weights:
+            with carry_on("reading the strips of images"):
+                strips = strip_paths(task.stored, task.rows, task.reference)
+                shown = [row for row in task.rows if row.name in strips]
+                return strips, task.stored.columns(shown[0]).get("prompts", []) if shown else []
+        return {}, []
 
     def _next(self, task: EvaluationTask) -> str:
         """Return the command to run next; empty if there is none."""

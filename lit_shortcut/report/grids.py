@@ -54,7 +54,7 @@ def strip_paths(results: Results, rows: Sequence[Row], reference: Row) -> dict[s
     alike = [row for row in stored if results.columns(row) == columns]
     if others := [row.name for row in stored if row not in alike]:
         rank_zero_info(
-            f"not in the grids, since drawn for other seeds or numbers of images than {alike[0].name}: "
+            f"not in the grids, since drawn for other seeds, conditions or numbers of images than {alike[0].name}: "
             f"{', '.join(others)}; to draw them again, delete their files in {results.folder / 'rows'}"
         )
     return {row.name: results.images_path(row) for row in alike}

@@ -100,6 +100,19 @@ def test_files_that_arguments_name_are_told_by_their_content(tmp_path: Path) -> 
     assert verbs.digests(arguments) != before
 
 
+def test_files_that_a_configuration_names_are_told_by_their_content(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "report.md").write_text("changes with every run")
+    (tmp_path / "parts" / "decoding.yaml").write_text("guidance: 1.5\n")
+    config = {"decoding": "parts/decoding.yaml", "results": "results", "name": "", "about": "a" * 300}
+    (tmp_path / "evaluate.yaml").write_text(yaml.safe_dump(config))
+    before = verbs.digests([str(tmp_path / "evaluate.yaml")])
+    assert sorted(Path(path).name for path in before) == ["decoding.yaml", "evaluate.yaml"]
+    (tmp_path / "parts" / "decoding.yaml").write_text("guidance: 2.0\n")
+    assert verbs.digests([str(tmp_path / "evaluate.yaml")]) != before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -25,7 +25,7 @@ from lit_shortcut.weights import load_tensors, update_manifest
 from tests.tiny_trajectories import SPEC, write_set
 
 
-def fit(path: Path, *callbacks: L.Callback, **arguments: Any) -> ClassifierTask:
+def fit(path: Path, *callbacks: L.Callback, ckpt_path: Path | None = None, **arguments: Any) -> ClassifierTask:
     generator = torch.Generator().manual_seed(0)
     batches = [
         LabelledImages(torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(4) % 2)
@@ -39,15 +39,14 @@ def fit(path: Path, *callbacks: L.Callback, **arguments: Any) -> ClassifierTask:
         trainer = L.Trainer(
             accelerator="cpu",
             logger=False,
-            max_epochs=1,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
             num_sanity_val_steps=0,
             callbacks=[*callbacks, ExportWeights(path, licence="MIT", trained_on="noise")],
-            **arguments,
+            **({"max_epochs": 1} | arguments),
         )
-        trainer.fit(task, loader, loader)
+        trainer.fit(task, loader, loader, ckpt_path=ckpt_path)
     return task
 
 
@@ -78,6 +77,22 @@ def test_averaged_weights_are_exported_where_an_average_runs(tmp_path: Path) -> 
     raw, average = (parameters(FashionCNN.load(tmp_path / f"{name}.safetensors")) for name in ("raw", "averaged"))
     assert torch.equal(average, parameters(averaged.network))
     assert not torch.allclose(raw, average, atol=1e-5)
+
+
+def test_finished_run_that_is_resumed_exports_its_average_wherever_the_export_stands(tmp_path: Path) -> None:
+    def run(name: str, **arguments: Any) -> ClassifierTask:
+        before = ExportWeights(tmp_path / name / "before.safetensors", "MIT", "noise")
+        steps = {"max_epochs": -1, "max_steps": 3}
+        return fit(tmp_path / name / "after.safetensors", before, ModuleEMA(decay=0.9), **steps, **arguments)
+
+    run("whole").trainer.save_checkpoint(tmp_path / "end.ckpt")
+    run("resumed", ckpt_path=tmp_path / "end.ckpt")
+    one, *others = (
+        parameters(FashionCNN.load(tmp_path / name / f"{export}.safetensors"))
+        for name in ("whole", "resumed")
+        for export in ("before", "after")
+    )
+    assert all(torch.equal(one, other) for other in others)
 
 
 def test_manifest_says_what_made_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +168,7 @@ def test_shortcut_is_exported_as_a_folder_with_its_base(tmp_path: Path, monkeypa
     export.write(task)  # as a finished run does that is resumed
     assert readme.read_text() == "measurements of the shortcut that is here"
     assert (tmp_path / "shortcut" / "pareto.png").exists()
-    torch.nn.init.ones_(task.network.get_submodule("widen").bias)  # type: ignore[arg-type]
+    (tmp_path / "shortcut" / "model.safetensors").write_bytes(b"half a file")
     export.write(task)
     assert readme.read_text() == fresh
     assert not (tmp_path / "shortcut" / "pareto.png").exists()

@@ -221,6 +221,22 @@ def test_loss_that_is_not_finite_is_refused_with_step_and_batch(folder: Path) ->
         Task(folder, made).training_step(batch_of(folder), 0)
 
 
+def test_checkpoint_is_refused_by_its_weights_and_asks_no_other_rank(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal makes each rank save wherever it happens to be."""
+
+    def sum_over_ranks(values: Tensor) -> Tensor:
+        raise AssertionError("a reduction")
+
+    monkeypatch.setattr("lit_shortcut.tasks.shortcut.sum_over_ranks", sum_over_ranks)
+    task = Task(folder, network())
+    task.on_save_checkpoint({"state_dict": task.state_dict()})
+    torch.nn.init.constant_(task.network.widen.bias, float("nan"))
+    with pytest.raises(ValueError, match="training loss is nan at optimiser step 7"):
+        task.on_save_checkpoint({"state_dict": task.state_dict()})
+
+
 def test_other_width_is_refused_and_both_are_named(folder: Path) -> None:
     with pytest.raises(WeightsError, match=r"features are 6 wide.*built for width 8.*to 6"):
         Task(folder, ShortcutNet(width=8, num_heads=1))
