@@ -202,10 +202,8 @@ def load(
         cast(PlanName, origin.plan),
         budget if budget is not None else origin.budget or None,
     )
-    if device is None and base is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device is None:
-        device = pipeline.device
+    if device is None:
+        device = "cuda" if base is None and torch.cuda.is_available() else pipeline.device
     return pipeline.to(device)
 
 

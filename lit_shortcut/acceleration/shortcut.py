@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lit_shortcut.acceleration.accelerated import Past, PredictFn
+from lit_shortcut.acceleration.accelerated import Accelerated, Past, PredictFn
 from lit_shortcut.acceleration.card import model_card
 from lit_shortcut.acceleration.origin import (
     CARD,
@@ -37,6 +37,7 @@ from lit_shortcut.weights import (
     first_sentence,
     load_module_with_metadata,
     load_tensors,
+    save_module,
     save_tensors,
 )
 from lit_shortcut.weights import identity as network_identity
@@ -183,13 +184,13 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
         return shortcut
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        as_read = self._as_read()
-        own = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        identity = network_identity(self.network)
+        as_read, identity = self._as_read(), network_identity(self.network)
         facts = {"num_steps": self.origin.num_steps, "decoding": dict(self.origin.decoding)}  # of the file by itself
-        save_tensors(
-            save_directory / WEIGHTS, as_read or own, identity | facts | {"base_fingerprint": self.base_fingerprint}
-        )
+        facts |= {"base_fingerprint": self.base_fingerprint}
+        if as_read:
+            save_tensors(save_directory / WEIGHTS, as_read, identity | facts)
+        else:
+            save_module(save_directory / WEIGHTS, self.network, facts)
         write_config(save_directory, identity, self.origin)
         if self.folder is None or self.folder.resolve() == save_directory.resolve():
             return
@@ -306,6 +307,12 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
                 f"this shortcut was trained on trajectories of base {self.base_fingerprint}"
                 f"{f' (revision {at})' * bool(at)}, it cannot accelerate base {fingerprint}"
             )
+
+
+def shortcut_of(method: object) -> Shortcut | None:
+    """Return the trained shortcut that ``method``, a way to decode, predicts with; None if it has none."""
+    predictor = method.predictor if isinstance(method, Accelerated) else None
+    return predictor if isinstance(predictor, Shortcut) else None
 
 
 def _repeated(control: Control, times: int) -> Control:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -12,8 +13,7 @@ import pandas as pd
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_shortcut.acceleration.accelerated import Accelerated
-from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.acceleration.shortcut import Shortcut, shortcut_of
 from lit_shortcut.bounds import require_share
 from lit_shortcut.evaluation.identity import computed_in, dtype_of
 from lit_shortcut.loggers import carry_on, log_artifact, log_page, log_picture, log_table
@@ -27,6 +27,13 @@ from lit_shortcut.report.provenance import provenance
 from lit_shortcut.report.table import collect, current_latencies, markdown
 from lit_shortcut.tasks.evaluation import EvaluationTask
 from lit_shortcut.trials import is_trial
+
+
+class _Strips(NamedTuple):
+    """PNG files of the strips of images by row, and the prompts of their columns."""
+
+    paths: dict[str, Path]
+    prompts: list[str]
 
 
 class Report(L.Callback):
@@ -103,9 +110,9 @@ class Report(L.Callback):
         folder = results.folder
         (folder / "report.md").write_text(text, encoding="utf-8")
         (folder / "report.json").write_text(figures, encoding="utf-8")
-        strips, prompts = self._strips(task)
-        written = ["report.md", "report.json", *self._pictures(trainer, task, table, strips, prompts, higher_is_better)]
-        written += self._page(trainer, task, table, strips, prompts, below, higher_is_better)
+        strips = _strips(task)
+        written = ["report.md", "report.json", *self._pictures(trainer, task, table, strips, higher_is_better)]
+        written += self._page(trainer, task, table, strips, below, higher_is_better)
         log_table(trainer, "report/table", table)
         log_artifact(trainer, "report", "report", [folder / name for name in written])
         last = closing(
@@ -119,15 +126,6 @@ class Report(L.Callback):
         )
         rank_zero_info(f"\n{text}\nwritten to {folder}: {', '.join(written)}\n\n{last}")
 
-    def _strips(self, task: EvaluationTask) -> tuple[dict[str, Path], list[str]]:
-        """Return the strips of images for the grids by row, and the prompts of their columns."""
-        if task.grid_images and not task.random_weights:
-            with carry_on("reading the strips of images"):
-                strips = strip_paths(task.stored, task.rows, task.reference)
-                shown = [row for row in task.rows if row.name in strips]
-                return strips, task.stored.columns(shown[0]).get("prompts", []) if shown else []
-        return {}, []
-
     def _next(self, task: EvaluationTask) -> str:
         """Return the command to run next; empty if there is none."""
         folder = next((shortcut.folder for shortcut in _shortcuts(task).values() if shortcut.folder), None)
@@ -136,13 +134,7 @@ class Report(L.Callback):
         return f"{sys.argv[0]} {self.then.replace('{shortcut}', _shown(folder or Path()))}"
 
     def _pictures(
-        self,
-        trainer: L.Trainer,
-        task: EvaluationTask,
-        table: pd.DataFrame,
-        strips: dict[str, Path],
-        prompts: list[str],
-        higher_is_better: bool,
+        self, trainer: L.Trainer, task: EvaluationTask, table: pd.DataFrame, strips: _Strips, higher_is_better: bool
     ) -> list[str]:
         """Draw, write and log whatever pictures there are; return their file names."""
         written: list[str] = []
@@ -150,8 +142,8 @@ class Report(L.Callback):
         if task.random_weights:
             return written
         with carry_on("drawing the grids"):
-            if strips:
-                figure = grids(read_strips(strips), prompts)
+            if strips.paths:
+                figure = grids(read_strips(strips.paths), strips.prompts)
                 written.append(_keep(trainer, figure, folder / "grids.png"))
         with carry_on("drawing the Pareto plot"):
             if self.quality is not None and {"latency_ms", self.quality} <= set(table.columns):
@@ -166,8 +158,7 @@ class Report(L.Callback):
         trainer: L.Trainer,
         task: EvaluationTask,
         table: pd.DataFrame,
-        strips: dict[str, Path],
-        prompts: list[str],
+        strips: _Strips,
         below: str,
         higher_is_better: bool,
     ) -> list[str]:
@@ -180,8 +171,8 @@ class Report(L.Callback):
                 reference=task.reference.name,
                 quality=None if task.random_weights else self.quality,
                 higher_is_better=higher_is_better,
-                strips=strips,
-                prompts=prompts,
+                strips=strips.paths,
+                prompts=strips.prompts,
                 notes=below,
                 provenance=provenance()
                 | {
@@ -197,6 +188,15 @@ class Report(L.Callback):
         return written
 
 
+def _strips(task: EvaluationTask) -> _Strips:
+    if task.grid_images and not task.random_weights:
+        with carry_on("reading the strips of images"):
+            paths = strip_paths(task.stored, task.rows, task.reference)
+            shown = [row for row in task.rows if row.name in paths]
+            return _Strips(paths, task.stored.columns(shown[0]).get("prompts", []) if shown else [])
+    return _Strips({}, [])
+
+
 def _shown(path: Path) -> str:
     """Return ``path`` as one would type it in the current folder."""
     path, here = path.absolute(), Path.cwd()
@@ -205,9 +205,8 @@ def _shown(path: Path) -> str:
 
 def _shortcuts(task: EvaluationTask) -> dict[str, Shortcut]:
     """Return the trained shortcuts by the names of their rows."""
-    ways = {row.name: row.acceleration for row in task.rows}
-    methods = {name: way.predictor for name, way in ways.items() if isinstance(way, Accelerated)}
-    return {name: method for name, method in methods.items() if isinstance(method, Shortcut)}
+    found = {row.name: shortcut_of(row.acceleration) for row in task.rows}
+    return {name: shortcut for name, shortcut in found.items() if shortcut is not None}
 
 
 def _keep(trainer: L.Trainer, figure: plt.Figure, path: Path) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 
-from lit_shortcut.acceleration.accelerated import Accelerated
-from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.acceleration.shortcut import Shortcut, shortcut_of
 from lit_shortcut.callbacks.export import ExportWeights
 from lit_shortcut.loggers import carry_on, log_artifact
 from lit_shortcut.tasks.evaluation import EvaluationTask
@@ -60,9 +59,9 @@ class WandbLineage(L.Callback):
         """Mark the shortcuts of all rows as used."""
         if not isinstance(pl_module, EvaluationTask) or not trainer.is_global_zero:
             return
-        accelerations = [row.acceleration for row in pl_module.rows if isinstance(row.acceleration, Accelerated)]
-        shortcuts = [each.predictor for each in accelerations if isinstance(each.predictor, Shortcut)]
-        _use(trainer, list(dict.fromkeys(map(_name_of, shortcuts))))
+        found = (shortcut_of(row.acceleration) for row in pl_module.rows)
+        names = dict.fromkeys(_name_of(shortcut) for shortcut in found if shortcut is not None)
+        _use(trainer, list(names))
 
 
 def _name_of(shortcut: Shortcut) -> str:

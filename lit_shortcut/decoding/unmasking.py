@@ -32,7 +32,7 @@ def sample_codes(logits: Tensor, uniforms: Tensor | None) -> Choice:
         # scaled by the total, which rounding leaves just off 1, so that no code without mass is drawn
         codes = torch.searchsorted(cumulative, (uniforms * cumulative[..., -1])[..., None]).squeeze(-1)
         codes = codes.clamp(max=logits.shape[-1] - 1)
-    return Choice(codes, log_probs.gather(-1, codes[..., None]).squeeze(-1))
+    return _chosen(codes, log_probs)
 
 
 def largest_codes(logits: Tensor, noise: Tensor) -> Choice:
@@ -42,6 +42,10 @@ def largest_codes(logits: Tensor, noise: Tensor) -> Choice:
     """
     log_probs = logits.float().log_softmax(dim=-1)
     codes = (logits.to(noise.dtype) + noise).argmax(dim=-1)
+    return _chosen(codes, log_probs)
+
+
+def _chosen(codes: Tensor, log_probs: Tensor) -> Choice:
     return Choice(codes, log_probs.gather(-1, codes[..., None]).squeeze(-1))
 
 

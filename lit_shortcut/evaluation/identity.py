@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_shortcut.acceleration.accelerated import Accelerated
-from lit_shortcut.acceleration.shortcut import Shortcut
+from lit_shortcut.acceleration.shortcut import shortcut_of
 from lit_shortcut.contracts import MaskedImageModel
 from lit_shortcut.evaluation.rows import Row
 from lit_shortcut.metrics.images import ImageMetric
@@ -64,10 +63,9 @@ def row_identity(
 
 def trained_otherwise(row: Row) -> list[str]:
     """Return where the decoding of ``row`` differs from that of the trajectories that its shortcut was trained on."""
-    way = row.acceleration
-    if not (isinstance(way, Accelerated) and isinstance(way.predictor, Shortcut)):
+    if (shortcut := shortcut_of(row.acceleration)) is None:
         return []
-    recorded, own = dict(way.predictor.origin.decoding), _as_json(asdict(row.decoding))
+    recorded, own = dict(shortcut.origin.decoding), _as_json(asdict(row.decoding))
     return differences(recorded, {name: own[name] for name in recorded if name in own})
 
 
