@@ -48,17 +48,24 @@ def main(
         budgets: base passes that the KL is measured at.
         max_steps: optimiser steps of each variant.
         num_images: images of each row.
-        image_budgets: base passes of the rows, which are drawn as the recorded set was.
+        image_budgets: base passes of the rows, which are drawn as the recorded set was; at the first one the cost of a
+            step is timed.
         folder: where runs and ``ablations.json`` are written.
     """
     folder = folder / base
     # refuses names that rows cannot have before anything is trained
     build_rows([[num_steps, 1, name] for name in variants], Decoding(), dict.fromkeys(variants, Hold()))
     kl = {name: _fit(base, name, changes, budgets, max_steps, folder) for name, changes in variants.items()}
-    rows = _evaluate(base, list(variants), num_steps, image_budgets, num_images, folder)
+    decoding = json.loads((folder / next(iter(variants)) / "config.json").read_text())["decoding"]
+    model = {"decoding": decoding, "methods": {name: _shortcut(folder / name) for name in variants}}
+    rows = _evaluate(base, model, num_steps, image_budgets, num_images, folder)
+    costs = _step_costs(base, model, num_steps, image_budgets[0], folder)
     table = Table(
         f"Parts of a shortcut, {base}, N = {num_steps}",
-        [_line(name, kl[name], rows, num_steps, budgets, image_budgets) for name in variants],
+        [
+            _line(name, kl[name], rows, num_steps, budgets, image_budgets) | {"a step's cost": costs[name]}
+            for name in variants
+        ],
         f"{max_steps:,} optimiser steps and {num_images:,} images each, one seed; KL in nats an image, along held-out "
         f"trajectories (hold: {_hold(kl, num_steps, budgets)}); a step's cost in base passes. The base itself in "
         f"{num_steps} steps: {_vanilla(rows, num_steps)}.",
@@ -109,23 +116,33 @@ def _fit(
     return metrics
 
 
+def _shortcut(path: Path) -> dict[str, Any]:
+    loaded = {"path": str(path.resolve())}
+    return {"class_path": "lit_shortcut.acceleration.shortcut.Shortcut.load", "init_args": loaded}
+
+
 def _evaluate(
-    base: str, names: list[str], num_steps: int, budgets: list[int], num_images: int, folder: Path
+    base: str, model: dict[str, Any], num_steps: int, budgets: list[int], num_images: int, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Draw images with every variant; returns the report's lines by row name."""
-    methods = {
-        name: {
-            "class_path": "lit_shortcut.acceleration.shortcut.Shortcut.load",
-            "init_args": {"path": str((folder / name).resolve())},
-        }
-        for name in names
-    }
-    rows = [[num_steps], *([num_steps, budget, name] for name in names for budget in budgets)]
-    decoding = json.loads((folder / names[0] / "config.json").read_text())["decoding"]
-    model = {"decoding": decoding, "methods": methods, "rows": rows}
+    """Draw images with every method of ``model``; returns the report's lines by row name."""
+    rows = [[num_steps], *([num_steps, budget, name] for name in model["methods"] for budget in budgets)]
     images = {"num_images": num_images, "run_seeds": _RUN_SEEDS}
+    model = model | {"rows": rows, "latency_rounds": 0}
     found = verbs.report(base, folder / "report", [], model, images, *_precision("bf16-true"))
     return {line["name"]: line for line in found["rows"]} | {"": found}
+
+
+def _step_costs(base: str, model: dict[str, Any], num_steps: int, budget: int, folder: Path) -> dict[str, float]:
+    """Return what a step of every method of ``model`` takes, in base passes of the same run.
+
+    Calls are timed one by one: from the latencies of whole runs, differences of a few per cent of a pass would have to
+    be told from noise as large.
+    """
+    rows = {name: [num_steps, budget, name] for name in model["methods"]}
+    model = model | {"rows": list(rows.values())}
+    found = verbs.bench(base, folder / "bench.json", model, *_precision("bf16-true"))
+    parts = {name: found[f"{name}_n{num_steps}_b{budget}"] for name in rows}
+    return {name: own["shortcut"].call_ms / own["base"].call_ms for name, own in parts.items()}
 
 
 def _hold(kl: dict[str, dict[str, float]], num_steps: int, budgets: list[int]) -> str:
@@ -152,11 +169,10 @@ def _line(
 ) -> dict[str, Any]:
     quality = rows[""]["quality"]
     line: dict[str, Any] = {"variant": name}
-    own = {budget: rows[f"{name}_n{num_steps}_b{budget}"] for budget in image_budgets}
     line |= {f"KL, b = {budget}": kl[f"val/kl/shortcut_n{num_steps}_b{budget}"] for budget in budgets}
-    line |= {f"{quality}, b = {budget}": found[quality] for budget, found in own.items()}
-    costs = [(found["passes"] - budget) / (num_steps - budget) for budget, found in own.items()]
-    return line | {"a step's cost": sum(costs) / len(costs)}
+    return line | {
+        f"{quality}, b = {budget}": rows[f"{name}_n{num_steps}_b{budget}"][quality] for budget in image_budgets
+    }
 
 
 if __name__ == "__main__":

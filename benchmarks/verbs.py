@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from lit_shortcut.files import replacing
+from lit_shortcut.metrics.parts import Part
 from lit_shortcut.places import located
 
 _LONGEST_PATH = 255
@@ -37,13 +38,30 @@ def report(
         words: further arguments of the command line.
     """
     folder = folder.resolve()
-    last = folder.with_suffix(".yaml")
-    last.parent.mkdir(parents=True, exist_ok=True)
-    model = model | {"results": str(folder)}
-    last.write_text(yaml.safe_dump({"model": {"init_args": model}, "data": {"init_args": data}}))
-    configs = [*configs_of(base, overlays), last]
+    arguments = {"model": {"init_args": model | {"results": str(folder)}}, "data": {"init_args": data}}
+    configs = [*configs_of(base, overlays), _beside(folder, arguments)]
     run("test", *(f"--config={path}" for path in configs), "--trainer.logger=false", *words)
     return json.loads((folder / "report.json").read_text())
+
+
+def bench(base: str, path: Path, model: dict[str, Any], *words: str) -> dict[str, dict[str, Part]]:
+    """Run ``test`` on ``base`` with its ``bench.yaml``; return the parts by row and name, as written to ``path``.
+
+    ``model`` are arguments of the task that come last, ``words`` further arguments of the command line.
+    """
+    path = path.resolve()
+    last = _beside(path, {"model": {"init_args": model | {"path": str(path)}}})
+    run("test", f"--config=configs/{base}/bench.yaml", f"--config={last}", *words)
+    rows = json.loads(path.read_text())["rows"]
+    return {row: {part["name"]: Part(**part) for part in parts} for row, parts in rows.items()}
+
+
+def _beside(path: Path, arguments: dict[str, Any]) -> Path:
+    """Write ``arguments`` to a YAML beside ``path``, and return it."""
+    last = path.with_suffix(".yaml")
+    last.parent.mkdir(parents=True, exist_ok=True)
+    last.write_text(yaml.safe_dump(arguments))
+    return last
 
 
 def configs_of(base: str, overlays: list[Path]) -> list[Path]:

@@ -138,6 +138,11 @@ class Part(NamedTuple):
     ms: float
     share: float
 
+    @property
+    def call_ms(self) -> float:
+        """Return the milliseconds of a call."""
+        return self.ms / self.calls
+
 
 def parts_of(rounds: list[Laps]) -> list[Part]:
     """Return the parts of equal ``rounds``, the longest first, ``rest`` last.
@@ -159,8 +164,7 @@ def summary(parts: list[Part]) -> str:
     said = [f"base {base.share:.1%}", f"outside the networks (head, token choice, rest) {outside:.2%}"]
     for part in parts:
         if part.calls and part.name not in ("base", *_OUTSIDE):
-            step = part.ms / part.calls / (base.ms / base.calls)
-            said.append(f"a step of {part.name} takes {step:.1%} of a base pass")
+            said.append(f"a step of {part.name} takes {part.call_ms / base.call_ms:.1%} of a base pass")
     return "; ".join(said)
 
 

@@ -110,7 +110,7 @@ def _table(parts: list[Part]) -> str:
         [
             part.name,
             part.calls or "",
-            f"{part.ms / part.calls:.2f}" if part.calls else "",
+            f"{part.call_ms:.2f}" if part.calls else "",
             f"{part.ms:.1f}",
             f"{100 * part.share:.2f} %",
         ]
