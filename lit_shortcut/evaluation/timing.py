@@ -11,10 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_shortcut.contracts import Clock, Conditions, MaskedImageModel
 from lit_shortcut.evaluation.rows import Row
-from lit_shortcut.metrics.latency import measure_latency
+from lit_shortcut.metrics.latency import measure_latency, ratio
 from lit_shortcut.sampling import Decoding, generate
 
-_BASE = "one pass of the base"
+_BASE = "passes of the base"
+UNIT_PASSES = 4  # timed in a row as the unit of cost: a single one is short, and differs more from round to round
 
 
 def time_rows(
@@ -30,8 +31,8 @@ def time_rows(
         rounds: number of timed runs of each row.
 
     Returns:
-        By row name ``median_ms`` and ``iqr_ms`` per image, ``passes`` (median in base passes), ``rounds``,
-        ``batch_size``, ``device``, and on a GPU ``memory_mb``, the peak of allocated memory (10⁶ bytes).
+        By row name the fields of :class:`~lit_shortcut.metrics.latency.Latency`, ``passes`` (the median over rounds in
+        base passes of the same round), and on a GPU ``memory_mb``, the peak of allocated memory (10⁶ bytes).
     """
     device, batch_size = conditions.seeds.device, len(conditions.ids)
     rank_zero_info(f"timing {len(rows)} rows, {rounds} rounds in turns")
@@ -39,24 +40,25 @@ def time_rows(
         row.name: partial(generate, base, conditions, row.decoding, row.acceleration) for row in rows
     }
     memory = {name: _peak_mb(run, device) for name, run in runs.items()}
-    runs[_BASE] = _one_pass(base, decoding, conditions)
+    runs[_BASE] = _base_passes(base, decoding, conditions)
     report = lambda done: rank_zero_info(f"timed {done} of {rounds} rounds")  # noqa: E731
     latencies = measure_latency(runs, device, batch_size, rounds, after_round=report)
-    one_pass = latencies.pop(_BASE).median_ms
+    unit = latencies.pop(_BASE).round_ms
     return {
-        name: latency._asdict() | {"passes": latency.median_ms / one_pass} | memory[name]
+        name: latency._asdict() | {"passes": UNIT_PASSES * ratio(latency.round_ms, unit)} | memory[name]
         for name, latency in latencies.items()
     }
 
 
-def _one_pass(base: MaskedImageModel, decoding: Decoding, conditions: Conditions) -> Callable[[], object]:
+def _base_passes(base: MaskedImageModel, decoding: Decoding, conditions: Conditions) -> Callable[[], object]:
     shape = (len(conditions.ids), base.spec.num_tokens)
     tokens = torch.full(shape, base.spec.mask_id, device=conditions.seeds.device)
     context = base.context(conditions, guided=decoding.is_guided)
 
     @torch.inference_mode()
-    def run() -> object:
-        return base.features(tokens, context, Clock(0, decoding.num_steps))
+    def run() -> None:
+        for _ in range(UNIT_PASSES):
+            base.features(tokens, context, Clock(0, decoding.num_steps))
 
     return run
 

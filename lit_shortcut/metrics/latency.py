@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 
 
 class Latency(NamedTuple):
-    """Milliseconds per image: median over ``rounds`` and interquartile range.
+    """Milliseconds per image: median over ``rounds``, interquartile range, and ``round_ms``, round by round.
 
     Each call makes ``batch_size`` images on ``device``, a name for tables.
     """
@@ -23,6 +24,16 @@ class Latency(NamedTuple):
     rounds: int
     batch_size: int
     device: str
+    round_ms: list[float]
+
+
+def ratio(times: Sequence[float], unit: Sequence[float]) -> float:
+    """Return the median over rounds of ``times`` in multiples of ``unit``: a drift between rounds affects both alike.
+
+    >>> ratio([20.0, 44.0, 21.0], [10.0, 22.0, 10.0])
+    2.0
+    """
+    return statistics.median(time / one for time, one in zip(times, unit, strict=True))
 
 
 def measure_latency(
@@ -100,7 +111,7 @@ def _seconds(run: Callable[[], object], device: torch.device, clock: Callable[[]
 def _summary(times: list[float], batch_size: int, device: str) -> Latency:
     quantiles = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     low, median, high = quantiles.tolist()
-    return Latency(median, high - low, len(times), batch_size, device)
+    return Latency(median, high - low, len(times), batch_size, device, times)
 
 
 def _cpu_model() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lit_shortcut.report.provenance import command, commit, versions
-from lit_shortcut.report.table import dominated
+from lit_shortcut.report.table import dominated, within_best
 
 FEW_IMAGES = 5_000  # below this, a Fréchet distance depends visibly on their number
 
@@ -72,14 +72,32 @@ def notes(
                 f"Computed, not measured: where a shortcut step takes {step_share:.1%} of a base pass, b + (N − b) · "
                 f"{step_share:g} passes are {costs}."
             ]
-        pairs = dominated(table, quality, higher_is_better=higher_is_better) if quality else []
-        beyond = ", beyond the intervals," if pairs and table["seeds"].max() > 1 else ""
-        lines += [""] * bool(pairs) + [
-            f"- {winner} dominates {loser}: {'higher' if higher_is_better else 'lower'} {quality}{beyond} at no more "
-            "latency"
-            for winner, loser in pairs
-        ]
+        if quality is not None:
+            lines += _compared(table, quality, higher_is_better=higher_is_better)
     return "\n".join(lines)
+
+
+def _compared(table: pd.DataFrame, quality: str, *, higher_is_better: bool) -> list[str]:
+    """Return which rows dominate which, and how fast each method is within the interval of the best vanilla row."""
+    losers: dict[str, list[str]] = {}
+    for winner, loser in dominated(table, quality, higher_is_better=higher_is_better):
+        losers.setdefault(winner, []).append(loser)
+    better = "higher" if higher_is_better else "lower"
+    beyond = ", beyond the intervals," if losers and table["seeds"].max() > 1 else ""
+    said = [
+        f"- {winner} dominates {', '.join(beaten)}: {better} {quality}{beyond} at no more latency"
+        for winner, beaten in losers.items()
+    ]
+    best, *near = within_best(table, quality, higher_is_better=higher_is_better).to_dict("records") or [{}]
+    if best:
+        found = [f"{row['name']}, {row['speedup'] / best['speedup']:.2f} times as fast" for row in near]
+        without = sorted({*table["method"]} - {best["method"]} - {row["method"] for row in near})
+        none = [f"none of {', '.join(without)}"] if without else []
+        said.append(
+            f"- the fastest within the interval of the best vanilla row, {best['name']} with {quality} "
+            f"{best[quality]:.3f} ± {best[f'{quality}_interval']:.3f}: {'; '.join(found + none)}"
+        )
+    return [""] * bool(said) + said
 
 
 def json_of(table: pd.DataFrame, **provenance: Any) -> str:

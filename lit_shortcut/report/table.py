@@ -11,6 +11,7 @@ import pandas as pd
 from lit_shortcut.evaluation.results import Results
 from lit_shortcut.evaluation.rows import VANILLA, Row
 from lit_shortcut.metrics.functional import mean_interval
+from lit_shortcut.metrics.latency import ratio
 
 _ABSENT = "–"
 
@@ -61,7 +62,7 @@ def _line(
         own = latencies[row.name]
         line |= {"latency_ms": own["median_ms"], "latency_iqr_ms": own["iqr_ms"], "passes": own["passes"]}
         if reference in latencies:
-            line["speedup"] = latencies[reference]["median_ms"] / own["median_ms"]
+            line["speedup"] = ratio(latencies[reference]["round_ms"], own["round_ms"])
         if "memory_mb" in own:
             line["memory_mb"] = own["memory_mb"]
     for metric in found[0]["values"] if found else ():
@@ -132,7 +133,7 @@ def _cells(table: pd.DataFrame, form: str, *columns: str) -> list[str]:
 
 
 def dominated(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> list[tuple[str, str]]:
-    """Return pairs (winner, loser) of row names: better ``metric`` at no more latency, vanilla against accelerated.
+    """Return pairs (winner, loser) of names of rows of different methods: better ``metric`` at no more latency.
 
     Better is what chance does not explain: means over seeds must differ by more than the 95 % interval of their
     difference, the root of the sum of both intervals' squares. With one seed there are none, and any difference counts.
@@ -141,10 +142,25 @@ def dominated(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> li
     pairs = []
     for _, winner in table.iterrows():
         for _, loser in table.iterrows():
-            crosses = (winner["method"] == VANILLA) != (loser["method"] == VANILLA)
             halves = (line[f"{metric}_interval"] for line in (winner, loser))
             interval = math.hypot(*(0.0 if math.isnan(half) else half for half in halves))
             is_better = sign * (loser[metric] - winner[metric]) > interval
-            if crosses and is_better and winner["latency_ms"] <= loser["latency_ms"]:
+            differs = winner["method"] != loser["method"]
+            if differs and is_better and winner["latency_ms"] <= loser["latency_ms"]:
                 pairs.append((winner["name"], loser["name"]))
     return pairs
+
+
+def within_best(table: pd.DataFrame, metric: str, *, higher_is_better: bool) -> pd.DataFrame:
+    """Return the best vanilla row, then the fastest row of each method whose ``metric`` lies within its interval.
+
+    Empty where there is one seed only, or no vanilla with a speed-up.
+    """
+    if not {metric, "speedup"} <= set(table.columns):
+        return table[:0]
+    measured = table.dropna(subset=[metric, f"{metric}_interval", "speedup"])
+    vanilla = measured[measured["method"] == VANILLA].sort_values(metric, ascending=not higher_is_better)
+    best, sign = vanilla[:1], -1 if higher_is_better else 1
+    allowed = (sign * best[metric] + best[f"{metric}_interval"]).max()
+    near = measured[sign * measured[metric] <= allowed].sort_values("speedup", ascending=False)
+    return pd.concat([best, near.drop_duplicates("method").drop(best.index, errors="ignore")])

@@ -17,7 +17,7 @@ from lit_shortcut.evaluation.originals import Originals
 from lit_shortcut.evaluation.results import Results
 from lit_shortcut.evaluation.rows import Row, vanilla_row
 from lit_shortcut.evaluation.tally import Tally
-from lit_shortcut.evaluation.timing import time_rows
+from lit_shortcut.evaluation.timing import UNIT_PASSES, time_rows
 from lit_shortcut.metrics.images import ImageMetric
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.metrics.paired import are_paired
@@ -148,6 +148,7 @@ class EvaluationTask(ComparisonTask):
         identity = {
             "rows": self.loops,
             "rounds": self.latency_rounds,
+            "unit_passes": UNIT_PASSES,
             "batch_size": len(self.timed.ids),
             "device": device_name(self.device),
         }

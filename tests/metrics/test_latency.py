@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lit_shortcut.metrics.latency import device_name, measure_latency
+from lit_shortcut.metrics.latency import device_name, measure_latency, ratio
 
 CPU = torch.device("cpu")
 
@@ -51,6 +51,7 @@ def test_drift_of_the_machine_cancels_in_the_speedup() -> None:
     runs = {"base": machine.run("b", [2 * s for s in slowing]), "fast": machine.run("f", slowing)}
     latencies = measure_latency(runs, CPU, batch_size=4, rounds=7, clock=machine.clock)
     assert latencies["base"].median_ms == pytest.approx(2 * latencies["fast"].median_ms)
+    assert ratio(latencies["base"].round_ms, latencies["fast"].round_ms) == pytest.approx(2)
 
 
 @pytest.mark.parametrize(("batch_size", "rounds"), [(0, 1), (1, 0)])

@@ -36,8 +36,8 @@ DISTANCES = {VANILLA.name: [6.0, 7.0, 8.0], SHORT.name: [9.0, 9.5, 10.0], HOLD.n
 LATENCIES = {VANILLA.name: (80.0, 1.0), SHORT.name: (40.0, 0.5), HOLD.name: (20.0, 0.25)}
 
 
-def timed(ms: float, iqr: float) -> dict[str, float]:
-    return {"median_ms": ms, "iqr_ms": iqr, "passes": ms / 10}
+def timed(ms: float, iqr: float) -> dict[str, Any]:
+    return {"median_ms": ms, "iqr_ms": iqr, "passes": ms / 10, "round_ms": [ms - iqr, ms, ms + iqr]}
 
 
 def add(results: Results, one: Row, seed: int, distance: float, passes: dict[str, float] | None = None) -> None:

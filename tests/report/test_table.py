@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -10,10 +11,16 @@ from scipy import stats
 
 from lit_shortcut.evaluation.results import Results
 from lit_shortcut.report.document import json_of, notes
-from lit_shortcut.report.table import dominated, markdown, metric_names
+from lit_shortcut.report.table import dominated, markdown, metric_names, within_best
 from tests.report.made import HOLD, ROWS, SHORT, VANILLA, add, collected, make, row, set_latencies
 
 NAMES = [one.name for one in ROWS]
+NOTED: dict[str, Any] = {
+    "latency": {"rounds": 1, "batch_size": 1, "device": "a CPU"},
+    "higher_is_better": False,
+    "num_steps": 8,
+    "dtype": "float32",
+}
 
 
 @pytest.fixture
@@ -114,7 +121,7 @@ def test_row_that_was_not_timed_has_dashes(results: Results) -> None:
     assert cells(collected(results, ROWS, [0]))[3][3:6] == ["–", "–", "–"]
 
 
-def test_dominated_are_those_with_a_better_one_of_the_other_kind_at_no_more_latency(table: pd.DataFrame) -> None:
+def test_dominated_are_those_with_a_better_one_of_another_method_at_no_more_latency(table: pd.DataFrame) -> None:
     lower = {"metric": "distance", "higher_is_better": False}
     table["distance_interval"] = math.nan  # as with one seed
     assert dominated(table, **lower) == [(HOLD.name, SHORT.name)]
@@ -126,6 +133,9 @@ def test_dominated_are_those_with_a_better_one_of_the_other_kind_at_no_more_late
     assert dominated(table, **lower) == [(VANILLA.name, HOLD.name)]
     table.loc[2, "distance"] = table.loc[0, "distance"]
     assert dominated(table, **lower) == []  # an equal distance is not a lower one
+    table.loc[0, ["method", "latency_ms"]] = ["taylor", 90.0]
+    table.loc[0, "distance"] -= 1
+    assert dominated(table, **lower) == [(VANILLA.name, HOLD.name)]  # neither of them vanilla's
 
 
 def test_rows_within_the_interval_of_their_difference_do_not_dominate(table: pd.DataFrame) -> None:
@@ -135,6 +145,31 @@ def test_rows_within_the_interval_of_their_difference_do_not_dominate(table: pd.
     assert dominated(table, **lower) == [(HOLD.name, SHORT.name)]
     table["distance_interval"] = [0.5, 0.8, 0.65]  # 1.03 together
     assert dominated(table, **lower) == []
+
+
+def test_speed_up_is_that_within_rounds(results: Results) -> None:
+    measured = {
+        VANILLA.name: {"median_ms": 100.0, "iqr_ms": 100.0, "passes": 8.0, "round_ms": [80.0, 100.0, 240.0]},
+        SHORT.name: {"median_ms": 60.0, "iqr_ms": 60.0, "passes": 4.0, "round_ms": [40.0, 60.0, 120.0]},
+    }
+    results.set_latency({"rows": {name: {"base": 1} for name in measured}}, measured)
+    assert list(collected(results, [VANILLA, SHORT], [0])["speedup"]) == [1.0, 2.0]  # 60 ms was a slower round
+
+
+def test_fastest_rows_within_the_interval_of_the_best_vanilla_are_named(table: pd.DataFrame) -> None:
+    lower = {"metric": "distance", "higher_is_better": False}
+    assert list(within_best(table, **lower)["name"]) == [VANILLA.name, HOLD.name]  # 9.484 is allowed
+    said = notes(table, "distance", **NOTED)
+    assert f"best vanilla row, {VANILLA.name} with distance 7.000 ± 2.484: {HOLD.name}, 4.00 times as fast" in said
+    table.loc[2, "distance"] = 9.49
+    said = notes(table, "distance", **NOTED)
+    assert said.endswith("± 2.484: none of hold")
+    table.loc[1, "distance"] = 9.48
+    assert list(within_best(table, **lower)["name"]) == [VANILLA.name, SHORT.name]
+    assert list(within_best(table, "distance", higher_is_better=True)["name"]) == [SHORT.name, HOLD.name]
+    table["distance_interval"] = math.nan
+    assert within_best(table, **lower).empty
+    assert within_best(table.drop(columns="speedup"), **lower).empty
 
 
 def test_higher_may_be_better(table: pd.DataFrame) -> None:
@@ -153,18 +188,6 @@ def test_json_holds_all_figures_and_no_nan(results: Results) -> None:
 
 
 def test_cost_at_a_lighter_step_is_computed_for_rows_with_a_shortcut(table: pd.DataFrame) -> None:
-    latency = {"rounds": 1, "batch_size": 1, "device": "a CPU"}
-    below = notes(
-        table,
-        "distance",
-        latency,
-        higher_is_better=False,
-        num_steps=8,
-        dtype="float32",
-        shortcuts=[HOLD.name],
-        step_share=0.05,
-    )
+    below = notes(table, "distance", shortcuts=[HOLD.name], step_share=0.05, **NOTED)
     assert f"2.30 for {HOLD.name}" in below  # 2 + (8 − 2) · 0.05
-    assert "0.05" not in notes(
-        table, "distance", latency, higher_is_better=False, num_steps=8, dtype="float32", shortcuts=[HOLD.name]
-    )
+    assert "0.05" not in notes(table, "distance", shortcuts=[HOLD.name], **NOTED)
