@@ -37,7 +37,7 @@ class _Batches(Dataset[Conditions]):
     def __getitem__(self, index: int) -> Conditions:
         start = index * self.source.batch_size
         ids = range(start, min(start + self.source.batch_size, self.source.num_images))
-        seeds = torch.tensor([sample_seed(self.seed, i) for i in ids])
+        seeds = torch.tensor([self.source.seed_of(self.seed, i) for i in ids])
         labels = torch.tensor(ids) % self.source.num_classes
         return self.source.asked_for(Conditions(torch.tensor(ids), seeds, labels))
 
@@ -104,6 +104,10 @@ class InTurn(L.LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """Return JSON values that determine all conditions but their seeds."""
         return {"num_images": self.num_images, "num_classes": self.num_classes, "prompts": self.prompts_sha256}
+
+    def seed_of(self, run_seed: int, index: int) -> int:
+        """Return the seed of image ``index`` under ``run_seed``."""
+        return sample_seed(run_seed, index)
 
     def asked_for(self, conditions: Conditions) -> Conditions:
         """Return ``conditions`` with the prompts that their labels stand for, if any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -43,9 +44,16 @@ class Listed(InTurn):
         super().__init__(count if num_images is None else num_images, batch_size, seed, count)
         require_seeds([seed, seed + self.num_images - 1])
 
+    def identity(self) -> dict[str, Any]:
+        """Return JSON values that determine all conditions but their run seed."""
+        return super().identity() | {"seeds": "consecutive"}
+
+    def seed_of(self, run_seed: int, index: int) -> int:
+        """Return ``run_seed`` + ``index``."""
+        return run_seed + index
+
     def asked_for(self, conditions: Conditions) -> Conditions:
-        """Return ``conditions`` with consecutive seeds, and prompts or labels in turn."""
-        conditions = conditions._replace(seeds=torch.tensor([self.seed + index for index in conditions.ids.tolist()]))
+        """Return ``conditions`` with prompts or labels in turn."""
         turns = conditions.labels.tolist()
         if self.prompts:
             return conditions._replace(prompts=tuple(self.prompts[turn] for turn in turns))

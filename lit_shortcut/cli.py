@@ -213,9 +213,10 @@ def app(
         serve(load(checkpoint), host, port)
         return
     warnings.filterwarnings("ignore", message="LightningCLI.s args parameter")  # it replaces the process's own here
-    task = _run(_Built, ["generate", "--config", str(config)]).model
+    built = _run(_Built, ["generate", "--config", str(config)])
+    task: Any = built.trainer.precision_plugin.convert_module(built.model)
     pipeline = Pipeline(task.base, task.decoding, task.shortcut, task.plan, task.budget)
-    serve(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"), host, port)
+    serve(pipeline.to(built.trainer.strategy.root_device), host, port)
 
 
 def main(args: ArgsType = None) -> None:

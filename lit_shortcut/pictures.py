@@ -96,8 +96,11 @@ def row_of(predictor: Predictor | None, plan: PlanName, budget: int | None, deco
         return vanilla_row(decoding)
     if predictor is None:
         raise ValueError(f"a budget of {budget} of {num_steps} steps needs a shortcut for the others; none was given")
-    method, plans = str(predictor.identity()["method"]).replace(" ", ""), dict[str, NamedPlan]()
-    if isinstance(predictor, Shortcut):
+    plans = dict[str, NamedPlan]()
+    if not isinstance(predictor, Shortcut):
+        method = str(predictor.identity()["method"]).replace(" ", "")
+    else:
+        method = "shortcut"  # its identity would hash all weights, at every batch
         predictor.origin.require_steps(num_steps)
         if predictor.folder is not None and (predictor.folder / PLAN).is_file():
             plans["calibrated"] = partial(Calibrated, path=predictor.folder / PLAN)

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from PIL import Image, ImageChops
 from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
@@ -118,6 +120,21 @@ def test_checkpoint_is_served_where_it_is_asked_for(monkeypatch: pytest.MonkeyPa
     ((pipeline, *where),) = served
     assert pipeline.decoding.num_steps == 16
     assert where == ["0.0.0.0", 7900]
+
+
+def test_configuration_is_served_in_its_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    served: list[Pipeline] = []
+    monkeypatch.setattr("lit_shortcut.app.serve", lambda pipeline, *_: served.append(pipeline))
+    own = tmp_path / "generate.yaml"
+    known = yaml.safe_load((CONFIGS / "fashion" / "generate.yaml").read_text())
+    known["trainer"] |= {"precision": "bf16-true", "accelerator": "cpu"}
+    known["model"]["init_args"] |= {
+        name: str(CONFIGS / "fashion" / known["model"]["init_args"][name]) for name in ("base", "decoding", "shortcut")
+    }
+    own.write_text(yaml.safe_dump(known))
+    main(["app", "--config", str(own)])
+    (pipeline,) = served
+    assert pipeline.base.interface.code_embedding.dtype == torch.bfloat16
 
 
 def test_missing_gradio_is_said_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ class ImageWriter(BasePredictionWriter):
 def _asked(data: Any) -> dict[str, Any]:
     """Return what the data module ``data`` asks for."""
     asked = {name: getattr(data, name, ()) for name in ("prompts", "labels")}
-    return {"num_images": data.num_images, "seed": data.seed} | {k: list(v) for k, v in asked.items() if v}
+    return data.identity() | {"seed": data.seed} | {k: list(v) for k, v in asked.items() if v}
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class TrajectoryWriter(BasePredictionWriter):
         trainer.strategy.barrier("looked at the set")  # only then may the first rank delete anything
         if trainer.is_global_zero:
             self._prepare(module.base, replace)
-        self.finished = trainer.strategy.broadcast(set(finished_shards(self.folder, self.card)))
+        found = set(finished_shards(self.folder, self.card)) if trainer.is_global_zero else set[int]()
+        self.finished = trainer.strategy.broadcast(found)  # other ranks may see shards that are just being deleted
         if len(self.finished) < self.card.num_shards:
             self.jobs = Background(self.waiting)
 

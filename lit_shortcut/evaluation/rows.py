@@ -162,6 +162,8 @@ def _build(
         label, count, made = f"steps{'-'.join(map(str, budget))}", len(budget), _steps(budget)
     else:
         known = plans[plan]
+        if isinstance(known, Plan) and type(has := known.identity().get("budget")) is int and has != budget:
+            raise ValueError(f"budget must be {has}, that of the plan named {plan!r}; got {budget}")
         label, count, made = plan, budget, known if isinstance(known, Plan) else known(budget)
     suffix = f"_b{count}" + (f"_{label}" if label != EVEN else "")
     name = _name(method, num_steps, suffix, overrides)

@@ -146,8 +146,9 @@ class TokenizerTask(OptimizedTask):
         self.metrics.update(reconstructions, conditions, originals=originals)
 
     def on_test_epoch_end(self) -> None:
-        """Log each metric."""
+        """Log each metric, and reset it."""
         self.log_dict({f"test/{name}": value for name, value in self.metrics.compute().items()})
+        self.metrics.reset()
 
     def _loss(self, batch: LabelledImages) -> Tensor:
         pixels = batch.pixels.float() / 127.5 - 1

@@ -60,7 +60,10 @@ def attend(
     rows attend to one another, and no sample may be only padding.
     """
     if not keys.shape[2]:
-        return torch.zeros_like(queries).transpose(1, 2).flatten(2)
+        nothing = torch.zeros_like(queries)
+        if queries.requires_grad:  # DDP waits for a gradient of every parameter
+            nothing = nothing + 0 * (queries.sum() + keys.sum() + values.sum())
+        return nothing.transpose(1, 2).flatten(2)
     mask = None if is_real is None else is_real[:, None, None, :]
     heads = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     if is_real is not None and not is_self:  # softmax over nothing is undefined, and kernels differ in its result

@@ -237,6 +237,8 @@ def test_sizes_that_do_not_fit_are_refused(release: Path) -> None:
         loaded(release, special=special(first_code=120_000))
     with pytest.raises(ValueError, match=r"special tokens \{'soi': 126400\} lie outside"):
         loaded(release, special=special(soi=126_400))
+    with pytest.raises(ValueError, match=r"height and width must be equal.*got 64 and 32"):
+        MMaDA(*[None] * 3, special=special(), height=64, width=32)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="height must be a positive multiple of 16 pixels, got 40"):
         published(str(release), str(release / "vq"), size=40)
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from datamodules.conditions import ClassLabels
 from datamodules.listed import Listed
 
 
@@ -13,6 +14,11 @@ def test_prompts_come_in_turn_and_seeds_count_up_across_batches() -> None:
     assert [prompt for batch in batches for prompt in batch.prompts] == ["a bag", "a coat", "a bag", "a coat", "a bag"]
     assert torch.cat([batch.seeds for batch in batches]).tolist() == [7, 8, 9, 10, 11]
     assert torch.cat([batch.ids for batch in batches]).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_another_run_seed_draws_other_images() -> None:
+    (batch,) = Listed(["a", "b"], seed=7).loader(99)
+    assert batch.seeds.tolist() == [99, 100]
 
 
 def test_labels_come_in_turn_one_image_each_unless_told_otherwise() -> None:
@@ -25,6 +31,7 @@ def test_identity_is_that_of_what_is_listed() -> None:
     listed = [Listed(["a", "b"]), Listed(["a", "c"]), Listed(labels=[0, 1]), Listed(labels=[0, 2])]
     assert len({str(one.identity()) for one in listed}) == 4
     assert Listed(labels=[0, 2]).identity() == listed[-1].identity()
+    assert ClassLabels(10).identity() != Listed(labels=list(range(10))).identity()  # whose seeds are hashed
 
 
 def test_seeds_fill_64_bits() -> None:

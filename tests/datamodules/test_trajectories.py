@@ -49,6 +49,17 @@ def test_guided_transitions_are_those_of_both_branches_guided_at_the_step_of_the
     assert len(seen) == 15 * (3 + 2 + 1) // 8 * 8
 
 
+def test_bfloat16_features_are_guided_in_float32(tmp_path: Path) -> None:
+    write_set(tmp_path, encoding="bfloat16")
+    module = make(tmp_path, guided=True)
+    scales = Decoding.from_values(module.card.decoding).guidance_by_step
+    batch = next(iter(module.train_dataloader())).decode()
+    for row, (step, gap) in enumerate(zip(batch.step.tolist(), batch.gap.tolist(), strict=True)):
+        both = trajectories([int(batch.features[row, 0, IDS].round())]).features[0].bfloat16().float()
+        expected = guide_rows(both[:, None, step], scales[step + gap], SPEC.num_tokens)[0]
+        torch.testing.assert_close(batch.features[row], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_guided_transitions_need_guidance(tmp_path: Path) -> None:
     write_set(tmp_path)
     adopt(tmp_path, card(branches=1, decoding={"num_steps": 4, "schedule": "arccos", "guidance": 0.0}))

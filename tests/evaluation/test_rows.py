@@ -13,7 +13,7 @@ from lit_shortcut.sampling import Decoding
 
 DECODING = Decoding(num_steps=6)
 METHODS: dict[str, Any] = {"hold": Hold(), "taylor2": Taylor(2)}
-PLANS: dict[str, Any] = {"mine": Even, "adaptive": Adaptive(0.5, budget=3)}
+PLANS: dict[str, Any] = {"mine": Even, "adaptive": Adaptive(0.5, budget=2.5)}
 
 
 def build(*entries: Any) -> list[Row]:
@@ -67,6 +67,14 @@ def test_plan_with_a_budget_of_its_own_is_taken_as_it_is() -> None:
     (row,) = build([6, 2, "hold", "adaptive"])
     assert plan_of(row) is PLANS["adaptive"]
     assert row.budget == 2
+
+
+def test_plan_with_another_budget_than_the_row_is_refused() -> None:
+    plans = {"mine": Steps([0, 1, 2, 5, 8])}
+    (row,) = build_rows([[16, 5, "hold", "mine"]], Decoding(), {"hold": Hold()}, plans)
+    assert row.budget == 5
+    with pytest.raises(ValueError, match=r"budget must be 5, that of the plan named 'mine'; got 3"):
+        build_rows([[16, 3, "hold", "mine"]], Decoding(), {"hold": Hold()}, plans)
 
 
 def test_method_is_called_by_its_name_in_yaml() -> None:

@@ -94,6 +94,9 @@ def test_no_control_at_all_equals_padding_alone(network: LLaDAShortcutNet) -> No
     padding = torch.zeros(2, 3, dtype=torch.bool)
     padded = network(x, rows(3), share, padding, at(network, places, places[:, :3]))
     torch.testing.assert_close(nothing, padded, rtol=1e-5, atol=1e-5)
+    network.requires_grad_().zero_grad()
+    network(x, x[:, :0], share, places=at(network, places, places[:, :0])).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.blocks.parameters())  # DDP waits for each
 
 
 def test_control_counts_with_its_place(network: LLaDAShortcutNet) -> None:

@@ -82,6 +82,8 @@ def test_no_control_tokens_work_and_equal_padding_alone() -> None:
     assert bool(nothing.isfinite().all())
     padding = network(features, control, share, torch.zeros(BATCH, CONTROL, dtype=torch.bool))
     torch.testing.assert_close(nothing, padding, rtol=1e-5, atol=1e-5)
+    nothing.sum().backward()
+    assert all(parameter.grad is not None for parameter in network.blocks.parameters())  # DDP waits for each
 
 
 def test_time_conditions_the_output() -> None:

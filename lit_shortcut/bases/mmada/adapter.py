@@ -57,8 +57,8 @@ class MMaDA(PromptedLLaDA):
         negative: prompt of the unconditional branch.
 
     Raises:
-        ValueError: if height or width is not a positive multiple of the patch size, ``max_text_tokens`` leave no room
-            for text, or a code or special token lies outside the vocabulary.
+        ValueError: if height and width differ or are not a positive multiple of the patch size, ``max_text_tokens``
+            leave no room for text, or a code or special token lies outside the vocabulary.
     """
 
     special: MMaDATokens
@@ -79,6 +79,8 @@ class MMaDA(PromptedLLaDA):
     ) -> None:
         if max_text_tokens < 3:
             raise ValueError(f"max_text_tokens must be at least 3, t2i, bos and a token of text; got {max_text_tokens}")
+        if height != width:
+            raise ValueError(f"height and width must be equal, as its image decoder expects; got {height} and {width}")
         special = special or MMaDATokens()
         grid = grid_of(height, width, patch_size)
         num_tokens = grid[0] * grid[1]
