@@ -1,1 +1,1 @@
-"""Benchmarks of the path of the data, each against what it replaces, in turns in one run: ``make bench-data``."""
+"""Longer measurements than tests, a command each: data path, ablations, frontier, GPU, forecast."""

@@ -13,12 +13,13 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from benchmarks import fashion
+from benchmarks.decodings import decoding_of
 from benchmarks.table import Table
 from benchmarks.training import SIZES
 from datamodules.conditions import ClassLabels
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
+from lit_shortcut.fashion.embedded import fashion
 from lit_shortcut.losses import HeadKL, Loss, MaskedMSE
 from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.recording import RecordingTask
@@ -43,7 +44,7 @@ def measure() -> Table:
     with TemporaryDirectory() as scratch:
         exact = Path(scratch) / "float32"
         trainer = L.Trainer(**QUIET, callbacks=[TrajectoryWriter(exact, "float32")])
-        task = RecordingTask(fashion.base(), decoding=fashion.decoding())
+        task = RecordingTask(fashion("checkpoints/fashion"), decoding=decoding_of("fashion"))
         trainer.predict(task, datamodule=ClassLabels(NUM_IMAGES, SHARD, seed=1), return_predictions=False)
         errors, sizes = {}, {}
         for dtype in ("float32", "bfloat16", "int8"):

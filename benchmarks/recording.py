@@ -13,12 +13,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from benchmarks import fashion
+from benchmarks.decodings import decoding_of
 from benchmarks.table import Table
 from datamodules.conditions import ClassLabels
 from lit_shortcut.acceleration.accelerated import Vanilla
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, MaskedImageModel
+from lit_shortcut.fashion.embedded import fashion
 from lit_shortcut.metrics.latency import measure_latency
 from lit_shortcut.sampling import Decoding, generate
 from lit_shortcut.tasks.recording import RecordingTask
@@ -36,8 +37,8 @@ class _Sampling(RecordingTask):
 
 def measure() -> Table:
     """Predict the same images with and without recording, in turns, by the clock and by the processors' time."""
-    base = fashion.base()
-    sampling, recording = _Sampling(base, decoding=fashion.decoding()), RecordingTask(base, decoding=fashion.decoding())
+    base, decoding = fashion("checkpoints/fashion"), decoding_of("fashion")
+    sampling, recording = _Sampling(base, decoding=decoding), RecordingTask(base, decoding=decoding)
     wall: dict[str, float] = {}
     with TemporaryDirectory() as scratch:
         runs: dict[str, Callable[[], object]] = {PLAIN: partial(_predict, sampling)}

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from benchmarks.decodings import decoding_of
 from benchmarks.training import SIZES, Size
 from lit_shortcut.bases.dimoo import published as dimoo
 from lit_shortcut.bases.dimoo.toy import toy_dimoo
@@ -21,15 +22,6 @@ from lit_shortcut.sampling import Decoding
 
 Scale = Literal["published", "tiny"]
 _PROMPT = "A lighthouse on a cliff at dusk, a small boat below, oil on canvas"
-_DIMOO = Decoding(
-    64,
-    "cosine_left",
-    guidance=4.0,
-    guidance_course="constant",
-    confidence_noise=1.0,
-    noise_course="constant",
-    noise_dtype="bfloat16",
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,7 @@ def systems(scale: Scale) -> list[System]:
             "Lumina-DiMOO 1024×1024",
             lambda device: dimoo.random_weights(device=str(device)),
             partial(LLaDAShortcutNet, 4096),
-            _DIMOO,
+            decoding_of("dimoo"),
             {(64, 14): 4.0, (64, 11): 4.9, (64, 9): 5.8},
             batch_size=1,
             rounds=2,

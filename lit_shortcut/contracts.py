@@ -250,7 +250,14 @@ class ImageDecoder(Protocol):
         """Images, uint8 (B, 3, H, W), of codes ``tokens`` (B, L)."""
 
 
-class MaskedImageModel(BaseEnds, ImageDecoder, Protocol):
+class FeatureModel(BaseEnds, Protocol):
+    """What an acceleration runs or replaces: the expensive pass of a base, or what was recorded of it."""
+
+    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
+        """Features (G, B, S, C) of ``tokens`` (B, L): the expensive pass. Most bases ignore ``clock``."""
+
+
+class MaskedImageModel(FeatureModel, ImageDecoder, Protocol):
     """A frozen base: heavy ``features``, cheap ends in ``interface``.
 
     The first rows of its features are the image's, row by row: one for each token, or for a square of tokens, as
@@ -262,9 +269,6 @@ class MaskedImageModel(BaseEnds, ImageDecoder, Protocol):
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
         """Compute once per batch what ``features`` needs, with the unconditional branch if ``guided``."""
-
-    def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
-        """Features (G, B, S, C) of ``tokens`` (B, L): the expensive pass. Most bases ignore ``clock``."""
 
 
 @runtime_checkable
@@ -285,7 +289,7 @@ class Acceleration(Protocol):
     def identity(self) -> dict[str, Any]:
         """JSON values that determine the computed features: method, plan, weights."""
 
-    def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
+    def start(self, base: FeatureModel, context: Context, counts: Sequence[int]) -> FeatureFn:
         """Return a feature function for one batch; nothing outlives it.
 
         ``counts`` are the tokens committed at each of the N steps.

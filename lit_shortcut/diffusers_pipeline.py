@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_shortcut.acceleration.accelerated import Predictor, Vanilla
-from lit_shortcut.acceleration.shortcut import Precision, Shortcut
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases import amused
 from lit_shortcut.bases.meissonic import transformer as meissonic
 from lit_shortcut.contracts import Acceleration, Clock, Context, Control, FeatureFn, State, TokenSpec
@@ -18,7 +18,7 @@ from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
 from lit_shortcut.interface import TokenInterface
 from lit_shortcut.pictures import PlanName, row_of
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.weights import WeightsError, fingerprint
+from lit_shortcut.weights import Precision, WeightsError, fingerprint
 
 _INSTALLED = "_lit_shortcut"
 _SCHEDULES: dict[str, Schedule] = {"cosine": "cosine_each", "linear": "linear"}  # the scheduler's names, and ours
@@ -107,10 +107,6 @@ class _RunningBase:
         self.call: Callable[[], Any] = lambda: None
         self.output: Any = None
 
-    def identity(self) -> dict[str, Any]:
-        """Return class and fingerprint."""
-        return {"class": type(self.transformer).__name__, "fingerprint": self.fingerprint}
-
     def begin(self, height: int, width: int, device: torch.device) -> None:
         """Build the interface for a grid of ``height`` × ``width`` tokens."""
         make = meissonic.interface_of if _is_compact(self.transformer) else _amused_interface
@@ -132,14 +128,6 @@ class _RunningBase:
             handle.remove()
         rows = passed[-1]
         return rows.reshape(len(rows), -1, rows.shape[-1])[None]
-
-    def context(self, *args: Any, **kwargs: Any) -> Context:
-        """Return an empty context: the pipeline passes the conditions itself."""
-        return Context()
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Raise NotImplementedError: the pipeline decodes itself."""
-        raise NotImplementedError
 
 
 class _Installed:

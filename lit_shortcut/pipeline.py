@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.origin import CONFIG, BaseReference
-from lit_shortcut.acceleration.shortcut import Precision, Shortcut
+from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import MaskedImageModel
 from lit_shortcut.hub import at_revision
 from lit_shortcut.pictures import Drawing, PlanName, conditions_of, draw, row_of, to_pil
 from lit_shortcut.places import located
 from lit_shortcut.sampling import Decoding
-from lit_shortcut.weights import WeightsError
+from lit_shortcut.weights import Precision, WeightsError
 
 BASES = {
     "fashion": "lit_shortcut.fashion.embedded:fashion",

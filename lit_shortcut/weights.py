@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -18,9 +17,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lit_shortcut.files import replacing
+from lit_shortcut.invocation import command
 from lit_shortcut.places import located
 
 Module = TypeVar("Module", bound=nn.Module)
+
+Precision = Literal["bfloat16", "float16", "float32"]
+"""Dtypes that weights can be loaded in."""
 
 
 class WeightsError(ValueError):
@@ -192,8 +195,7 @@ def update_manifest(weights: Path, facts: dict[str, Any], manifest: Path | None 
     digest, before = hashlib.sha256(content).hexdigest(), entries.get(name, {})
     if before.get("sha256") == digest and not facts.get("metrics") and "metrics" in before:
         facts = facts | {"metrics": before["metrics"]}
-    command = " ".join(["lit-shortcut", *sys.argv[1:]])
-    entries[name] = {"bytes": len(content), "sha256": digest, "made_by": command} | facts
+    entries[name] = {"bytes": len(content), "sha256": digest, "made_by": command()} | facts
     with replacing(manifest) as aside:
         text = yaml.safe_dump(entries, sort_keys=True, allow_unicode=True, width=120)
         aside.write_text(text, encoding="utf-8")

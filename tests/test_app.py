@@ -22,7 +22,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 from lit_shortcut import load
-from lit_shortcut.acceleration.calibrated import PlanFile, Schedule
+from lit_shortcut.acceleration.calibrated import PlanFile, SearchedSteps
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.app import MOST_CHARACTERS, build, compare, serve
 from lit_shortcut.cli import main
@@ -99,7 +99,7 @@ def test_server_warms_up_within_the_budgets_of_a_calibrated_plan(
     shutil.copytree(CHECKPOINTS / "fashion" / "shortcut", tmp_path / "shortcut")
     shortcut, decoding = Shortcut.load(tmp_path / "shortcut"), classes.decoding
     counts = tokens_per_step(decoding.schedule, decoding.num_steps, classes.base.spec.num_tokens)
-    schedule = Schedule(counts=counts, trajectories=1, steps={"3": [0, 5, 9]}, kl={"3": 0.0})
+    schedule = SearchedSteps(counts=counts, trajectories=1, steps={"3": [0, 5, 9]}, kl={"3": 0.0})
     PlanFile(shortcut.identity(), classes.base.fingerprint, [schedule]).write(tmp_path / "shortcut" / "plan.json")
     serve(Pipeline(classes.base, decoding, Shortcut.load(tmp_path / "shortcut"), "calibrated", 3))
 

@@ -205,8 +205,12 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
         build(VQDecoder, vqvae=ANY, height=2, width=2),
         dict.fromkeys(("height", "width", "chunk"), (-1, 0, 1)),
     ),
-    (ToyBase, ToyBase, dict.fromkeys(("grid", "codebook_size", "num_classes"), (-1, 0, 1)) | {"width": (-1, 0, 4)}),
-    (CrossToyBase, CrossToyBase, dict.fromkeys(("grid", "codebook_size"), (-1, 0, 1)) | {"width": (-1, 0, 4)}),
+    (
+        ToyBase,
+        ToyBase,
+        dict.fromkeys(("grid", "num_classes"), (-1, 0, 1)) | {"codebook_size": (0, 1, 2), "width": (-1, 0, 4)},
+    ),
+    (CrossToyBase, CrossToyBase, {"grid": (-1, 0, 1), "codebook_size": (0, 1, 2), "width": (-1, 0, 4)}),
     (
         DiMOO,
         dimoo,

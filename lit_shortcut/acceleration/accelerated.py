@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
-from lit_shortcut.contracts import BaseEnds, Context, FeatureFn, MaskedImageModel, State
+from lit_shortcut.contracts import BaseEnds, Context, FeatureFn, FeatureModel, State
 
 
 class Past(NamedTuple):
@@ -64,7 +64,7 @@ class Plan(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """JSON values that determine its decisions, ``plan`` (its name) and ``budget`` among them."""
+        """JSON values that determine its decisions: ``plan``, its name, and ``budget``, if it has one, among them."""
 
     def require_base(self, base: BaseEnds) -> None:  # noqa: B027 - most plans know no base
         """Raise ValueError if it was made for another base."""
@@ -85,7 +85,7 @@ class Vanilla:
         """Name of the method."""
         return {"method": "vanilla"}
 
-    def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
+    def start(self, base: FeatureModel, context: Context, counts: Sequence[int]) -> FeatureFn:
         """Return the base's own features."""
         return lambda state: (base.features(state.tokens, context, state.clock), True)
 
@@ -109,7 +109,7 @@ class Accelerated(nn.Module):
         """Identities of predictor and plan together."""
         return self.predictor.identity() | self.plan.identity()
 
-    def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
+    def start(self, base: FeatureModel, context: Context, counts: Sequence[int]) -> FeatureFn:
         """Return features by plan.
 
         Raises:
@@ -142,7 +142,7 @@ def reads_features(method: object) -> TypeGuard[Accelerated]:
     return isinstance(method, Accelerated) and method.plan.reads_features
 
 
-def _refreshed(predicted: Tensor, is_full: Tensor, base: MaskedImageModel, context: Context, state: State) -> Tensor:
+def _refreshed(predicted: Tensor, is_full: Tensor, base: FeatureModel, context: Context, state: State) -> Tensor:
     """Return ``predicted`` (G, B, S, C) with the base's features for the samples marked by ``is_full`` (B,)."""
     index = is_full.nonzero()[:, 0]
     if not len(index):

@@ -18,7 +18,7 @@ from lit_shortcut.places import located
 
 
 @dataclass(frozen=True)
-class Schedule:
+class SearchedSteps:
     """Results of the search for one number of steps.
 
     Args:
@@ -50,7 +50,7 @@ class PlanFile:
 
     predictor: dict[str, Any]
     base_fingerprint: str
-    schedules: list[Schedule]
+    schedules: list[SearchedSteps]
 
     @classmethod
     def read(cls, path: Path) -> PlanFile:
@@ -61,7 +61,7 @@ class PlanFile:
         """
         try:
             content = json.loads(path.read_text())
-            return cls(**content | {"schedules": [Schedule(**one) for one in content["schedules"]]})
+            return cls(**content | {"schedules": [SearchedSteps(**one) for one in content["schedules"]]})
         except OSError as error:
             raise ValueError(f"{path}: not readable as a file of calibrated plans ({error.strerror})") from error
         except (ValueError, TypeError, KeyError) as error:

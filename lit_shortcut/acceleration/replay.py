@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from lit_shortcut.contracts import (
     Acceleration,
     BaseEnds,
     Clock,
-    Conditions,
     Context,
     Control,
     Prefix,
@@ -80,18 +79,6 @@ class Replay:
             prefix_sizes=() if prefix is None else _sizes(prefix),
             samples=torch.arange(batch, device=device).expand(branches, -1),
         )
-
-    def identity(self) -> dict[str, Any]:
-        """Fingerprint of the base."""
-        return {"base": self.fingerprint}
-
-    def context(self, conditions: Conditions, *, guided: bool) -> Context:
-        """Context of the recorded batch, for any ``conditions``."""
-        return self.recorded
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Raise NotImplementedError: a recorded set has no image decoder."""
-        raise NotImplementedError("recorded trajectories are replayed without an image decoder")
 
     def features(self, tokens: Tensor, context: Context, clock: Clock) -> Tensor:
         """Features (G, B, S, C) recorded at this step, for any ``tokens``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
@@ -31,6 +31,7 @@ from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
 from lit_shortcut.places import located
 from lit_shortcut.weights import (
+    Precision,
     WeightsError,
     build_module,
     fingerprint,
@@ -43,8 +44,6 @@ from lit_shortcut.weights import (
 from lit_shortcut.weights import identity as network_identity
 
 NETWORKS = (ShortcutNet, LLaDAShortcutNet)
-
-Precision = Literal["bfloat16", "float16", "float32"]
 
 
 class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["migm-shortcut"]):

@@ -14,7 +14,6 @@ from lit_shortcut.bases.frozen import seeded
 from lit_shortcut.bases.saved import (
     DIFFUSERS,
     TRANSFORMERS,
-    Precision,
     Variant,
     build,
     cast,
@@ -26,6 +25,7 @@ from lit_shortcut.bases.vq import decoder_of, load_vqvae, patch_size, random_vqv
 from lit_shortcut.contracts import Clock, Context, ImageDecoder, TokenSpec
 from lit_shortcut.hub import local_folder
 from lit_shortcut.interface import TokenInterface
+from lit_shortcut.weights import Precision
 
 Resolution = Literal[256, 512]
 

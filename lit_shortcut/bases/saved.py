@@ -16,7 +16,6 @@ from lit_shortcut.published import Names, fill
 from lit_shortcut.weights import WeightsError
 
 Variant = Literal["fp16"]
-Precision = Literal["bfloat16", "float16", "float32"]
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 """Beginnings of the names of weight files."""

@@ -31,7 +31,8 @@ class ToyBase(nn.Module):
         self, grid: int = 4, codebook_size: int = 8, num_classes: int = 10, width: int = 16, seed: int = 0
     ) -> None:
         super().__init__()
-        require_at_least(1, grid=grid, codebook_size=codebook_size, num_classes=num_classes, width=width)
+        require_at_least(1, grid=grid, num_classes=num_classes, width=width)
+        require_at_least(2, codebook_size=codebook_size)  # black and white
         self.spec = TokenSpec(
             num_tokens=grid * grid,
             sequence_length=grid * grid + 1,

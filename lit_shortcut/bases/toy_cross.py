@@ -47,7 +47,8 @@ class CrossToyBase(nn.Module):
         self, grid: int = 4, codebook_size: int = 8, width: int = 16, negative: str = "nothing", seed: int = 0
     ) -> None:
         super().__init__()
-        require_at_least(1, grid=grid, codebook_size=codebook_size, width=width)
+        require_at_least(1, grid=grid, width=width)
+        require_at_least(2, codebook_size=codebook_size)  # black and white
         num_tokens = grid * grid
         self.spec = TokenSpec(num_tokens, num_tokens, width, codebook_size, codebook_size, num_classes=0)
         self.grid, self.negative = grid, negative

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_shortcut.acceleration.accelerated import Accelerated, Predictor
-from lit_shortcut.acceleration.calibrated import PlanFile, Schedule
+from lit_shortcut.acceleration.calibrated import PlanFile, SearchedSteps
 from lit_shortcut.acceleration.calibration import Segments, best_plan, cost_of, threshold_for
 from lit_shortcut.acceleration.plans import Adaptive, even_steps
 from lit_shortcut.acceleration.replay import replayed
@@ -111,7 +111,7 @@ class PlanSearch(L.Callback):
         samples = int(sum_over_ranks(torch.tensor(float(self._samples), device=pl_module.device)))
         costs = {nodes: sum_over_ranks(cost) / samples for nodes, cost in self._segments.costs.items()}
         segments = self._segments._replace(costs=costs)
-        found = Schedule(counts=pl_module.counts, trajectories=samples, steps={}, kl={})
+        found = SearchedSteps(counts=pl_module.counts, trajectories=samples, steps={}, kl={})
         for budget in self.budgets:
             plan, even = best_plan(segments, budget), even_steps(segments.num_steps, budget)
             found.steps[str(budget)], found.kl[str(budget)] = plan.steps, plan.kl
@@ -126,7 +126,7 @@ class PlanSearch(L.Callback):
             file.write(self.path)
         self._segments, self._samples = None, 0
 
-    def _add_threshold(self, found: Schedule, budget: int, trainer: L.Trainer, pl_module: ShortcutTask) -> None:
+    def _add_threshold(self, found: SearchedSteps, budget: int, trainer: L.Trainer, pl_module: ShortcutTask) -> None:
         arguments: dict[str, Any] = {"per": self.adaptive, "max_gap": self.max_gap, "budget": budget}
 
         def mean_full_steps(threshold: float) -> float:

@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_shortcut.contracts import Acceleration, Clock, Conditions, Context, FeatureFn, MaskedImageModel, State
+from lit_shortcut.contracts import (
+    Acceleration,
+    Clock,
+    Conditions,
+    Context,
+    FeatureFn,
+    FeatureModel,
+    MaskedImageModel,
+    State,
+)
 from lit_shortcut.metrics.latency import synchronize
 
 _OUTSIDE = ("head", "token choice", "rest")
@@ -115,7 +124,7 @@ class TimedAcceleration:
         """Return the acceleration's identity."""
         return self.acceleration.identity()
 
-    def start(self, base: MaskedImageModel, context: Context, counts: Sequence[int]) -> FeatureFn:
+    def start(self, base: FeatureModel, context: Context, counts: Sequence[int]) -> FeatureFn:
         """Return the acceleration's feature function, timed."""
         feature_fn = self.acceleration.start(base, context, counts)
         self.laps.end("rest")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from lit_shortcut.report.provenance import command, commit, versions
+from lit_shortcut.invocation import command
+from lit_shortcut.report.provenance import commit, versions
 from lit_shortcut.report.table import dominated, within_best
 
 FEW_IMAGES = 5_000  # below this, a Fréchet distance depends visibly on their number

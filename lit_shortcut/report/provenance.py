@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from lit_shortcut.invocation import command
 
 _PACKAGES = ("lit-shortcut", "torch", "lightning", "torchmetrics", "torch-fidelity", "diffusers", "transformers")
 
@@ -21,11 +22,6 @@ def provenance() -> dict[str, str]:
 def versions() -> dict[str, str | None]:
     """Return the versions of Python and of the packages that figures depend on; None where one is not installed."""
     return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
-
-
-def command() -> str:
-    """Return the command line of this process."""
-    return " ".join(["lightning", *sys.argv[1:]])
 
 
 def commit(source: Path = Path(__file__)) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_shortcut.acceleration.accelerated import Accelerated, Predictor
-from lit_shortcut.acceleration.calibrated import Calibrated, CalibratedAdaptive, PlanFile, Schedule
+from lit_shortcut.acceleration.calibrated import Calibrated, CalibratedAdaptive, PlanFile, SearchedSteps
 from lit_shortcut.acceleration.calibration import Segments, best_plan, cost_of, threshold_for
 from lit_shortcut.acceleration.plans import Adaptive, Steps, even_steps
 from lit_shortcut.acceleration.predictors import Hold, Taylor
@@ -89,7 +89,7 @@ def test_threshold_makes_the_wanted_mean_number_of_full_steps(budget: int) -> No
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    schedule = Schedule(
+    schedule = SearchedSteps(
         counts=COUNTS,
         trajectories=5,
         steps={"2": [0, 4], "3": [0, 1, 4]},
@@ -128,7 +128,7 @@ def test_identity_changes_with_the_file(path: Path) -> None:
 
 
 def test_file_keeps_the_schedules_of_other_steps_for_the_same_predictor(path: Path) -> None:
-    other = Schedule(counts=[4, 5], trajectories=5, steps={"1": [0]}, kl={"1": 2.0})
+    other = SearchedSteps(counts=[4, 5], trajectories=5, steps={"1": [0]}, kl={"1": 2.0})
     PlanFile(Hold().identity(), "0123456789abcdef", [other]).write(path)
     assert [len(schedule.counts) for schedule in PlanFile.read(path).schedules] == [6, 2]
     PlanFile(Taylor(1).identity(), "0123456789abcdef", [other]).write(path)

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from lit_shortcut import load
-from lit_shortcut.acceleration.calibrated import PlanFile, Schedule
+from lit_shortcut.acceleration.calibrated import PlanFile, SearchedSteps
 from lit_shortcut.acceleration.card import write_card
 from lit_shortcut.acceleration.origin import BaseReference, Origin, read_config
 from lit_shortcut.acceleration.shortcut import Shortcut
@@ -164,7 +164,7 @@ def test_calibrated_plans_lie_beside_the_weights(base: MaskGIT, tmp_path: Path) 
     with pytest.raises(ValueError, match="no plan is named 'calibrated'"):
         row_of(shortcut, "calibrated", 2, decoding)
     counts = tokens_per_step(decoding.schedule, 5, base.spec.num_tokens)
-    schedule = Schedule(counts=counts, trajectories=1, steps={"2": [0, 3]}, kl={"2": 0.0})
+    schedule = SearchedSteps(counts=counts, trajectories=1, steps={"2": [0, 3]}, kl={"2": 0.0})
     PlanFile(shortcut.identity(), base.fingerprint, [schedule]).write(tmp_path / "plan.json")
     row = row_of(Shortcut.from_pretrained(tmp_path), "calibrated", 2, decoding)
     assert row.name == "shortcut_n5_b2_calibrated"

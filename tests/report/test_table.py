@@ -184,7 +184,7 @@ def test_json_holds_all_figures_and_no_nan(results: Results) -> None:
     assert "latency_ms" not in content["rows"][2]
     assert content["seeds"] == [0]
     assert {"python", "torch", "lightning"} <= content["versions"].keys()
-    assert content["command"].startswith("lightning")
+    assert content["command"].startswith("lit-shortcut")
 
 
 def test_cost_at_a_lighter_step_is_computed_for_rows_with_a_shortcut(table: pd.DataFrame) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from datamodules.conditions import ClassLabels
-from lit_shortcut.acceleration.calibrated import Calibrated, PlanFile, Schedule
+from lit_shortcut.acceleration.calibrated import Calibrated, PlanFile, SearchedSteps
 from lit_shortcut.acceleration.origin import Origin
 from lit_shortcut.acceleration.plans import Adaptive
 from lit_shortcut.acceleration.predictors import Hold, Taylor
@@ -281,7 +281,7 @@ def test_calibrated_plan_is_read_from_its_file_and_checked_once(
 ) -> None:
     shortcut, asked = Shortcut(ShortcutNet(width=16, num_heads=2)), list[str]()
     counts = tokens_per_step("arccos", 5, 16)
-    schedule = Schedule(counts=counts, trajectories=1, steps={"2": [0, 1]}, kl={"2": 1.0})
+    schedule = SearchedSteps(counts=counts, trajectories=1, steps={"2": [0, 1]}, kl={"2": 1.0})
     PlanFile(shortcut.identity(), ToyBase().fingerprint, [schedule]).write(tmp_path / "plan.json")
     identity = shortcut.identity
     monkeypatch.setattr(shortcut, "identity", lambda: asked.append("hash") or identity())

@@ -12,11 +12,11 @@ from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import SpecialTokens, TextTokenizer, Utf8Tokenizer
 from lit_shortcut.bases.prompted_llada import PromptedLLaDA
-from lit_shortcut.bases.saved import TRANSFORMERS, Precision, read_json, read_weights
+from lit_shortcut.bases.saved import TRANSFORMERS, read_json, read_weights
 from lit_shortcut.bases.vq import VQDecoder
 from lit_shortcut.hub import local_folder
 from lit_shortcut.published import Names, filled, unwrapped
-from lit_shortcut.weights import WeightsError
+from lit_shortcut.weights import Precision, WeightsError
 
 Base = TypeVar("Base", bound=PromptedLLaDA)
 

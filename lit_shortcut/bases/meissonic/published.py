@@ -14,7 +14,6 @@ from lit_shortcut.bases.meissonic.transformer import MeissonicTransformer
 from lit_shortcut.bases.saved import (
     DIFFUSERS,
     TRANSFORMERS,
-    Precision,
     Variant,
     file_patterns,
     read_json,
@@ -23,7 +22,7 @@ from lit_shortcut.bases.saved import (
 )
 from lit_shortcut.bases.vq import decoder_of, load_vqvae, random_vqvae
 from lit_shortcut.hub import local_folder
-from lit_shortcut.weights import WeightsError
+from lit_shortcut.weights import Precision, WeightsError
 
 Resolution = Literal[512, 1024]
 

@@ -12,9 +12,9 @@ from lit_shortcut.bases.dimoo.published import PATCH_SIZE, NoDecoder, as_random,
 from lit_shortcut.bases.mmada.adapter import MMaDA, MMaDATokens
 from lit_shortcut.bases.mmada.magvit import FILES as VQ_FILES
 from lit_shortcut.bases.mmada.magvit import load_magvit
-from lit_shortcut.bases.saved import Precision, read_json
+from lit_shortcut.bases.saved import read_json
 from lit_shortcut.hub import local_folder
-from lit_shortcut.weights import WeightsError
+from lit_shortcut.weights import Precision, WeightsError
 
 VOCAB_SIZE = 134_656  # 126,464 rows of LLaDA, 8,192 more; codes begin before the added rows
 FILES = ("config.json", "model*.safetensors*", "tokenizer*")
