@@ -24,7 +24,7 @@ from lit_shortcut.contracts import (
     TokenSpec,
 )
 from lit_shortcut.decoding.halton import halton_order, roll_order, rolled_starts
-from lit_shortcut.decoding.noise import bfloat16_gumbel, gumbel, uniform
+from lit_shortcut.decoding.noise import bfloat16_gumbel, gumbel, uniform, uniform_by_code
 from lit_shortcut.decoding.schedules import Schedule, tokens_per_step
 from lit_shortcut.decoding.temperature import TemperatureCourse
 from lit_shortcut.decoding.unmasking import Choice, largest_codes, sample_codes
@@ -322,7 +322,6 @@ def _draw(
     if (sharpness := decoding.sharpness_at(step)) != 1:
         logits = logits * sharpness
     if decoding.noise_dtype == "bfloat16":  # a value for each code: too many to make before the first step
-        of_codes = places[..., None] * logits.shape[-1] + torch.arange(logits.shape[-1], device=places.device)
-        uniforms = uniform(noise.seeds, 2 * step, of_codes.flatten(1)).view_as(of_codes)
+        uniforms = uniform_by_code(noise.seeds, 2 * step, places, logits.shape[-1])
         return largest_codes(logits, bfloat16_gumbel(uniforms))
     return sample_codes(logits, noise.codes[step].gather(1, places))

@@ -18,6 +18,7 @@ from lit_shortcut.contracts import MaskedImageModel
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 
 Mode = Literal["default", "reduce-overhead"]
+_MOST_GRAPHS = 128
 
 
 def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module], mode: Mode = "default") -> None:
@@ -36,9 +37,12 @@ def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module], mode:
         ValueError: if there is no compiler for the device, or a plan decides from features in graph mode.
     """
     methods = list(methods)
+    # dynamo counts the graphs of all networks of a class together, and gives up at 8
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     require_compiler(base.interface.code_embedding.device)
     if mode == "reduce-overhead":
         require_fixed_plans(methods)
+        torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None  # a graph for each step is meant
     finish = _kept if mode == "reduce-overhead" else _as_it_is
     base.features = finish(torch.compile(base.features, fullgraph=True, mode=mode))  # type: ignore[method-assign]
     for method in methods:
@@ -55,8 +59,16 @@ def require_compiler(device: torch.device) -> None:
     Raises:
         ValueError: naming the missing compiler.
     """
-    if device.type == "cuda" and not has_triton():
-        raise ValueError("compiled: true needs the package triton on a GPU, and it was not found; set compiled: false")
+    if device.type == "cuda":
+        if not has_triton():
+            raise ValueError(
+                "compiled: true needs the package triton on a GPU, and it was not found; set compiled: false"
+            )
+        if not any(map(shutil.which, [os.environ.get("CC", "gcc"), "clang"])):
+            raise ValueError(
+                "compiled: true needs a C compiler on a GPU, for triton, and neither gcc nor clang was found; set "
+                "compiled: false, or CC to the name of a compiler"
+            )
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and not shutil.which(compiler.split()[0]):
         raise ValueError(

@@ -75,8 +75,8 @@ class EncodedTransition(NamedTuple):
         else:
             # in bfloat16 the scale would be off by up to 0.4 %, and each guided value rounded once more
             by_branch = by_branch.to(torch.promote_types(by_branch.dtype, torch.float32))
-            scale, num_tokens = self.guidance[..., None, None].to(by_branch), self.others.is_masked.shape[-1]
-            features = guide_rows(by_branch, scale, num_tokens)
+            scale = self.guidance[..., None, None].to(by_branch, non_blocking=True)
+            features = guide_rows(by_branch, scale, self.others.is_masked.shape[-1])
         return self.others._replace(features=features[:, 0], targets=features[:, 1:])
 
 
@@ -104,7 +104,8 @@ def select(
         prefix = prefix._replace(control=prefix.control[:, : int(prefix.num_control.max())])
         features = features[..., : frame + int(prefix.lengths.max()), :]
     branches = branch[:, None] if guidance is None else torch.arange(features.shape[1], device=step.device)
-    features = features[row[:, None, None], branches[..., None], steps[:, None]]
+    at = torch.stack(torch.broadcast_tensors(row[:, None, None], branches[..., None], steps[:, None]))
+    features = features[at.to(features.device, non_blocking=True).unbind()]  # indices on the CPU would each wait for it
     if prefix is not None:
         is_real = torch.arange(features.shape[-2], device=step.device) < frame + prefix.lengths.to(step.device)[:, None]
         is_real = is_real[:, None, None, :, None].to(features.device)

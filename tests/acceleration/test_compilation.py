@@ -45,11 +45,26 @@ def test_base_and_shortcut_of_every_kind_are_captured_whole(name: str, mode: com
     method = Accelerated(Even(2), Shortcut(case.make_network()))
     expected = generate(base, conditions, DECODING, method).tokens
     compile_networks(base, [method], mode)
-    for _ in range(2):
-        assert torch.equal(generate(base, conditions, DECODING, method).tokens, expected)
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] >= 2  # base and network
+    assert torch.equal(generate(base, conditions, DECODING, method).tokens, expected)
+    assert (graphs := counters["stats"]["unique_graphs"]) >= 2  # base and network
+    generate(base, conditions._replace(seeds=conditions.seeds + 50), DECODING, method)
+    assert counters["stats"]["unique_graphs"] == graphs  # those of the first batch serve all
     assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("eager_backend")
+def test_several_networks_run_at_several_batch_sizes() -> None:
+    names = ["maskgit", "masked rows", "guided"]
+    base = CASES["maskgit"].make_base()
+    methods = [Accelerated(Even(2), Shortcut(CASES[name].make_network())) for name in names]
+    decoding = Decoding(num_steps=8)
+    expected = [generate(base, CASES["maskgit"].conditions(2), decoding, method).tokens for method in methods]
+    compile_networks(base, methods)
+    for count in (2, 3, 1):
+        for method, tokens in zip(methods, expected, strict=True):
+            drawn = generate(base, CASES["maskgit"].conditions(count), decoding, method).tokens
+            assert torch.equal(drawn[:2], tokens[:count])
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs the compiler g++ on CPUs")
@@ -90,6 +105,10 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         compile_networks(ToyBase(), [])
     monkeypatch.setattr(compilation, "has_triton", lambda: False)
     with pytest.raises(ValueError, match=r"compiled: true.*triton"):
+        require_compiler(torch.device("cuda"))
+    monkeypatch.setattr(compilation, "has_triton", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"compiled: true.*a C compiler on a GPU.*gcc nor clang"):
         require_compiler(torch.device("cuda"))
 
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_shortcut.decoding import noise
-from lit_shortcut.decoding.noise import bfloat16_gumbel, gumbel, uniform
+from lit_shortcut.decoding.noise import bfloat16_gumbel, gumbel, uniform, uniform_by_code
 
 ALL_BITS = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -70,6 +73,44 @@ def test_gumbel_noise_in_bfloat16_ends_where_its_numbers_do() -> None:
     assert bool((found[values > 511 / 512] == found.min()).all())  # rounded to 1, which CUDA gives as 0
     middle = (0.01 < values) & (values < 0.9)
     torch.testing.assert_close(found[middle].float(), gumbel(values[middle]), atol=0.05, rtol=0.05)
+
+
+def test_values_by_code_are_uniform_and_independent() -> None:
+    places = torch.arange(64).expand(8, -1)
+    values = uniform_by_code(torch.arange(8), 3, places, 1024).double()
+    assert values.shape == (8, 64, 1024)
+    assert stats.kstest(values.flatten().numpy(), "uniform").pvalue > 1e-3
+    centred = values - 0.5
+    for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(1, 2), centred.roll((1, 7), (1, 2))):
+        assert abs(float((centred * shifted).mean())) < 5 / 12 / centred.numel() ** 0.5
+    of_rows, of_codes = values.mean((0, 1)), values.mean(2)
+    assert float((of_rows - 0.5).abs().max()) < 5 / (12 * 8 * 64) ** 0.5
+    assert float((of_codes - 0.5).abs().max()) < 5 / (12 * 1024) ** 0.5
+
+
+def test_values_by_code_belong_to_seed_stream_and_place() -> None:
+    seeds, places = torch.tensor([3, -7, 2**62]), torch.tensor([[0, 5, 4095], [5, 0, 1], [9, 8, 7]])
+    together = uniform_by_code(seeds, 4, places, 16)
+    assert torch.equal(uniform_by_code(seeds[1:2], 4, places[1:2, :2], 16), together[1:2, :2])
+    assert not torch.equal(uniform_by_code(seeds, 5, places, 16), together)
+    assert not torch.equal(together[0, 0], together[1, 1])  # the same place, another seed
+    assert not torch.equal(together[0, 0], together[0, 1])
+
+
+def test_values_by_code_are_made_in_32_bits() -> None:
+    made: list[torch.dtype] = []
+
+    class Large(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, Tensor) and found.numel() == 4 * 64 * 512 and not func._schema.is_mutable:
+                made.append(found.dtype)
+            return found
+
+    with Large():
+        uniform_by_code(torch.arange(4), 0, torch.arange(64).expand(4, -1), 512)
+    assert len(made) == 6  # four shifts, the sum and the float
+    assert all(dtype.itemsize == 4 for dtype in made)
 
 
 @pytest.mark.parametrize(("seeds", "positions"), [(1, 400_000), (400_000, 1), (2000, 200)])

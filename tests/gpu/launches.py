@@ -48,6 +48,7 @@ class Launches(TorchDispatchMode):
         crosses = func is aten._to_copy.default and isinstance(args[0], Tensor) and args[0].device != result.device
         crosses |= func is aten.copy_.default and args[0].device != args[1].device
         by_mask = func in _INDEXED and any(index is not None and index.dtype == torch.bool for index in args[1])
+        crosses |= func in _INDEXED and any(index is not None and index.device != args[0].device for index in args[1])
         if func in _READS or crosses or by_mask:  # how many a mask chooses is a value, too
             self.reads[str(func)] += 1
         if not func.is_view and func not in _FREE:

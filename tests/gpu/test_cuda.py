@@ -98,10 +98,13 @@ def test_replayed_graphs_draw_the_same_tokens_batch_after_batch(name: str) -> No
     for _ in range(3):  # graphs are recorded in the first rounds and replayed in the last
         for batch, tokens in zip(batches, expected, strict=True):
             assert torch.equal(generate(base, batch, GREEDY, method).tokens, tokens)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 def test_more_steps_take_no_more_memory_than_their_noise() -> None:
-    base, network, conditions = on_cuda("maskgit")
+    base, network, _ = on_cuda("maskgit")
+    conditions: Conditions = move_data_to_device(CASES["maskgit"].conditions(512), CUDA)
+    features = 4 * 2 * 512 * base.interface.num_rows * base.spec.width  # bytes of one step, of both branches
 
     def peak(num_steps: int) -> int:
         torch.cuda.synchronize()
@@ -112,7 +115,7 @@ def test_more_steps_take_no_more_memory_than_their_noise() -> None:
 
     peak(4)
     noise = 2 * 4 * len(conditions.ids) * base.spec.num_tokens * 6  # bytes of six more steps
-    assert peak(10) <= peak(4) + noise + 64 * 1024  # blocks are rounded up
+    assert peak(10) <= peak(4) + noise + features // 2  # blocks are rounded up
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -226,6 +226,17 @@ def windows(name: str) -> Transition:
     return select(trajectories(name), places, window, gaps, guidance)
 
 
+@pytest.mark.parametrize("name", ["maskgit", "guided"])
+def test_windows_of_a_pool_on_the_device_are_taken_by_indices_on_the_device(name: str) -> None:
+    pool = trajectories(name)
+    pool = pool._replace(features=pool.features.to(META))
+    guidance = DECODINGS["default"].guidance_by_step if name == "guided" else None
+    with Launches() as launches:
+        batch = select(pool, [(0, 0, 0), (1, 0, 1)], guidance=guidance)
+    assert batch.features.device.type == META
+    assert not launches.reads["aten.index.Tensor"]  # an index on the host waits for all that the device has to do
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_of_training_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two predictions in a row, all losses, backward, and an optimiser's step.
