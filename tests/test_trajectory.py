@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from webdataset import WebDataset
+from webdataset import TarWriter, WebDataset
 from xxhash import xxh3_64
 
 from datamodules.windows import Order, WindowReader
@@ -91,6 +91,19 @@ def decoded(sample: dict[str, Any], step: str, encoding: str) -> Tensor:
     if encoding == "int8":
         return found * torch.from_numpy(sample[f"{step}.scales.npy"])[:, None]
     return found.view(torch.bfloat16) if encoding == "bfloat16" else found
+
+
+@pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
+def test_shards_are_the_bytes_that_webdataset_would_write(tmp_path: Path, encoding: str) -> None:
+    write_set(tmp_path, encoding=encoding)
+    shard = tmp_path / "shard-000000.tar"
+    with tarfile.open(shard) as tar, TarWriter(str(tmp_path / "own.tar"), "", "", 0o644, mtime=0, encoder=False) as own:
+        for member in tar:
+            key, _, ending = member.name.partition(".")
+            content = tar.extractfile(member)
+            assert content is not None
+            own.write({"__key__": key, ending: content.read()})
+    assert (tmp_path / "own.tar").read_bytes() == shard.read_bytes()
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # WebDataset leaves them to the collector

@@ -24,7 +24,7 @@ from lit_shortcut.sampling import Decoding
 from lit_shortcut.trajectory import Card, TrajectoryError, read_shard
 from lit_shortcut.trajectory.index import finished_shards
 from lit_shortcut.trajectory.interface_file import load_interface
-from lit_shortcut.trajectory.writing import _Hashing
+from lit_shortcut.trajectory.writing import _Tar
 from tests.tiny_trajectories import SPEC, interface, trajectories
 
 TRIALS = ("fast_dev_run", "limit_predict_batches")
@@ -197,17 +197,17 @@ def test_full_disk_ends_the_run_and_leaves_what_was_written_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = predict(tmp_path / "whole", num_images=30) and contents(tmp_path / "whole")
-    write, written = _Hashing.write, []
+    write, written = _Tar._write, []
 
-    def full(self: _Hashing, content: bytes) -> int:
+    def full(self: _Tar, content: bytes) -> None:
         written.append(len(content))
         if sum(written) > 120_000:
             raise OSError(28, "No space left on device")
-        return write(self, content)
+        write(self, content)
 
     module = Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr(_Hashing, "write", full)
+        patch.setattr(_Tar, "_write", full)
         with pytest.raises(OSError, match=r"shard-\d+\.tar: cannot be written \(No space left on device\)"):
             predict(tmp_path / "set", module, num_images=30)
     assert module.batches < 10  # it did not go on to the end
