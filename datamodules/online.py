@@ -24,6 +24,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least, require_in_steps
 from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel, Trajectories, Transition
 from lit_shortcut.interface import TokenInterface
+from lit_shortcut.precision import sampling_precision
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.recording import card_of, record
 from lit_shortcut.tasks.shortcut import ShortcutTask
@@ -94,8 +95,9 @@ class OnlineDataModule(TransitionDataModule):
     run generates only the pool it stopped in again. Epoch 0 has the images that ``predict`` records of ``conditions``;
     every later epoch has new ones. Images that do not fill a pool, and windows that do not fill a batch, are dropped.
 
-    The base runs in the trainer's process, on its device and in its precision, as under ``predict``. Training waits
-    meanwhile: both need the same device, so overlapping them would gain nothing. The pool takes pool_images × G × N × S
+    The base runs in the trainer's process, on its device, in the precision that it is recorded and tested in:
+    ``bf16-true`` where training is in ``bf16-mixed``. Training waits meanwhile: both need the same device, so
+    overlapping them would gain nothing. The pool takes pool_images × G × N × S
     × C × bytes per value, 0.8 GB for 16 images of MaskGIT at 512×512 in bfloat16, and twice that while the next one is
     generated. If it fits within ``device_memory_gb``, features stay on the device and batches are made there; otherwise
     they are kept in the host's memory.
@@ -178,7 +180,7 @@ class OnlineDataModule(TransitionDataModule):
             self.decoding,
             self.conditions,
             encoding=self.dtype,
-            precision=str(self.trainer.precision) if self.trainer else "32-true",
+            precision=str(sampling_precision(self.trainer).precision) if self.trainer else "32-true",
             base_identity=self.base.identity(),
         )
 
@@ -243,7 +245,7 @@ class OnlineDataModule(TransitionDataModule):
         assert isinstance(self.base, nn.Module)
         device, precision = torch.device("cpu"), None
         if self.trainer:
-            device, precision = self.trainer.strategy.root_device, self.trainer.precision_plugin
+            device, precision = self.trainer.strategy.root_device, sampling_precision(self.trainer)
             precision.convert_module(self.base)
         self.base.to(device)
         with precision.predict_step_context() if precision else nullcontext():
