@@ -133,7 +133,7 @@ class TokenInterface(nn.Module):
         """
         if self.row_offsets is None:
             raise ValueError("rows of this base's features have no places in a sequence")
-        offsets, prompt_lengths = self.row_offsets, prompt_lengths.to(self.row_offsets.device)
+        offsets, prompt_lengths = self.row_offsets, prompt_lengths.to(self.row_offsets.device, non_blocking=True)
         prompt = torch.arange(num_rows - len(offsets), device=offsets.device).expand(len(prompt_lengths), -1)
         places = torch.cat([prompt_lengths[:, None] + offsets, prompt], dim=1)
         rows = torch.arange(num_rows, device=offsets.device)

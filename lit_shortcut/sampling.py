@@ -258,7 +258,7 @@ def _noise_of_all_steps(seeds: Tensor, decoding: Decoding, num_tokens: int) -> _
     scales = [decoding.noise_at(step) for step in range(decoding.num_steps)]
     if decoding.order != "confidence" or not any(scales):
         return _Noise(codes, None, seeds)
-    scale = torch.tensor(scales, dtype=torch.float32, device=seeds.device)[:, None, None]
+    scale = torch.tensor(scales, dtype=torch.float32).to(seeds.device, non_blocking=True)[:, None, None]
     uniforms = uniform(seeds, 2 * steps + 1, places)
     of_confidences = bfloat16_gumbel(uniforms).float() if decoding.noise_dtype == "bfloat16" else gumbel(uniforms)
     return _Noise(codes, of_confidences * scale, seeds)
@@ -268,14 +268,15 @@ def _masked_shares(counts: list[int], seeds: Tensor) -> Tensor:
     """Return the share of tokens masked before each step, the same for all samples: (N, B)."""
     total = sum(counts)
     shares = [(total - known) / total for known in accumulate([0, *counts[:-1]])]
-    return torch.tensor(shares, dtype=torch.float32, device=seeds.device)[:, None].expand(-1, len(seeds))
+    on_device = torch.tensor(shares, dtype=torch.float32).to(seeds.device, non_blocking=True)
+    return on_device[:, None].expand(-1, len(seeds))
 
 
 def _first_places(spec: TokenSpec, order: Order, seeds: Tensor) -> Tensor:
     """Return all places (B, L) in the order of their commitment, or row by row if confidence decides."""
     if order == "confidence":
         return torch.arange(spec.num_tokens, device=seeds.device).expand(len(seeds), -1)
-    places = halton_order(*spec.grid).to(seeds.device)
+    places = halton_order(*spec.grid).to(seeds.device, non_blocking=True)
     if order == "halton":
         return places.expand(len(seeds), -1)
     return roll_order(places, rolled_starts(seeds, len(places)))

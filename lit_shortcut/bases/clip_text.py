@@ -189,7 +189,7 @@ class CLIPText(nn.Module):
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Hidden states and pooled state of ``texts``, each cut or padded to the length that the model takes."""
         length = self.model.config.max_position_embeddings
-        ids = self.tokenizer.ids(texts, length).to(self.model.device)
+        ids = self.tokenizer.ids(texts, length).to(self.model.device, non_blocking=True)
         output = self.model(ids, output_hidden_states=True)
         return Encoded(output.hidden_states[-2], output.text_embeds)
 
@@ -260,8 +260,9 @@ class EncodedBase(FrozenBase):
         states, pooled = self.text_encoder.encode([*prompts, self.negative] if guided else prompts)
         count, height, width = len(prompts), *self.size
         branches = [slice(0, count)] + ([slice(count, None)] if guided else [])
+        sizes = torch.tensor([width, height, 0, 0, 6], dtype=states.dtype).to(states.device, non_blocking=True)
         return EncodedContext(
             states=torch.stack([states[branch].expand(count, -1, -1) for branch in branches]),
             pooled=torch.stack([pooled[branch].expand(count, -1) for branch in branches]),
-            micro_conds=states.new_tensor([width, height, 0, 0, 6]).expand(len(branches), count, -1),
+            micro_conds=sizes.expand(len(branches), count, -1),
         )

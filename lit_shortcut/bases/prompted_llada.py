@@ -158,7 +158,7 @@ class PromptedLLaDA(FrozenBase, ABC):
         longest = max(max(branch) for branch in lengths)
         padded = [[ids + [0] * (longest - len(ids)) for ids in branch] for branch in texts]
         num_control = [lengths[0], *([0] * len(branch) for branch in lengths[1:])]
-        ids = torch.tensor(padded, device=self.frame_ids.device)
+        ids = torch.tensor(padded).to(self.frame_ids.device, non_blocking=True)
         num_rows = self.spec.num_tokens + len(self.frame_ids) + longest
         places, is_real = self.interface.row_places(torch.tensor(lengths).flatten(), num_rows)
         cos, sin = (part.unflatten(0, ids.shape[:2]) for part in self.transformer.rotation(places))

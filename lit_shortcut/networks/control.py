@@ -79,11 +79,11 @@ def lay_out(network: ShortcutNetwork, interface: TokenInterface, prefix: Prefix,
     assert interface.row_offsets is not None  # of a base with prefixes
     rows, row_is_real = interface.row_places(prefix.lengths, len(interface.row_offsets) + size.longest)
     uses_prefix = network.options.uses_prefix
-    tokens = prefix.control[:, : size.longest_control if uses_prefix else 0].to(rows.device)
+    tokens = prefix.control[:, : size.longest_control if uses_prefix else 0].to(rows.device, non_blocking=True)
     places = torch.arange(tokens.shape[1], device=rows.device)[None]
     is_real = None
     if size.is_padded and uses_prefix:
-        is_real = places < prefix.num_control.to(rows.device)[:, None]
+        is_real = places < prefix.num_control.to(rows.device, non_blocking=True)[:, None]
     control_places = Places(control=network.encode_places(places).expand(len(rows), -1, -1))
     return Layout(
         network.encode_places(rows),

@@ -21,13 +21,15 @@ _INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 class Launches(TorchDispatchMode):
     """Operations that start something on a device, views apart, and those that wait for it.
 
-    ``counts`` are by operation; ``reads`` are values read back and copies between devices.
+    ``counts`` are by operation; ``reads`` are values read back and copies between devices, ``waits`` those of them that
+    the host waits for.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
 
     @property
     def total(self) -> int:
@@ -51,6 +53,7 @@ class Launches(TorchDispatchMode):
         crosses |= func in _INDEXED and any(index is not None and index.device != args[0].device for index in args[1])
         if func in _READS or crosses or by_mask:  # how many a mask chooses is a value, too
             self.reads[str(func)] += 1
+            self.waits[str(func)] += not kwargs.get("non_blocking", False)
         if not func.is_view and func not in _FREE:
             self.counts[str(func)] += 1
         return result

@@ -125,6 +125,16 @@ def test_the_loop_waits_for_nothing_and_copies_nothing_from_the_host(
             assert not launches_of(lambda: next(run)).reads
 
 
+@pytest.mark.parametrize("decoding", ["default", "halton"])
+@pytest.mark.parametrize("name", sorted({*CASES} - {"cross toy"}))  # whose encoder is a toy
+def test_a_batch_begins_without_waiting_for_the_one_before(
+    name: str, decoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake(name, monkeypatch) as on:
+        run = sample(on.base, on.conditions, DECODINGS[decoding], accelerations(on.network)["shortcut"])
+        assert not +launches_of(lambda: next(run)).waits
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_recording_waits_for_nothing_and_images_are_decoded_on_the_device(
     name: str, monkeypatch: pytest.MonkeyPatch
