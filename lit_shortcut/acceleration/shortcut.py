@@ -256,12 +256,12 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
                 anchor = step
                 since.clear()
             since.append(state.control)
-            return features, _joined(since), torch.full_like(state.masked_share[:1], state.clock.step - step)
+            return features, _joined(since), torch.full_like(state.masked_share, state.clock.step - step)
 
         def following(
             features: Tensor, control: Control, state: State, gap: Tensor | None, layout: Layout | None
         ) -> Tensor:
-            share, masked = state.masked_share[:1], state.masked  # the share is that of all samples
+            share, masked = state.masked_share, state.masked
             predicted = advance(network, interface, features.to(dtype), control, share, layout, masked=masked, gap=gap)
             return predicted.to(features.dtype)
 
@@ -278,7 +278,10 @@ class Shortcut(nn.Module, ModelHubMixin, library_name="lit-shortcut", tags=["mig
                     predicted.append(pad(own, (0, 0, 0, num_rows - own.shape[1])))
                 return torch.stack(predicted).expand(branches, -1, -1, -1)
             if passes > 1:
-                control, state = _repeated(control, passes), state._replace(masked=state.masked.repeat(passes, 1))
+                control = _repeated(control, passes)
+                share, masked = state.masked_share.repeat(passes), state.masked.repeat(passes, 1)
+                state = state._replace(masked_share=share, masked=masked)
+                gap = None if gap is None else gap.repeat(passes)
             together = following(features.flatten(0, 1), control, state, gap, None)
             return together.unflatten(0, (passes, -1)).expand(branches, -1, -1, -1)
 

@@ -53,11 +53,11 @@ def advance(
         interface: interface of the base.
         features: (B, S, C), in the network's dtype.
         control: (B, K), tokens committed since.
-        masked_share: (B,) or (1,) r, before the predicted step.
+        masked_share: (B,) r, before the predicted step.
         layout: layout of the samples' prefixes, if there are any.
         masked: places still masked, for a network that predicts only those: (B, M), or a mask (B, L) if their numbers
             differ between samples.
-        gap: (B,) or (1,) steps between ``features`` and the prediction, for an anchored network.
+        gap: (B,) steps between ``features`` and the prediction, for an anchored network.
     """
     options = network.options
     embedded = embed_control(interface, control, layout)

@@ -136,12 +136,11 @@ class ShortcutNetwork(nn.Module, ABC):
         Args:
             features: (B, S, C) of the present step, or of the last full step for an anchored network.
             control: (B, K, C), embeddings of the control tokens: those of a prefix, then those committed since.
-            masked_share: (B,) r, share of image tokens still masked before the predicted step, or (1,) if it is that of
-                all samples.
+            masked_share: (B,) r, share of image tokens still masked before the predicted step.
             is_real: (B, K), false where ``control`` is padding.
             places: places of ``features`` and ``control``, where the network uses them.
             rows: rows to predict; the others stay the same.
-            gap: (B,) or (1,) steps from ``features`` to the prediction, for an anchored network.
+            gap: (B,) steps from ``features`` to the prediction, for an anchored network.
 
         Raises:
             ValueError: if an anchored network has no gap, or one with a reach or states no places.
