@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lit_shortcut.tasks.resuming import prefer, set_in_yaml, store
+from lit_shortcut.tasks.resuming import prefer, store, yaml_settings
 from lit_shortcut.weights import WeightsError, identity
 
 
@@ -49,7 +49,7 @@ class OptimizedTask(L.LightningModule):
             ValueError: if the schedule is shorter than the run, or cannot be made.
         """
         optimizer, scheduler = self._optimizer_and_scheduler()
-        self._settings = set_in_yaml(optimizer, scheduler)
+        self._settings = yaml_settings(optimizer, scheduler)
         if scheduler is None:
             return optimizer
         total = getattr(scheduler, "total_steps", None)

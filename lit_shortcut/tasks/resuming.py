@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 _KEY = "settings"  # of a checkpoint
 
 
-def set_in_yaml(optimizer: Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:
+def yaml_settings(optimizer: Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:
     """Return the YAML's settings of a new ``optimizer`` and its ``scheduler``, before their first step."""
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     return {
@@ -37,7 +37,7 @@ def prefer(optimizer: Optimizer, scheduler: LRScheduler | None, checkpoint: dict
     Raises:
         ValueError: if the optimiser or the schedule is of another class.
     """
-    earlier, settings = checkpoint.get(_KEY), set_in_yaml(optimizer, scheduler)
+    earlier, settings = checkpoint.get(_KEY), yaml_settings(optimizer, scheduler)
     if earlier is None:
         return
     for name in ("optimizer", "scheduler"):

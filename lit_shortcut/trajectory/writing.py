@@ -45,8 +45,8 @@ def write_shard(folder: Path, index: int, trajectories: Trajectories, card: Card
             samples[key] = {}
             try:
                 for ending, header, content in _members(trajectories, row, card):
-                    tar.add(f"{key}.{ending}", header, content)
-                    samples[key][ending] = (tar.content_end - len(content), len(content), checksum(content))
+                    end = tar.add(f"{key}.{ending}", header, content)
+                    samples[key][ending] = (end - len(content), len(content), checksum(content))
             except ValueError as error:
                 raise TrajectoryError(f"{path}: sample {key}: {error}") from error
         tar.finish()
@@ -125,20 +125,21 @@ class _Tar:
     """Archive in ``file`` whose bytes are counted and hashed (xxh3_64).
 
     The bytes are those of WebDataset's ``TarWriter``, which hands them on in pieces of 10 KB: features by the gigabyte
-    took half as long again. ``content_end`` is where the last member's content ends.
+    took half as long again.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self.size, self.content_end, self.digest = file, 0, 0, xxh3_64()
+        self._file, self.size, self.digest = file, 0, xxh3_64()
 
-    def add(self, name: str, *parts: bytes) -> None:
-        """Add a member ``name`` with the content ``parts``."""
+    def add(self, name: str, *parts: bytes) -> int:
+        """Add a member ``name`` with the content ``parts``; return where that ends."""
         info = tarfile.TarInfo(name)
         info.size = sum(map(len, parts))
         for part in (info.tobuf(tarfile.USTAR_FORMAT), *parts):
             self._write(part)
-        self.content_end = self.size
-        self._write(bytes(-self.size % tarfile.BLOCKSIZE))
+        end = self.size
+        self._write(bytes(-end % tarfile.BLOCKSIZE))
+        return end
 
     def finish(self) -> None:
         """Write the end of the archive."""

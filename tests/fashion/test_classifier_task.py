@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
@@ -13,14 +12,7 @@ from torch.utils.data import DataLoader
 from lit_shortcut.fashion.classifier import ClassifierTask, FashionCNN
 from lit_shortcut.images import LabelledImages
 from lit_shortcut.weights import load_module
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+from tests.tasks.short_runs import QUIET
 
 
 def halves(count: int, seed: int) -> LabelledImages:

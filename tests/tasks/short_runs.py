@@ -7,6 +7,15 @@ from typing import Any
 
 import lightning as L
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Arguments of a trainer that keeps nothing."""
+
 
 def short_trainer(folder: Path, **settings: Any) -> L.Trainer:
     """A trainer of one epoch that works in ``folder``."""

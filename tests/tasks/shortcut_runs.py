@@ -17,16 +17,10 @@ from lit_shortcut.networks.shortcut import ShortcutNet
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import read_shard
 from lit_shortcut.trajectory.transitions import concatenated, select
+from tests.tasks import short_runs
 from tests.tiny_trajectories import SPEC, card
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+QUIET = short_runs.QUIET | {"num_sanity_val_steps": 0}
 
 
 def network(seed: int | None = None) -> ShortcutNet:
