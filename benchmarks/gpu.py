@@ -11,8 +11,8 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,20 +25,27 @@ from torch import nn
 from benchmarks.recording import PLAIN, time_recording
 from benchmarks.systems import Scale, System, systems
 from benchmarks.table import Table
-from benchmarks.training import Size, Trained, random_pairs, task_of
-from datamodules.conditions import ClassLabels
+from benchmarks.training import Trained
+from datamodules.conditions import ClassLabels, InTurn
+from datamodules.prompts import Prompts
 from lit_shortcut.acceleration.accelerated import Accelerated, Past, Vanilla
 from lit_shortcut.acceleration.plans import Even
+from lit_shortcut.acceleration.replay import RecordedEnds
 from lit_shortcut.acceleration.shortcut import Shortcut
-from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel
+from lit_shortcut.contracts import Acceleration, Conditions, MaskedImageModel, Trajectories
 from lit_shortcut.files import replacing
+from lit_shortcut.losses import MaskedMSE
 from lit_shortcut.metrics.latency import device_name, measure_latency
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.precision import has_native_bfloat16
 from lit_shortcut.sampling import generate, sample
+from lit_shortcut.tasks.recording import record
+from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.trajectory.transitions import select
 
 _BASE, _SHORTCUT = "base", "shortcut"
-_LARGEST_BATCH = 64  # times the batch size of the training
+_LARGEST_BATCH = 512  # pairs
+_TRAINED_ON = 8  # images at most
 
 
 def main(scale: Scale = "published", folder: Path = Path("benchmarks/results")) -> None:
@@ -65,7 +72,7 @@ def main(scale: Scale = "published", folder: Path = Path("benchmarks/results")) 
 
 
 def measure(system: System, device: torch.device, dtype: torch.dtype) -> Iterator[Table]:
-    """Tables of one system: decoding, then what else it says is to be measured."""
+    """Tables of one system: decoding, recording and training."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     base, network = system.base(device), system.network().eval().requires_grad_(False)
@@ -74,12 +81,15 @@ def measure(system: System, device: torch.device, dtype: torch.dtype) -> Iterato
     network.to(device, dtype)
     peak = partial(torch.cuda.max_memory_allocated, device) if device.type == "cuda" else None
     yield decoding_table(system, base, network, device, peak)
-    if system.num_recorded:
-        precision = "bf16-true" if dtype == torch.bfloat16 else "32-true"
-        yield recording_table(system, base, device, precision)
-    del base, network
-    if system.training is not None:
-        yield training_table(system.name, system.training, device, dtype)
+    precision = "bf16-true" if dtype == torch.bfloat16 else "32-true"
+    yield recording_table(system, base, device, precision)
+    asked: Conditions = move_data_to_device(system.conditions(min(_TRAINED_ON, system.num_recorded)), device)
+    with torch.inference_mode():
+        trajectories = record(base, asked, system.decoding.at(system.recorded_steps))
+    task = ShortcutTask(system.network(), losses={"mse": MaskedMSE(rows=system.loss_rows)})
+    task.use(RecordedEnds(base.spec, base.interface, "random"))
+    del base, network  # what is trained must not depend on the room that they take
+    yield training_table(system.name, task, trajectories, device, dtype)
 
 
 def decoding_table(
@@ -90,7 +100,7 @@ def decoding_table(
     peak: Callable[[], int] | None = None,
 ) -> Table:
     """Latency of vanilla and of each (N, b), one pass of base and shortcut, and the share of time outside both."""
-    conditions: Conditions = move_data_to_device(system.conditions(), device)
+    conditions: Conditions = move_data_to_device(system.conditions(system.batch_size), device)
     num_steps = system.decoding.num_steps
     methods: dict[tuple[int, int], Acceleration] = {(num_steps, num_steps): Vanilla()}
     methods |= {(n, b): Accelerated(Even(b), Shortcut(network)) for n, b in system.paper}
@@ -143,27 +153,33 @@ def passes(
 
 def recording_table(system: System, base: MaskedImageModel, device: torch.device, precision: str) -> Table:
     """What recording costs beside sampling the same images."""
+    decoding, count, batch_size = system.decoding.at(system.recorded_steps), system.num_recorded, system.batch_size
     with TemporaryDirectory() as folder:
-        asked = ClassLabels(system.num_recorded, min(32, system.batch_size))
+        asked: InTurn = ClassLabels(count, min(32, batch_size))
+        if system.prompt:
+            prompts = Path(folder, "prompts.txt")
+            prompts.write_text(f"{system.prompt}\n", encoding="utf-8")
+            asked = Prompts(prompts, count, batch_size)
         accelerator = "gpu" if device.type == "cuda" else "cpu"
-        seconds = time_recording(
-            base, system.decoding, asked, Path(folder), accelerator=accelerator, precision=precision
-        )
+        seconds = time_recording(base, decoding, asked, Path(folder), accelerator=accelerator, precision=precision)
     plain = seconds[PLAIN]
     rows = [
-        {"what": name, "images/s": system.num_recorded / value, "over sampling, %": 100 * (value / plain - 1)}
+        {"what": name, "images/s": count / value, "over sampling, %": 100 * (value / plain - 1)}
         for name, value in seconds.items()
     ]
-    return Table(f"{system.name}: recording", rows, f"{system.num_recorded} images, to the disk of temporary files.")
+    note = f"Images: {count}, of {decoding.num_steps} steps, written to the disk of temporary files."
+    return Table(f"{system.name}: recording", rows, note)
 
 
-def training_table(name: str, size: Size, device: torch.device, dtype: torch.dtype) -> Table:
+def training_table(
+    name: str, task: ShortcutTask, trajectories: Trajectories, device: torch.device, dtype: torch.dtype
+) -> Table:
     """Pairs a second at batch 1, and at doubled batches until that is of no more use or does not fit."""
     rows: list[dict[str, Any]] = []
     batch = 1
-    while batch <= _LARGEST_BATCH * size.batch_size:
+    while batch <= _LARGEST_BATCH:
         try:
-            rate = pairs_per_second(size, batch, device, dtype)
+            rate = pairs_per_second(task, trajectories, batch, device, dtype)
         except torch.OutOfMemoryError:
             break
         rows.append({"batch": batch, "pairs/s": rate})
@@ -177,11 +193,16 @@ def training_table(name: str, size: Size, device: torch.device, dtype: torch.dty
     return Table(f"{name}: training", rows, f"Best at batch {best['batch']}. {note}")
 
 
-def pairs_per_second(size: Size, batch_size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Pairs that a training step goes through in a second."""
-    batch = move_data_to_device(random_pairs(replace(size, batch_size=batch_size)), device)
+def pairs_per_second(
+    task: ShortcutTask, trajectories: Trajectories, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Pairs of ``trajectories``, spread over images, branches and steps, that a training step goes through a second."""
+    images, branches, num_steps = trajectories.features.shape[:3]
+    places = list(product(range(images), range(branches), range(num_steps - 1)))
+    spread = [places[pair * len(places) // batch_size % len(places)] for pair in range(batch_size)]
+    batch = move_data_to_device(select(trajectories, spread), device)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    step = partial(Trained(task_of(size), device).step, batch, precision)
+    step = partial(Trained(task, device).step, batch, precision)
     return 1000 / measure_latency({"step": step}, device, batch_size, rounds=10, warmup=3)["step"].median_ms
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.decodings import decoding_of
 from benchmarks.table import Table
-from datamodules.conditions import ClassLabels
+from datamodules.conditions import ClassLabels, InTurn
 from lit_shortcut.acceleration.accelerated import Vanilla
 from lit_shortcut.callbacks.trajectory_writer import TrajectoryWriter
 from lit_shortcut.contracts import Conditions, MaskedImageModel
@@ -64,7 +64,7 @@ def measure() -> Table:
 
 
 def time_recording(
-    base: MaskedImageModel, decoding: Decoding, asked: ClassLabels, folder: Path, **trainer: Any
+    base: MaskedImageModel, decoding: Decoding, asked: InTurn, folder: Path, **trainer: Any
 ) -> dict[str, float]:
     """Least seconds of two rounds that sampling and recording of what is ``asked`` take, by a ``trainer`` like this."""
     sampling, recording = _Sampling(base, decoding=decoding), RecordingTask(base, decoding=decoding)
@@ -81,7 +81,7 @@ def time_recording(
 def _predict(
     task: L.LightningModule,
     *callbacks: L.Callback,
-    asked: ClassLabels | None = None,
+    asked: InTurn | None = None,
     accelerator: str = "cpu",
     **trainer: Any,
 ) -> None:

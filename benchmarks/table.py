@@ -15,6 +15,10 @@ class Table(NamedTuple):
     note: str
 
     def markdown(self) -> str:
-        """As it is printed."""
-        shown = pd.DataFrame(self.rows).to_markdown(index=False, floatfmt=".4g")
-        return f"### {self.title}\n\n{shown}\n\n{self.note}\n"
+        """As it is printed, with four significant digits."""
+        rounded = pd.DataFrame(self.rows).map(_rounded)
+        return f"### {self.title}\n\n{rounded.to_markdown(index=False, floatfmt='g')}\n\n{self.note}\n"
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value

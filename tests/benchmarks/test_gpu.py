@@ -10,27 +10,33 @@ import torch
 from benchmarks.gpu import main, training_table
 from benchmarks.systems import systems
 from benchmarks.table import Table
+from lit_shortcut.acceleration.replay import RecordedEnds
 from lit_shortcut.decoding.schedules import tokens_per_step
+from lit_shortcut.tasks.recording import record
+from lit_shortcut.tasks.shortcut import ShortcutTask
 
-TABLES = ["tiny MaskGIT: decoding", "tiny MaskGIT: recording", "tiny MaskGIT: training", "tiny Lumina-DiMOO: decoding"]
+MEASURED = ("decoding", "recording", "training")
 
 
 def test_report_and_numbers_are_named_after_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.gpu.device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("benchmarks.gpu._LARGEST_BATCH", 4)
     main("tiny", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {f"nvidia-h100-80gb-hbm3.{end}" for end in ("md", "json")}
     report = (tmp_path / "nvidia-h100-80gb-hbm3.md").read_text()
     found = json.loads((tmp_path / "nvidia-h100-80gb-hbm3.json").read_text())
     assert found["machine"]["device"] == "NVIDIA H100 80GB HBM3"
-    assert [table["title"] for table in found["tables"]] == TABLES
-    assert all(f"### {title}" in report for title in TABLES)
-    decoding, recording, training, _ = (table["rows"] for table in found["tables"])
-    assert [row["N, b"] for row in decoding] == ["4, 4", "4, 2"]
-    assert decoding[0]["speed-up"] == 1
-    assert decoding[1]["speed-up"] == pytest.approx(decoding[0]["ms an image"] / decoding[1]["ms an image"])
-    assert {row["what"] for row in recording} == {"sampling only", "recording bfloat16", "recording int8"}
-    assert training[0]["batch"] == 1
-    assert all(row["pairs/s"] > 0 for row in training)
+    assert [table["title"] for table in found["tables"]] == [
+        f"{system}: {part}" for system in ("tiny MaskGIT", "tiny Lumina-DiMOO") for part in MEASURED
+    ]
+    for decoding, recording, training in (found["tables"][:3], found["tables"][3:]):
+        assert all(f"### {table['title']}" in report for table in (decoding, recording, training))
+        vanilla, accelerated = decoding["rows"]
+        assert (vanilla["N, b"], accelerated["N, b"], vanilla["speed-up"]) == ("4, 4", "4, 2", 1)
+        assert accelerated["speed-up"] == pytest.approx(vanilla["ms an image"] / accelerated["ms an image"])
+        assert [row["what"] for row in recording["rows"]] == ["sampling only", "recording bfloat16", "recording int8"]
+        assert [row["batch"] for row in training["rows"]] == [1, 2, 4]
+        assert all(row["pairs/s"] > 0 for row in training["rows"])
 
 
 def test_run_that_is_cut_leaves_the_tables_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,9 +58,11 @@ def test_training_that_never_fits_is_said_in_the_table(monkeypatch: pytest.Monke
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr("benchmarks.gpu.pairs_per_second", full)
-    size = systems("tiny")[0].training
-    assert size is not None
-    table = training_table("tiny", size, torch.device("cpu"), torch.float32)
+    system = systems("tiny")[0]
+    base, task = system.base(torch.device("cpu")), ShortcutTask(system.network())
+    task.use(RecordedEnds(base.spec, base.interface, "random"))
+    trajectories = record(base, system.conditions(1), system.decoding)
+    table = training_table("tiny", task, trajectories, torch.device("cpu"), torch.float32)
     assert table.rows == [{"batch": 1, "pairs/s": None}]
     assert "Batch 1 does not fit in memory" in table.markdown()
 
