@@ -141,13 +141,19 @@ def _step_costs(base: str, model: dict[str, Any], num_steps: int, budget: int, f
     rows = {name: [num_steps, budget, name] for name in model["methods"]}
     model = model | {"rows": list(rows.values())}
     found = verbs.bench(base, folder / "bench.json", model, *_precision("bf16-true"))
-    parts = {name: found[f"{name}_n{num_steps}_b{budget}"] for name in rows}
+    parts = {name: found[_row(name, num_steps, budget)] for name in rows}
     return {name: own["shortcut"].call_ms / own["base"].call_ms for name, own in parts.items()}
 
 
 def _hold(kl: dict[str, dict[str, float]], num_steps: int, budgets: list[int]) -> str:
     any_variant = next(iter(kl.values()))  # hold is the same beside all of them
-    return ", ".join(f"{any_variant[f'val/kl/hold_n{num_steps}_b{budget}']:.1f}" for budget in budgets)
+    costs = [any_variant["val/kl/" + _row("hold", num_steps, budget)] for budget in budgets]
+    return ", ".join(f"{cost:.1f}" for cost in costs)
+
+
+def _row(method: str, num_steps: int, budget: int) -> str:
+    """Return the name that the report gives a row of ``method`` with an even plan."""
+    return f"{method}_n{num_steps}_b{budget}"
 
 
 def _vanilla(rows: dict[str, dict[str, Any]], num_steps: int) -> str:
@@ -169,10 +175,8 @@ def _line(
 ) -> dict[str, Any]:
     quality = rows[""]["quality"]
     line: dict[str, Any] = {"variant": name}
-    line |= {f"KL, b = {budget}": kl[f"val/kl/shortcut_n{num_steps}_b{budget}"] for budget in budgets}
-    return line | {
-        f"{quality}, b = {budget}": rows[f"{name}_n{num_steps}_b{budget}"][quality] for budget in image_budgets
-    }
+    line |= {f"KL, b = {budget}": kl["val/kl/" + _row("shortcut", num_steps, budget)] for budget in budgets}
+    return line | {f"{quality}, b = {budget}": rows[_row(name, num_steps, budget)][quality] for budget in image_budgets}
 
 
 if __name__ == "__main__":
