@@ -29,7 +29,6 @@ from lit_shortcut.bases.dimoo.prompt import Utf8Tokenizer
 from lit_shortcut.bases.dimoo.toy import SPECIAL, GreyShades, toy_dimoo
 from lit_shortcut.bases.halton.transformer import HaltonTransformer
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.bases.maskgit.vqgan import VQGAN
 from lit_shortcut.bases.meissonic.transformer import MeissonicTransformer
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.bases.toy_cross import CrossToyBase
@@ -188,12 +187,6 @@ BOUNDS: list[tuple[Any, Callable[..., Any], dict[str, tuple[float | None, ...]]]
         build(MeissonicTransformer, **MEISSONIC),
         dict.fromkeys(("num_attention_heads", "codebook_size", "joint_attention_dim"), (-1, 0, 1))
         | {"num_layers": (-1, 0), "num_single_layers": (-1, 0), "attention_head_dim": (-1, 0, 8)},
-    ),
-    (
-        VQGAN,
-        build(VQGAN, **VQ, **LEVELS),
-        dict.fromkeys(("codebook_size", "code_width", "latent_width", "num_blocks", "chunk"), (-1, 0, 1))
-        | {"width": (-1, 0, 32)},
     ),
     (
         CodeDecoder,

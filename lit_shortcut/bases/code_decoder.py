@@ -105,13 +105,11 @@ class CodeDecoder(KeptDtype):
 
 
 def taming_pairs(num_levels: int) -> list[tuple[str, str]]:
-    """Beginnings of names in taming's VQGAN and in diffusers' ``VQModel``, which counts the decoder's levels down."""
-    levels = [("encoder.down.#", "encoder.down_blocks.#")]
-    levels += [(f"decoder.up.{level}", f"decoder.up_blocks.{num_levels - 1 - level}") for level in range(num_levels)]
+    """Beginnings of names in a decoder of taming's and in that of diffusers, which counts the levels down."""
+    levels = [(f"decoder.up.{level}", f"decoder.up_blocks.{num_levels - 1 - level}") for level in range(num_levels)]
     in_level = [
         (".block.#.nin_shortcut.", ".resnets.#.conv_shortcut."),
         (".block.#.", ".resnets.#."),
-        (".downsample.", ".downsamplers.0."),
         (".upsample.", ".upsamplers.0."),
         *attention_pairs(".attn.#.", ".attentions.#."),
     ]
@@ -121,11 +119,8 @@ def taming_pairs(num_levels: int) -> list[tuple[str, str]]:
         *attention_pairs("attn_1.", "attentions.0."),
     ]
     pairs = [(a + b, c + d) for a, c in levels for b, d in in_level]
-    for half in ("encoder", "decoder"):
-        pairs += [(f"{half}.mid.{theirs}", f"{half}.mid_block.{ours}") for theirs, ours in in_middle]
-        pairs += [(f"{half}.norm_out.", f"{half}.conv_norm_out.")]
-    unchanged = ["encoder.conv_", "decoder.conv_", "quantize.", "quant_conv.", "post_quant_conv."]
-    return pairs + [(name, name) for name in unchanged]
+    pairs += [(f"decoder.mid.{theirs}", f"decoder.mid_block.{ours}") for theirs, ours in in_middle]
+    return [*pairs, ("decoder.norm_out.", "decoder.conv_norm_out.")]
 
 
 def attention_pairs(theirs: str, ours: str) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ import pytest
 
 from lit_shortcut.bases.amused import AMUSEd
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
-from lit_shortcut.bases.maskgit.vqgan import VQGAN
+from lit_shortcut.bases.maskgit.vqgan import vqgan_decoder
 from lit_shortcut.bases.meissonic.adapter import Meissonic
 from lit_shortcut.bases.mmada.adapter import MMaDA
 from tests.published_amused import tiny_amused
@@ -17,7 +17,8 @@ from tests.tiny_bases import tiny_halton, tiny_mmada
 @pytest.fixture(scope="session")
 def make_base_with_vqgan(make_base: Callable[[int], MaskGIT]) -> Callable[[int], MaskGIT]:
     """The tiny random MaskGIT with a colour tokenizer."""
-    vqgan = VQGAN(codebook_size=8, code_width=4, latent_width=4, width=32, multipliers=[1, 1], attention_levels=[])
+    small = {"codebook_size": 8, "code_width": 4, "latent_width": 4, "width": 32, "multipliers": [1, 1]}
+    vqgan = vqgan_decoder(**small, num_blocks=[3, 3], attention_levels=[])
     return lambda seed: MaskGIT(make_base(seed).transformer, vqgan)
 
 

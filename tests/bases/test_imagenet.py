@@ -16,7 +16,7 @@ from lit_shortcut.bases.maskgit import imagenet
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import NAMES as MASKGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.bases.maskgit.vqgan import VQGAN
+from lit_shortcut.bases.maskgit.vqgan import vqgan_decoder
 from lit_shortcut.contracts import Conditions, TokenSpec
 from lit_shortcut.networks.shortcut import NAMES as SHORTCUT
 from lit_shortcut.networks.shortcut import ShortcutNet
@@ -160,7 +160,8 @@ def test_hub_addresses_lead_to_the_cache(
 
 
 def test_random_weights_are_labelled_and_repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagenet, "VQGAN", lambda: VQGAN(width=32, multipliers=[1], attention_levels=[]))
+    small = {"width": 32, "multipliers": [1], "num_blocks": [1], "attention_levels": []}
+    monkeypatch.setattr(imagenet, "vqgan_decoder", lambda: vqgan_decoder(**small))
     torch.manual_seed(0)
     before = torch.get_rng_state()
     one, same, other = (imagenet.random_weights(GRID, seed=seed) for seed in (3, 3, 4))

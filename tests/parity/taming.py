@@ -1,4 +1,4 @@
-"""taming-transformers' VQGAN by its formulas, straight from a state dict: a reference for the one that is used."""
+"""The decoder of taming-transformers' VQGAN by its formulas, straight from a state dict: a reference for ours."""
 
 from __future__ import annotations
 
@@ -26,28 +26,15 @@ class Sizes(NamedTuple):
 
 
 class Reference:
-    """``encode`` and ``decode`` of the network whose tensors ``weights`` holds under taming's names."""
+    """Decoder whose tensors ``weights`` holds under taming's names."""
 
     def __init__(self, weights: dict[str, Tensor], sizes: Sizes) -> None:
         self.w, self.sizes = weights, sizes
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, h, w) of ``images`` (B, 3, H, W) in [-1, 1]."""
-        h = self.conv(images, "encoder.conv_in")
-        for level in range(len(self.sizes.ch_mult)):
-            for block in range(self.sizes.num_res_blocks):
-                h = self.level_block(h, f"encoder.down.{level}", level, block)
-            if level < len(self.sizes.ch_mult) - 1:  # pads below and on the right alone
-                h = self.conv(F.pad(h, (0, 1, 0, 1)), f"encoder.down.{level}.downsample.conv", stride=2)
-        h = self.conv(self.swish_norm(self.middle(h, "encoder"), "encoder.norm_out"), "encoder.conv_out")
-        z = self.conv(h, "quant_conv").movedim(1, -1)
-        codes = self.w["quantize.embedding.weight"]
-        return (z[..., None, :] - codes).square().sum(-1).argmin(-1)
-
     def decode(self, ids: Tensor) -> Tensor:
         """Images (B, 3, H, W) of codes ``ids`` (B, h, w)."""
         z = self.w["quantize.embedding.weight"][ids].movedim(-1, 1)
-        h = self.middle(self.conv(self.conv(z, "post_quant_conv"), "decoder.conv_in"), "decoder")
+        h = self.middle(self.conv(self.conv(z, "post_quant_conv"), "decoder.conv_in"))
         for level in reversed(range(len(self.sizes.ch_mult))):
             own = [name for name in self.w if name.startswith(f"decoder.up.{level}.") and name.endswith("conv1.bias")]
             for block in range(len(own)):  # what a level has, since some decoders have a number for each
@@ -62,9 +49,9 @@ class Reference:
         has_attention = self.sizes.resolution >> level in self.sizes.attn_resolutions
         return self.attention(h, f"{name}.attn.{block}") if has_attention else h
 
-    def middle(self, h: Tensor, half: str) -> Tensor:
-        h = self.attention(self.residual(h, f"{half}.mid.block_1"), f"{half}.mid.attn_1")
-        return self.residual(h, f"{half}.mid.block_2")
+    def middle(self, h: Tensor) -> Tensor:
+        h = self.attention(self.residual(h, "decoder.mid.block_1"), "decoder.mid.attn_1")
+        return self.residual(h, "decoder.mid.block_2")
 
     def residual(self, x: Tensor, name: str) -> Tensor:
         h = self.conv(self.swish_norm(x, f"{name}.norm1"), f"{name}.conv1")
@@ -84,10 +71,9 @@ class Reference:
         normed = self.norm(x, name)
         return normed * torch.sigmoid(normed)
 
-    def conv(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
+    def conv(self, x: Tensor, name: str) -> Tensor:
         weight = self.w[f"{name}.weight"]
-        padding = weight.shape[-1] // 2 if stride == 1 else 0
-        return F.conv2d(x, weight, self.w[f"{name}.bias"], stride, padding)
+        return F.conv2d(x, weight, self.w[f"{name}.bias"], padding=weight.shape[-1] // 2)
 
 
 def write_folder(folder: Path, weights: dict[str, Tensor], sizes: Sizes) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 from lit_shortcut.bases.frozen import seeded
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.bases.maskgit.vqgan import VQGAN
+from lit_shortcut.bases.maskgit.vqgan import load_vqgan, vqgan_decoder
 from lit_shortcut.hub import local_file
 
 Size = Literal["base", "big", "huge"]
@@ -33,8 +33,8 @@ def published(transformer: str, vqgan: str, grid: int = 32, size: Size = "base")
     file = local_file(transformer)
     local_file(f"{vqgan}/last.ckpt")
     folder = local_file(f"{vqgan}/model.yaml").parent
-    tokenizer = VQGAN.load_published(folder)
-    return MaskGIT(MaskGITTransformer.load_published(file, **imagenet_sizes(grid, size)), tokenizer)
+    decoder = load_vqgan(folder)
+    return MaskGIT(MaskGITTransformer.load_published(file, **imagenet_sizes(grid, size)), decoder)
 
 
 def random_weights(grid: int = 32, size: Size = "base", seed: int = 0) -> MaskGIT:
@@ -43,7 +43,7 @@ def random_weights(grid: int = 32, size: Size = "base", seed: int = 0) -> MaskGI
     Its fingerprint begins with ``random-``, also in cards and result rows.
     """
     with seeded(seed):
-        base = MaskGIT(MaskGITTransformer(**imagenet_sizes(grid, size)), VQGAN())
+        base = MaskGIT(MaskGITTransformer(**imagenet_sizes(grid, size)), vqgan_decoder())
     base.fingerprint = f"random-{base.fingerprint}"
     return base
 
