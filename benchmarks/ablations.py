@@ -58,17 +58,17 @@ def main(
     kl = {name: _fit(base, name, changes, budgets, max_steps, folder) for name, changes in variants.items()}
     decoding = json.loads((folder / next(iter(variants)) / "config.json").read_text())["decoding"]
     model = {"decoding": decoding, "methods": {name: _shortcut(folder / name) for name in variants}}
-    rows = _evaluate(base, model, num_steps, image_budgets, num_images, folder)
+    quality, rows = _evaluate(base, model, num_steps, image_budgets, num_images, folder)
     costs = _step_costs(base, model, num_steps, image_budgets[0], folder)
     table = Table(
         f"Parts of a shortcut, {base}, N = {num_steps}",
         [
-            _line(name, kl[name], rows, num_steps, budgets, image_budgets) | {"a step's cost": costs[name]}
+            _line(name, kl[name], quality, rows, num_steps, budgets, image_budgets) | {"a step's cost": costs[name]}
             for name in variants
         ],
         f"{max_steps:,} optimiser steps and {num_images:,} images each, one seed; KL in nats an image, along held-out "
         f"trajectories (hold: {_hold(kl, num_steps, budgets)}); a step's cost in base passes. The base itself in "
-        f"{num_steps} steps: {_vanilla(rows, num_steps)}.",
+        f"{num_steps} steps: {quality} {rows[f'vanilla_n{num_steps}'][quality]:.3f}.",
     )
     print(table.markdown(), flush=True)  # noqa: T201 - what the command is for
     with replacing(folder / "ablations.json") as aside:
@@ -123,20 +123,20 @@ def _shortcut(path: Path) -> dict[str, Any]:
 
 def _evaluate(
     base: str, model: dict[str, Any], num_steps: int, budgets: list[int], num_images: int, folder: Path
-) -> dict[str, dict[str, Any]]:
-    """Draw images with every method of ``model``; returns the report's lines by row name."""
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Draw images with every method of ``model``; returns the main metric and the report's lines by row name."""
     rows = [[num_steps], *([num_steps, budget, name] for name in model["methods"] for budget in budgets)]
     images = {"num_images": num_images, "run_seeds": _RUN_SEEDS}
     model = model | {"rows": rows, "latency_rounds": 0}
     found = verbs.report(base, folder / "report", [], model, images, *_precision("bf16-true"))
-    return {line["name"]: line for line in found["rows"]} | {"": found}
+    return found["quality"], {line["name"]: line for line in found["rows"]}
 
 
 def _step_costs(base: str, model: dict[str, Any], num_steps: int, budget: int, folder: Path) -> dict[str, float]:
     """Return what a step of every method of ``model`` takes, in base passes of the same run.
 
-    Calls are timed one by one: from the latencies of whole runs, differences of a few per cent of a pass would have to
-    be told from noise as large.
+    Calls are timed one by one: latencies of whole runs vary by more than the few per cent of a pass that variants
+    differ by.
     """
     rows = {name: [num_steps, budget, name] for name in model["methods"]}
     model = model | {"rows": list(rows.values())}
@@ -156,11 +156,6 @@ def _row(method: str, num_steps: int, budget: int) -> str:
     return f"{method}_n{num_steps}_b{budget}"
 
 
-def _vanilla(rows: dict[str, dict[str, Any]], num_steps: int) -> str:
-    quality = rows[""]["quality"]
-    return f"{quality} {rows[f'vanilla_n{num_steps}'][quality]:.3f}"
-
-
 def _precision(wanted: str) -> list[str]:
     return [f"--trainer.precision={wanted}"] if has_native_bfloat16() else []
 
@@ -168,12 +163,12 @@ def _precision(wanted: str) -> list[str]:
 def _line(
     name: str,
     kl: dict[str, float],
+    quality: str,
     rows: dict[str, dict[str, Any]],
     num_steps: int,
     budgets: list[int],
     image_budgets: list[int],
 ) -> dict[str, Any]:
-    quality = rows[""]["quality"]
     line: dict[str, Any] = {"variant": name}
     line |= {f"KL, b = {budget}": kl["val/kl/" + _row("shortcut", num_steps, budget)] for budget in budgets}
     return line | {f"{quality}, b = {budget}": rows[_row(name, num_steps, budget)][quality] for budget in image_budgets}

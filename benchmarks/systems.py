@@ -110,7 +110,7 @@ def systems(scale: Scale) -> list[System]:
             {(64, 14): 4.0, (64, 11): 4.9, (64, 9): 5.8},
             batch_size=1,
             rounds=2,
-            num_recorded=1,  # of 64 steps recording alone would take minutes, at the paper's 23 s an image
+            num_recorded=1,  # recording 64 steps would take minutes, at the paper's 23 s an image
             recorded_steps=16,
             loss_rows="all",
             prompt=_PROMPT,

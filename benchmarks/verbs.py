@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from lit_shortcut.files import replacing
+from lit_shortcut.inputs import located
 from lit_shortcut.metrics.parts import Part
-from lit_shortcut.places import located
 
 _LONGEST_PATH = 255
 

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
-from lit_shortcut.places import located
+from lit_shortcut.inputs import located
 
 
 class ImageFolder(L.LightningDataModule):

@@ -9,7 +9,7 @@ from typing import Any
 
 from datamodules.conditions import InTurn, hash_of
 from lit_shortcut.contracts import Conditions
-from lit_shortcut.places import located
+from lit_shortcut.inputs import located
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -18,8 +18,8 @@ from datamodules.windows import OnCorrupt, Order, WindowReader, require_spans
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Trajectories
 from lit_shortcut.files import is_remote
+from lit_shortcut.inputs import located_source
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.places import located_source
 from lit_shortcut.trajectory import Card, Source, TrajectoryError
 from lit_shortcut.trajectory.index import check_shards
 from lit_shortcut.trajectory.interface_file import load_interface

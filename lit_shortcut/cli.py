@@ -24,9 +24,9 @@ from lit_shortcut.callbacks.progress import progress_bar
 from lit_shortcut.callbacks.wandb_axes import WandbAxes
 from lit_shortcut.callbacks.wandb_lineage import WandbLineage
 from lit_shortcut.checkpoints import WholeCheckpointIO
+from lit_shortcut.inputs import located, use_projects_of
 from lit_shortcut.pipeline import Pipeline, load
-from lit_shortcut.places import located, use_projects_of
-from lit_shortcut.precision import require_precision
+from lit_shortcut.precision import require_precision, require_same_device
 from lit_shortcut.trainer import Trainer
 from lit_shortcut.trajectory import problems
 from lit_shortcut.weights import read_pickle
@@ -115,10 +115,11 @@ class ShortcutCLI(LightningCLI):
         A ``CheckpointIO`` or progress bar named in the YAML is kept.
 
         Raises:
-            ValueError: if the device lacks the precision.
+            ValueError: if the device lacks the precision, or the precision was chosen for another device.
         """
         trainer = super().instantiate_trainer(**kwargs)
         require_precision(str(trainer.precision), trainer.strategy.root_device)
+        require_same_device(trainer.precision_plugin, trainer.strategy.root_device)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         trainer.callbacks = [  # type: ignore[attr-defined]

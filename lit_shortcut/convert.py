@@ -46,6 +46,8 @@ def to_safetensors(source: Path, target: Path) -> None:
     Raises:
         WeightsError: if the file is damaged, holds no state dict, or cannot be read in this way.
     """
+    if not source.is_file():
+        raise WeightsError(f"{source}: no such checkpoint")
     try:
         stand_ins: list[Any] = [(Inert, name) for name in get_unsafe_globals_in_checkpoint(source)]
         with safe_globals(stand_ins):

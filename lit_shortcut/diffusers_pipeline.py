@@ -21,7 +21,7 @@ from lit_shortcut.sampling import Decoding
 from lit_shortcut.weights import Precision, WeightsError, fingerprint
 
 _INSTALLED = "_lit_shortcut"
-_SCHEDULES: dict[str, Schedule] = {"cosine": "cosine_each", "linear": "linear"}  # the scheduler's names, and ours
+_SCHEDULES: dict[str, Schedule] = {"cosine": "cosine_each", "linear": "linear_each"}  # the scheduler's names, and ours
 _IDS = ("input_ids", "hidden_states")  # aMUSEd's name of the transformer's first argument, and Meissonic's
 
 

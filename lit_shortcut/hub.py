@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfUri, hf_hub_download, hf_hub_url, parse_hf_uri, snapshot_download
 
-from lit_shortcut.places import located
+from lit_shortcut.inputs import located
 from lit_shortcut.weights import WeightsError, first_sentence
 
 _FILE, _REPOSITORY = "hf://owner/repository/file", "hf://owner/repository"

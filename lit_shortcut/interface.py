@@ -45,6 +45,9 @@ class TokenInterface(nn.Module):
         row_offsets: (S − P,) for a base whose sequence begins with a prompt of P tokens: places, counted from the
             prompt's end, of the image tokens and then of the tokens that frame them. The prompt's own rows come last.
             None if rows have no places in a sequence.
+
+    Raises:
+        ValueError: if a tensor has another shape.
     """
 
     SIZES: ClassVar[tuple[str, ...]] = ("num_tokens",)
@@ -69,6 +72,15 @@ class TokenInterface(nn.Module):
         row_offsets: Tensor | None = None,
     ) -> None:
         super().__init__()
+        codes, width = code_embedding.shape
+        for name, tensor, shapes in (
+            ("head_weight", head_weight, [(codes, head_weight.shape[-1])]),
+            ("position_embedding", position_embedding, [(num_tokens, width)]),
+            ("head_bias", head_bias, [(codes,), (num_tokens, codes)]),
+        ):
+            if tensor is not None and tuple(tensor.shape) not in shapes:
+                wanted = " or ".join(map(str, shapes))
+                raise ValueError(f"{name}: expected the shape {wanted}, found {tuple(tensor.shape)}")
         self.num_tokens = num_tokens
         self.register_buffer("code_embedding", code_embedding)
         self.register_buffer("head_weight", head_weight)
@@ -224,6 +236,8 @@ class ConvolutionalInterface(TokenInterface):
         width = code_embedding.shape[-1]
         if shape != (None if stride == 1 else (stride**2, width, width)):
             raise ValueError(f"upsampling_weight: expected width {width} and stride {stride}, found shape {shape}")
+        if (upsampling_scale is None) != (upsampling_weight is None):
+            raise ValueError("upsampling_scale and upsampling_weight belong together, found one of them")
         self.register_buffer("hidden_weight", hidden_weight)
         self.register_buffer("hidden_scale", hidden_scale)
         self.register_buffer("upsampling_scale", upsampling_scale)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 
 
 def command() -> str:
-    """Return the command line of this process, as it can be pasted into a shell."""
-    return shlex.join(["lit-shortcut", *sys.argv[1:]])
+    """Return the command line of this process without the folder of the command, to be pasted into a shell."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -104,6 +104,8 @@ def row_of(predictor: Predictor | None, plan: PlanName, budget: int | None, deco
         predictor.origin.require_steps(num_steps)
         if predictor.folder is not None and (predictor.folder / PLAN).is_file():
             plans["calibrated"] = partial(Calibrated, path=predictor.folder / PLAN)
+    if plan == "calibrated" and plan not in plans:
+        raise ValueError(f"plan calibrated needs the {PLAN} that a search writes beside a shortcut; found none")
     return build_rows([[num_steps, budget, method, plan]], decoding, {method: predictor}, plans)[0]
 
 

@@ -17,8 +17,8 @@ from lit_shortcut.acceleration.origin import CONFIG, BaseReference
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import MaskedImageModel
 from lit_shortcut.hub import at_revision
+from lit_shortcut.inputs import located
 from lit_shortcut.pictures import Drawing, PlanName, conditions_of, draw, row_of, to_pil
-from lit_shortcut.places import located
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.weights import Precision, WeightsError
 
@@ -194,7 +194,7 @@ def load(
         decoding = Decoding.from_values(origin.decoding)
     except ValueError as error:
         raise WeightsError(f"{where}: decoding: {error}") from error
-    decoding = decoding.at(num_steps or origin.num_steps or decoding.num_steps)
+    decoding = decoding.at(origin.num_steps or decoding.num_steps if num_steps is None else num_steps)
     pipeline = Pipeline(
         build_base(origin.base, where) if base is None else base,
         decoding,
@@ -240,5 +240,7 @@ def build_base(reference: BaseReference, folder: Path) -> MaskedImageModel:
         return cast(
             MaskedImageModel, getattr(importlib.import_module(module), function)(*arguments, **reference.arguments)
         )
-    except TypeError as error:
+    except WeightsError:
+        raise
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"{folder}: base.arguments of {reference.name}: {error}") from error

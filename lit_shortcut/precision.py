@@ -61,8 +61,8 @@ def float32_by_default() -> Iterator[None]:
 class KeptDtype(nn.Module):
     """A module that moves between devices but that no precision casts.
 
-    Image decoders are of this kind, since their references decode in float32 and bfloat16 tells few of 256 shades
-    apart, and sums over many batches.
+    Image decoders are of this kind, since their references decode in float32 and bfloat16 distinguishes few of 256
+    shades, and so are sums over many batches.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -72,6 +72,19 @@ class KeptDtype(nn.Module):
 
         applied: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return applied
+
+
+def require_same_device(plugin: Precision, device: torch.device) -> None:
+    """Refuse an autocast of another device than ``device``: it would do nothing, and training would be in float32.
+
+    Raises:
+        ValueError: naming both devices.
+    """
+    if isinstance(plugin, MixedPrecision) and plugin.device != device.type:
+        raise ValueError(
+            f"trainer.plugins: {plugin.precision} was chosen for {plugin.device}, but the trainer runs on "
+            f"{device.type}; pass --trainer.plugins null, and --trainer.precision by hand"
+        )
 
 
 def require_precision(precision: str, device: torch.device) -> None:

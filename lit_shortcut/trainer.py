@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -61,10 +63,6 @@ class Trainer(L.Trainer):
             )
         if datamodule is not None:
             raise MisconfigurationException("generate takes prompts or labels in place of data; leave data out")
-        if num_steps is not None:
-            model.decoding = model.decoding.at(num_steps)
-        model.budget = model.budget if budget is None else budget
-        model.compare = model.compare or compare
         texts = read_prompts(prompts) if prompts is not None else []
         if prompt is not None:
             texts = [prompt, *texts]
@@ -74,7 +72,22 @@ class Trainer(L.Trainer):
         others = [one for one in self.callbacks if not isinstance(one, ImageWriter)]  # that of an earlier call
         callbacks = [StepProgress() if isinstance(one, RichProgressBar) else one for one in others]
         self.callbacks = [*callbacks, ImageWriter(output, overwrite)]
-        self.predict(model, datamodule=data, return_predictions=False)
+        with _asked_for(model, num_steps, budget, compare):
+            self.predict(model, datamodule=data, return_predictions=False)
+
+
+@contextmanager
+def _asked_for(model: GenerateTask, num_steps: int | None, budget: int | None, compare: bool) -> Iterator[None]:
+    """Let ``model`` draw as one call asks for; the next has the model's own settings again."""
+    own = model.decoding, model.budget, model.compare
+    if num_steps is not None:
+        model.decoding = model.decoding.at(num_steps)
+    model.budget = model.budget if budget is None else budget
+    model.compare = model.compare or compare
+    try:
+        yield
+    finally:
+        model.decoding, model.budget, model.compare = own
 
 
 def _numbers(labels: str | int | list[int] | None) -> list[int]:

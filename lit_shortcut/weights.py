@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lit_shortcut.files import replacing
+from lit_shortcut.inputs import located
 from lit_shortcut.invocation import command
-from lit_shortcut.places import located
 
 Module = TypeVar("Module", bound=nn.Module)
 

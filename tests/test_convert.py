@@ -97,6 +97,11 @@ def test_truncated_checkpoint_is_refused_by_name(of_old_lightning: Path, keep: i
         to_safetensors(of_old_lightning, of_old_lightning.with_suffix(".safetensors"))
 
 
+def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"none\.ckpt: no such checkpoint"):
+        to_safetensors(tmp_path / "none.ckpt", tmp_path / "out.safetensors")
+
+
 def test_tensors_are_kept_however_they_lie_in_memory(tmp_path: Path) -> None:
     weight = torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)
     torch.save({"state_dict": {"weight": weight}}, tmp_path / "a.ckpt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -265,6 +266,29 @@ def test_pipeline_draws_what_our_own_loop_draws(make: Callable[[], Predictor], g
     base = AMUSEd(parts["transformer"], nn.Identity(), nn.Identity(), patch_size=PIXELS)  # type: ignore[arg-type]
     for budget, drawn in tokens.items():
         assert torch.equal(drawn, own_loop(base, make(), guidance, N, budget))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_plan_is_given_the_numbers_that_the_scheduler_commits(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[int]] = []
+    masked: list[int] = []
+    start = Even.start
+
+    def starting(plan: Even, counts: list[int], predictor: Predictor) -> Any:
+        given.append(list(counts))
+        return start(plan, counts, predictor)
+
+    def called(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        masked.append(int((ids[0] == CODES + 7).sum()))
+
+    monkeypatch.setattr(Even, "start", starting)
+    scheduler = AmusedScheduler(mask_token_id=CODES + 7, masking_schedule=schedule)
+    pipe = AmusedPipeline(**make_parts() | {"scheduler": scheduler})
+    pipe.transformer.register_forward_pre_hook(called, with_kwargs=True)
+    enable_shortcut(pipe, Hold(), budget=B)
+    pipe(**from_text(), output_type="latent")
+    assert given[-1] == [before - after for before, after in pairwise([*masked, 0])]
 
 
 class ReferenceMeissonic(MeissonicTransformer):

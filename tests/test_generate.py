@@ -15,6 +15,11 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from lit_shortcut import load
+from lit_shortcut.acceleration.predictors import Hold
+from lit_shortcut.bases.toy import ToyBase
+from lit_shortcut.sampling import Decoding
+from lit_shortcut.tasks.generating import GenerateTask
+from lit_shortcut.trainer import Trainer
 from lit_shortcut.weights import WeightsError
 from tests.command_line import CONFIGS, TOY, lightning
 
@@ -166,6 +171,17 @@ def test_shortcut_of_another_base_is_refused(folder: Path) -> None:
 def test_other_tasks_cannot_generate(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="GenerateTask, got"):
         lightning(tmp_path, "generate", "--config", TOY / "extract.yaml")
+
+
+def test_one_call_leaves_the_next_with_the_tasks_own_settings(tmp_path: Path) -> None:
+    task = GenerateTask(ToyBase(), decoding=Decoding(num_steps=4), shortcut=Hold(), budget=2)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    own = [row.name for row in task.rows]
+    for number, (asked, rows) in enumerate([({"num_steps": 3, "budget": 1, "compare": True}, 2), ({}, 1)]):
+        trainer.generate(task, labels=1, output=tmp_path / str(number), **asked)
+        assert [row.name for row in task.rows] == own
+        settings = json.loads((tmp_path / str(number) / "settings.json").read_text())
+        assert len(settings["methods"]) == rows
 
 
 def test_data_has_no_place_in_generate(folder: Path) -> None:

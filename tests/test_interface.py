@@ -95,6 +95,8 @@ def broken(change: dict[str, Tensor | None]) -> dict[str, Tensor]:
         ({"stride": torch.tensor(5)}, "multiples of 5"),
         ({"grid_width": torch.tensor(0)}, "0 a row"),
         ({"stride": torch.tensor(1)}, r"upsampling_weight: .*found shape \(4, 8, 8\)"),
+        ({"upsampling_scale": None}, "belong together"),
+        ({"head_weight": torch.ones(3, CHANNELS)}, r"head_weight: expected the shape .*found \(3, "),
     ],
 )
 def test_tensors_that_make_no_interface_are_refused(change: dict[str, Tensor | None], message: str) -> None:

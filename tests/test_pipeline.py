@@ -185,6 +185,8 @@ def test_shortcut_of_another_base_is_refused_by_fingerprint(copied: Path, base: 
 def test_shortcut_of_another_number_of_steps_is_refused(copied: Path) -> None:
     with pytest.raises(WeightsError, match=r"num_steps 16.*one of 8"):
         load(copied, budget=3, num_steps=8)
+    with pytest.raises(ValueError, match=r"num_steps.*got 0"):
+        load(copied, num_steps=0)
     assert load(copied, budget=8, num_steps=8)(labels=[0]).full_steps.tolist() == [8]
 
 

@@ -6,10 +6,15 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
 from lit_shortcut import precision
-from lit_shortcut.precision import bfloat16_mixed_where_native, bfloat16_where_native, require_precision
+from lit_shortcut.precision import (
+    bfloat16_mixed_where_native,
+    bfloat16_where_native,
+    require_precision,
+    require_same_device,
+)
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -49,6 +54,12 @@ def test_yaml_can_name_it() -> None:
     parser.add_argument("--plugin", type=Precision)
     config = parser.parse_object({"plugin": {"class_path": "lit_shortcut.precision.bfloat16_where_native"}})
     assert isinstance(parser.instantiate_classes(config).plugin, Precision)
+
+
+def test_autocast_of_another_device_is_refused() -> None:
+    require_same_device(MixedPrecision("bf16-mixed", "cpu"), CPU)
+    with pytest.raises(ValueError, match="bf16-mixed was chosen for cuda, but the trainer runs on cpu"):
+        require_same_device(MixedPrecision("bf16-mixed", "cuda"), CPU)
 
 
 @pytest.mark.parametrize("name", ["32-true", "bf16-true", "bf16-mixed", "64-true"])

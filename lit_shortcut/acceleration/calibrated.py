@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +14,7 @@ from lit_shortcut.acceleration.plans import Adaptive, Steps
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import BaseEnds
 from lit_shortcut.files import replacing
-from lit_shortcut.places import located
+from lit_shortcut.inputs import located
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class _FromFile(Plan):
 
     _name: str
     _table: str
+    _plan: Callable[[Any], Plan]
 
     def __init__(self, budget: int, path: Path) -> None:
         require_at_least(1, budget=budget)
@@ -129,7 +130,10 @@ class _FromFile(Plan):
                 f"{self.path}: no {self._name} plan of budget {self.budget} for {len(counts)} steps; it has budgets "
                 f"{', '.join(table) or 'none'}"
             )
-        return table[str(self.budget)]
+        try:
+            return self._plan(table[str(self.budget)])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: {self._name} plan of budget {self.budget}: {error}") from error
 
 
 class Calibrated(_FromFile):
@@ -143,7 +147,7 @@ class Calibrated(_FromFile):
         ValueError: if the file is missing, or not a file of calibrated plans.
     """
 
-    _name, _table = "calibrated", "steps"
+    _name, _table, _plan = "calibrated", "steps", staticmethod(Steps)
 
     def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
         """Decide by the list in the file.
@@ -151,7 +155,7 @@ class Calibrated(_FromFile):
         Raises:
             ValueError: if the file is for other steps, token counts or another predictor, or lacks the budget.
         """
-        return Steps(self._entry(counts, predictor)).start(counts, predictor)
+        return self._entry(counts, predictor).start(counts, predictor)
 
 
 class CalibratedAdaptive(_FromFile):
@@ -167,7 +171,8 @@ class CalibratedAdaptive(_FromFile):
 
     reads_features = True
     _name, _table = "calibrated adaptive", "adaptive"
+    _plan = staticmethod(lambda found: Adaptive(**found))
 
     def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
         """Decide by the threshold in the file; raises the errors of :class:`Calibrated`."""
-        return Adaptive(**self._entry(counts, predictor)).start(counts, predictor)
+        return self._entry(counts, predictor).start(counts, predictor)

@@ -25,6 +25,7 @@ Nodes = tuple[int, ...]
 """The last full steps, oldest first: as many as a predictor's memory, at least one; fewer only at the beginning."""
 
 _THRESHOLDS = (1e-6, 1e6)  # a range far wider than relative changes of features
+_ROUNDS = 24  # of bisection on a logarithmic scale
 _MOST_HISTORIES = 5000
 
 
@@ -108,17 +109,16 @@ def cost_of(segments: Segments, steps: Sequence[int]) -> float:
     return total
 
 
-def threshold_for(mean_full_steps: Callable[[float], float], budget: float, rounds: int = 24) -> tuple[float, float]:
+def threshold_for(mean_full_steps: Callable[[float], float], budget: float) -> tuple[float, float]:
     """Return the threshold whose mean number of full steps is nearest to ``budget``, and that number.
 
     Args:
         mean_full_steps: returns the mean at a threshold; decreasing.
         budget: the desired mean.
-        rounds: rounds of bisection on a logarithmic scale.
     """
     low, high = (log(end) for end in _THRESHOLDS)
     tried = []
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         middle = (low + high) / 2
         mean = mean_full_steps(exp(middle))
         tried.append((abs(mean - budget), exp(middle), mean))

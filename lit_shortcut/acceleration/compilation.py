@@ -25,7 +25,7 @@ def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module], mode:
     """Compile ``base.features`` and every shortcut network among ``methods``, in place, each as one graph.
 
     Weights, their names and fingerprints do not change. The first images wait for the compiler; the number of control
-    tokens changes from step to step and is compiled as a variable.
+    tokens changes from step to step and is compiled as a variable. What was compiled before stays as it is.
 
     Args:
         base: the frozen model.
@@ -44,10 +44,11 @@ def compile_networks(base: MaskedImageModel, methods: Iterable[nn.Module], mode:
         require_fixed_plans(methods)
         torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None  # a graph for each step is meant
     finish = _kept if mode == "reduce-overhead" else _as_it_is
-    base.features = finish(torch.compile(base.features, fullgraph=True, mode=mode))  # type: ignore[method-assign]
+    if "features" not in vars(base):  # which shadows the method once it is compiled
+        base.features = finish(torch.compile(base.features, fullgraph=True, mode=mode))  # type: ignore[method-assign]
     for method in methods:
         for module in method.modules():
-            if isinstance(module, ShortcutNetwork):
+            if isinstance(module, ShortcutNetwork) and not getattr(module, "_compiled_call_impl", None):
                 module.compile(fullgraph=True, mode=mode)
                 assert module._compiled_call_impl is not None
                 module._compiled_call_impl = finish(module._compiled_call_impl)

@@ -15,8 +15,8 @@ from torch import Tensor
 from lit_shortcut.acceleration.accelerated import Past, PredictFn
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import BaseEnds, Context, State, Trajectories
+from lit_shortcut.inputs import located
 from lit_shortcut.interface import TokenInterface
-from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
 
 _CHUNK = 2**24  # values of features on the device at a time

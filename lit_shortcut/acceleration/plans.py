@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from lit_shortcut.acceleration.accelerated import DecideFn, Past, Plan, Predicto
 from lit_shortcut.bounds import require_above, require_at_least, require_in_steps
 from lit_shortcut.contracts import State
 from lit_shortcut.guidance import guide
+
+Per = Literal["sample", "batch"]
 
 
 class Steps(Plan):
@@ -116,7 +118,7 @@ class Adaptive(Plan):
         budget: mean number of full steps that the threshold was calibrated for; only a label.
 
     Raises:
-        ValueError: if the threshold or the gap is not positive.
+        ValueError: if the threshold or the gap is not positive, or ``per`` is unknown.
     """
 
     reads_features = True
@@ -124,11 +126,13 @@ class Adaptive(Plan):
     def __init__(
         self,
         threshold: float,
-        per: Literal["sample", "batch"] = "batch",
+        per: Per = "batch",
         max_gap: int | None = None,
         budget: float | None = None,
     ) -> None:
         require_above(0, threshold=threshold)
+        if per not in get_args(Per):
+            raise ValueError(f"per must be one of {', '.join(get_args(Per))}; got {per!r}")
         if max_gap is not None:
             require_at_least(1, max_gap=max_gap)
         self.threshold, self.per, self.max_gap, self.budget = threshold, per, max_gap, budget

@@ -26,10 +26,10 @@ from lit_shortcut.acceleration.origin import (
 from lit_shortcut.contracts import BaseEnds, Context, Control, State
 from lit_shortcut.guidance import guide_rows
 from lit_shortcut.hub import local_file
+from lit_shortcut.inputs import located
 from lit_shortcut.networks.control import Layout, advance, joined_masks, lay_out_branches, require_kind
 from lit_shortcut.networks.llada_shortcut import LLaDAShortcutNet
 from lit_shortcut.networks.shortcut import ShortcutNet, ShortcutNetwork
-from lit_shortcut.places import located
 from lit_shortcut.weights import (
     Precision,
     WeightsError,

@@ -149,17 +149,13 @@ def published(
     )
     own_dtype = getattr(torch, dtype)
     transformer = build(UVit2DModel, folder / "transformer", own_dtype)
-    take(transformer, read_weights(folder / "transformer", DIFFUSERS, variant, own_dtype), folder / "transformer")
     config = transformer.config
+    vqvae = load_vqvae(folder / "vqvae", variant, config.codebook_size)
+    decoder, sizes = decoder_of(vqvae, height, width, _default_pixels(transformer, vqvae))  # refuses sizes, so first
+    take(transformer, read_weights(folder / "transformer", DIFFUSERS, variant, own_dtype), folder / "transformer")
     widths = (config.encoder_hidden_size, config.cond_embed_dim)
-    return _assembled(
-        transformer,
-        load_vqvae(folder / "vqvae", variant, config.codebook_size),
-        CLIPText.load(folder / "text_encoder", folder / "tokenizer", variant, own_dtype, widths),
-        height=height,
-        width=width,
-        negative=negative,
-    )
+    text_encoder = CLIPText.load(folder / "text_encoder", folder / "tokenizer", variant, own_dtype, widths)
+    return AMUSEd(transformer, decoder, text_encoder, negative=negative, **sizes)
 
 
 def random_weights(
@@ -188,20 +184,13 @@ def random_weights(
         )
         text_encoder = CLIPText.random(768, text_depth, num_heads=12, activation="quick_gelu", dtype=own_dtype)
         vqvae = random_vqvae()
-    base = _assembled(cast(transformer, own_dtype), vqvae, text_encoder)
+    decoder, sizes = decoder_of(vqvae, None, None, _default_pixels(transformer, vqvae))
+    base = AMUSEd(cast(transformer, own_dtype), decoder, text_encoder, negative="", **sizes)
     base.label = "random-"
     return base
 
 
-def _assembled(
-    transformer: UVit2DModel,
-    vqvae: VQModel,
-    text_encoder: CLIPText,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    negative: str = "",
-) -> AMUSEd:
-    default = transformer.config.sample_size * patch_size(vqvae)
-    decoder, sizes = decoder_of(vqvae, height, width, default)
-    return AMUSEd(transformer, decoder, text_encoder, negative=negative, **sizes)
+def _default_pixels(transformer: UVit2DModel, vqvae: VQModel) -> int:
+    """Side in pixels of the images that ``transformer`` was trained for."""
+    tokens: int = transformer.config.sample_size
+    return tokens * patch_size(vqvae)

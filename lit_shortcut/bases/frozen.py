@@ -31,10 +31,15 @@ class FrozenBase(nn.Module):
         self.transformer, self.tokenizer = transformer, tokenizer
         self.eval().requires_grad_(False)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
+        """Fingerprint of the transformer's weights, after the label."""
+        return self.label + self.weights_fingerprint
+
+    @cached_property
+    def weights_fingerprint(self) -> str:
         """Fingerprint of the transformer's weights, computed on first use, since it reads all of them."""
-        return self.label + fingerprint(self.weights())
+        return fingerprint(self.weights())
 
     def weights(self) -> dict[str, Tensor]:
         """Return the transformer's weights, head included."""

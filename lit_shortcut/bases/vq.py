@@ -8,6 +8,7 @@ import torch
 from diffusers import VQModel
 from torch import Tensor
 
+from lit_shortcut.bases.frozen import grid_of
 from lit_shortcut.bases.saved import DIFFUSERS, Variant, build, read_weights, take
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.precision import KeptDtype
@@ -103,10 +104,13 @@ def decoder_of(vqvae: VQModel, height: int | None, width: int | None, default: i
         height: height of the images in pixels; None takes ``default``.
         width: width of the images in pixels, likewise.
         default: side of the images in pixels.
+
+    Raises:
+        ValueError: if height or width is not a positive multiple of the patch size.
     """
     height, width = (default if size is None else size for size in (height, width))
     patch = patch_size(vqvae)
-    decoder = VQDecoder(vqvae, height // patch, width // patch)
+    decoder = VQDecoder(vqvae, *grid_of(height, width, patch))
     return decoder, {"height": height, "width": width, "patch_size": patch}
 
 

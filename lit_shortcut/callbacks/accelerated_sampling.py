@@ -14,12 +14,13 @@ from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
-from lit_shortcut.evaluation.drawing import Drawn, draw, require_feasible, strip_of
-from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, vanilla_row
+from lit_shortcut.evaluation.drawing import Drawn, draw_row, require_feasible, strip_of
+from lit_shortcut.evaluation.rows import TRAINED, NamedPlan, Row, RowEntry, build_rows, require_others, vanilla_row
 from lit_shortcut.evaluation.tally import Tally
 from lit_shortcut.evaluation.timing import time_rows
 from lit_shortcut.loggers import carry_on, log_picture
 from lit_shortcut.metrics.images import ImageMetric
+from lit_shortcut.metrics.latency import ratio
 from lit_shortcut.metrics.paired import are_paired
 from lit_shortcut.networks.shortcut import ShortcutNetwork
 from lit_shortcut.precision import sampling_precision
@@ -27,8 +28,6 @@ from lit_shortcut.report.grids import grids
 from lit_shortcut.report.plot import pixels
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.shortcut import ShortcutTask
-
-_TRAINED = "shortcut"
 
 
 class AcceleratedSampling(L.Callback):
@@ -54,7 +53,7 @@ class AcceleratedSampling(L.Callback):
         grid_images: images of each row shown side by side; 0 leaves the grid out.
 
     Raises:
-        ValueError: if a row is malformed or given twice, or a number is too small.
+        ValueError: if a method has the name of the network being trained, or a number is too small.
     """
 
     def __init__(
@@ -75,8 +74,7 @@ class AcceleratedSampling(L.Callback):
         require_at_least(0, latency_rounds=latency_rounds, grid_images=grid_images)
         self.base, self.decoding, self.rows, self.conditions = base, decoding, rows, conditions
         self.methods, self.plans, self.metrics = methods or {}, plans, metrics or {}
-        if _TRAINED in self.methods:
-            raise ValueError(f"methods must not name {_TRAINED!r}, which is the network being trained")
+        require_others(self.methods)
         self.every_n_validations, self.latency_rounds = every_n_validations, latency_rounds
         self.grid_images = grid_images
         self.validations = 0
@@ -128,7 +126,7 @@ class AcceleratedSampling(L.Callback):
 
     def _rows(self, network: ShortcutNetwork) -> list[Row]:
         """Return vanilla, then all other rows."""
-        rows = build_rows(self.rows, self.decoding, self.methods | {_TRAINED: Shortcut(network)}, self.plans)
+        rows = build_rows(self.rows, self.decoding, self.methods | {TRAINED: Shortcut(network)}, self.plans)
         vanilla = vanilla_row(self.decoding)
         return [vanilla, *(row for row in rows if row.name != vanilla.name)]
 
@@ -178,7 +176,7 @@ class AcceleratedSampling(L.Callback):
             logger.log_hyperparams(about)
         rank_zero_info(f"timed at batch {vanilla['batch_size']}, {vanilla['device']}")
         return {
-            name: {"latency_ms": own["median_ms"], "speedup": vanilla["median_ms"] / own["median_ms"]}
+            name: {"latency_ms": own["median_ms"], "speedup": ratio(vanilla["round_ms"], own["round_ms"])}
             for name, own in timed.items()
         }
 
@@ -189,7 +187,7 @@ class AcceleratedSampling(L.Callback):
         first: list[Tensor] = []
         is_paired = are_paired(self.metrics)
         for index, conditions in enumerate(batches):
-            drawn = draw(self.base, conditions, row)
+            drawn = draw_row(self.base, conditions, row)
             if is_paired and self.vanilla is None:
                 self.originals.append(move_data_to_device(drawn, "cpu"))
             tally.add(drawn, conditions, move_data_to_device(self.originals[index], device) if is_paired else None)

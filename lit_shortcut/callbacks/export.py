@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lit_shortcut.acceleration.card import PICTURES
-from lit_shortcut.acceleration.origin import CARD, WEIGHTS, BaseReference, Origin
+from lit_shortcut.acceleration.origin import CARD, PLAN, WEIGHTS, BaseReference, Origin
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.callbacks.ema import ModuleEMA
@@ -126,7 +126,7 @@ class ExportShortcut(ExportWeights):
         base = replace(self.origin.base, fingerprint=recorded.base.fingerprint)
         origin = replace(self.origin, base=base, num_steps=recorded.num_steps, decoding=recorded.decoding)
         if not self._is_there(task.network):
-            for name in (CARD, *PICTURES):  # of the shortcut that was here; saving would keep its card
+            for name in (CARD, PLAN, *PICTURES):  # of the shortcut that was here; saving would keep its card
                 (self.path / name).unlink(missing_ok=True)
         Shortcut(task.network, base.fingerprint, origin=origin).save_pretrained(self.path)
         return self.path / WEIGHTS

@@ -14,13 +14,11 @@ from lit_shortcut.acceleration.predictors import Hold, Taylor
 from lit_shortcut.acceleration.replay import replayed
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.contracts import Context
-from lit_shortcut.evaluation.rows import NamedPlan, Row, RowEntry, build_rows, naming
+from lit_shortcut.evaluation.rows import TRAINED, NamedPlan, Row, RowEntry, build_rows, naming, require_others
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.ranks import sum_over_ranks
 from lit_shortcut.tasks.shortcut import ShortcutTask
 from lit_shortcut.trajectory import Card
-
-_TRAINED = "shortcut"
 
 
 class ReplayTable(L.Callback):
@@ -36,7 +34,7 @@ class ReplayTable(L.Callback):
         plans: plans by name, besides ``even`` and ``early``.
 
     Raises:
-        ValueError: if a name is taken.
+        ValueError: if a method has the name of the network being trained, or there are neither budgets nor rows.
     """
 
     def __init__(
@@ -48,8 +46,7 @@ class ReplayTable(L.Callback):
     ) -> None:
         if methods is None:
             methods = {"hold": Hold(), "taylor_1": Taylor(1), "taylor_2": Taylor(2)}
-        if _TRAINED in methods:
-            raise ValueError(f"methods must not name {_TRAINED!r}, which is the network being trained")
+        require_others(methods)
         if not budgets and not rows:
             raise ValueError("budgets must name at least one number of full steps if there are no rows")
         self.budgets, self.methods, self.rows, self.plans = budgets, methods, rows or [], plans
@@ -114,6 +111,6 @@ class ReplayTable(L.Callback):
         rank_zero_info("\n".join([f"replayed along {int(sums[0, 2])} recorded trajectories:", heading, *lines]))
 
     def _rows(self, pl_module: ShortcutTask, num_steps: int) -> list[Row]:
-        methods = {_TRAINED: Shortcut(pl_module.network), **self.methods}
+        methods = {TRAINED: Shortcut(pl_module.network), **self.methods}
         even = [(num_steps, budget, name) for name in methods for budget in self.budgets]
         return build_rows([*even, *self.rows], Decoding(), methods, self.plans)

@@ -10,7 +10,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Schedule = Literal["root", "linear", "square", "cosine", "arccos", "cosine_left", "cosine_each", "arccos_left"]
+Schedule = Literal[
+    "root", "linear", "square", "cosine", "arccos", "cosine_left", "cosine_each", "linear_each", "arccos_left"
+]
 
 
 def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
@@ -22,7 +24,7 @@ def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
     match schedule:
         case "root":
             return 1 - progress.sqrt()
-        case "linear":
+        case "linear" | "linear_each":
             return 1 - progress
         case "square":
             return 1 - progress**2
@@ -36,13 +38,14 @@ def share_masked(schedule: Schedule, progress: Tensor) -> Tensor:
 def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list[int]:
     """Return the numbers of tokens committed at each of ``num_steps`` steps; they sum to ``num_tokens``.
 
-    Each step gets its share of the schedule, rounded, at least 1; the last step gets the rest. Three schedules instead
+    Each step gets its share of the schedule, rounded, at least 1; the last step gets the rest. Four schedules instead
     give the number of tokens left masked after each step:
 
     - ``cosine_left`` rounds down and keeps a token for the last step; a step may commit none (Lumina-DiMOO, arXiv
       2510.06308).
     - ``cosine_each`` does the same but commits at least one token a step while more than one is masked (aMUSEd, arXiv
-      2401.01808; Meissonic, MMaDA). Only with more steps than tokens do some steps commit none.
+      2401.01808; Meissonic, MMaDA). Only with more steps than tokens do some steps commit none. ``linear_each`` is the
+      other schedule of aMUSEd's scheduler in diffusers, rounded in float32 as there.
     - ``arccos_left`` rounds up and commits at least one token a step (Halton-MaskGIT, arXiv 2503.17076).
 
     >>> tokens_per_step("arccos", num_steps=8, num_tokens=64)
@@ -60,16 +63,16 @@ def tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> list
 
 @cache
 def _tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> tuple[int, ...]:
-    if schedule == "cosine_each" and num_steps >= 1:
+    if schedule in ("cosine_each", "linear_each") and num_steps >= 1:
         masked, left = num_tokens, []
-        for wanted in _cosine_left(num_steps, num_tokens):
+        for wanted in _left(schedule, num_steps, num_tokens):
             masked = max(1, min(masked - 1, wanted))
             left.append(masked)
         return _spent(num_tokens, left)
     if not 1 <= num_steps <= num_tokens:
         raise ValueError(f"num_steps must lie in 1..{num_tokens}, at least one token a step; got {num_steps}")
     if schedule == "cosine_left":
-        return _spent(num_tokens, [max(1, left) for left in _cosine_left(num_steps, num_tokens)])
+        return _spent(num_tokens, [max(1, left) for left in _left(schedule, num_steps, num_tokens)])
     if schedule == "arccos_left":
         return _spent(num_tokens, _arccos_left(num_steps, num_tokens))
     if num_steps == 1:  # the only share would be 0
@@ -85,9 +88,9 @@ def _tokens_per_step(schedule: Schedule, num_steps: int, num_tokens: int) -> tup
     return tuple(counts)
 
 
-def _cosine_left(num_steps: int, num_tokens: int) -> list[int]:
+def _left(schedule: Schedule, num_steps: int, num_tokens: int) -> list[int]:
     """Return the tokens left after each step but the last, rounded down."""
-    left: list[int] = (num_tokens * share_masked("cosine_left", _progress(num_steps))).floor().long().tolist()
+    left: list[int] = (num_tokens * share_masked(schedule, _progress(num_steps))).floor().long().tolist()
     return left
 
 

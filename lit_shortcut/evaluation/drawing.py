@@ -23,7 +23,7 @@ class Drawn(NamedTuple):
     tokens: Tensor
 
 
-def draw(base: MaskedImageModel, conditions: Conditions, row: Row) -> Drawn:
+def draw_row(base: MaskedImageModel, conditions: Conditions, row: Row) -> Drawn:
     """Generate the images of ``row`` for ``conditions``."""
     tokens, full_steps = generate(base, conditions, row.decoding, row.acceleration)
     return Drawn(base.decode(tokens), full_steps, tokens)

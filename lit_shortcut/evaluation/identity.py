@@ -16,6 +16,7 @@ from lit_shortcut.evaluation.rows import Row
 from lit_shortcut.metrics.images import ImageMetric
 
 _MISSING = "nothing"
+_MOST_SHOWN = 80  # characters
 
 
 def loop_identities(
@@ -108,9 +109,9 @@ def differences(before: object, after: object, path: str = "") -> list[str]:
     return [] if before == after else [f"{path} was {_short(before)} and is {_short(after)}"]
 
 
-def _short(value: object, most: int = 80) -> str:
-    text = value if value == _MISSING else repr(value)
-    return str(text) if len(str(text)) <= most else f"{str(text)[:most]}…"
+def _short(value: object) -> str:
+    text = str(value if value == _MISSING else repr(value))
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
 
 
 def _as_json(value: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ RowEntry = tuple[Any, ...]
 """A row in YAML. A tuple, since ``rows+:`` in a second YAML would append to inner lists, too."""
 
 VANILLA = "vanilla"
+TRAINED = "shortcut"
+"""Method in rows of a fit: the network being trained."""
+
 EVEN = "even"
 KNOWN_PLANS: dict[str, NamedPlan] = {EVEN: Even, "early": Early}
 
@@ -68,7 +71,7 @@ class Row:
         return {
             "name": self.name,
             "method": self.method,
-            "num_steps": self.decoding.num_steps,
+            "N": self.decoding.num_steps,
             "budget": self.budget,
             "plan": self.plan,
             "decoding": self.settings,
@@ -109,6 +112,12 @@ def build_rows(
     if twice:
         raise ValueError(f"rows must differ from one another; more than one are {', '.join(twice)}")
     return built
+
+
+def require_others(methods: Iterable[str]) -> None:
+    """Raise ValueError if one of ``methods``, given beside the network being trained, has its name."""
+    if TRAINED in methods:
+        raise ValueError(f"methods must not name {TRAINED!r}, which is the network being trained")
 
 
 @contextmanager

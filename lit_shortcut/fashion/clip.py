@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import CaptionedImages
-from lit_shortcut.places import located
+from lit_shortcut.inputs import located
 from lit_shortcut.tasks.optimized import OptimizedTask
 from lit_shortcut.weights import WeightsError
 

@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.images import LabelledImages
-from lit_shortcut.places import located
+from lit_shortcut.inputs import located
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _IDX_UINT8 = 0x08

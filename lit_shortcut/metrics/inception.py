@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from lit_shortcut.places import located
+from lit_shortcut.inputs import located
 from lit_shortcut.weights import WeightsError
 
 Feature = Literal["64", "192", "768", "2048", "logits_unbiased"]

@@ -1,8 +1,8 @@
 """Metrics that compare each image with its original, such as the one that vanilla draws from the same seed.
 
 A distance between sets says whether accelerated images are as good as vanilla's; these say whether they are the same
-images. Both are drawn with the same noise, so that a difference is the acceleration's, and a hundred images tell
-predictors apart where a Fréchet distance needs thousands.
+images. Both are drawn with the same noise, so that a difference is the acceleration's, and a hundred images
+show which predictor is nearer where a Fréchet distance needs thousands.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_shortcut.bounds import require_at_least
+from lit_shortcut.inputs import located
 from lit_shortcut.metrics.images import FrozenNetwork
-from lit_shortcut.places import located
 from lit_shortcut.weights import WeightsError, fingerprint, load_tensors, save_tensors
 
 

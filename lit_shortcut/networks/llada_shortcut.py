@@ -90,7 +90,7 @@ class LLaDAShortcutNet(ShortcutNetwork):
         reach: places that a committed token reaches in the neighbourhood; 0 leaves it out, as published.
         guided: predict the features after guidance, in one pass for both branches, with the conditional one's prompt.
         num_convs: convolutions of the rows on the token grid, each with an MLP, after the blocks.
-        uses_states: tell rows apart that are still masked, committed since the features were computed, or before.
+        uses_states: embed whether a row is still masked, was committed since the features were computed, or before.
 
     Raises:
         ValueError: if the ratio is below 1, c is not a multiple of twice ``num_heads``, or options are incompatible.

@@ -39,7 +39,7 @@ class Neighbourhood(nn.Module):
         self.features_norm = nn.LayerNorm(width)
         self.gate = nn.Linear(2 * width, 4 * width)
         self.pair = nn.Linear(2 * width, width)
-        nn.init.zeros_(self.pair.weight)  # training begins with the tokens alone
+        nn.init.zeros_(self.pair.weight)  # training begins without the pairs
         nn.init.zeros_(self.pair.bias)
         self.spread = nn.Conv2d(width, width, 2 * reach + stride, stride, padding=reach, groups=width)
         self.mix = nn.Linear(width, width)

@@ -84,7 +84,7 @@ class Options:
             with a linear head (:func:`~lit_shortcut.guidance.guide_rows`).
         num_convs: :class:`~lit_shortcut.networks.neighbourhood.ConvBlock` s after the blocks; 0, as published, leaves
             them out.
-        uses_states: tell rows apart that are still masked, committed since the features were computed, or before.
+        uses_states: embed whether a row is still masked, was committed since the features were computed, or before.
 
     Raises:
         ValueError: if a size is below 1 or switches are incompatible.

@@ -203,7 +203,7 @@ class ShortcutNet(ShortcutNetwork):
         anchored: predict from the last full step.
         guided: predict the features after guidance, in one pass for both branches.
         num_convs: convolutions of the rows on the token grid, each with an MLP, after the blocks.
-        uses_states: tell rows apart that are still masked, committed since the features were computed, or before.
+        uses_states: embed whether a row is still masked, was committed since the features were computed, or before.
 
     Raises:
         ValueError: if the ratio or the number of blocks is below 1, c is not a multiple of ``num_heads``, or options

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lit_shortcut.evaluation.results import Results
-from lit_shortcut.evaluation.rows import VANILLA, Row
+from lit_shortcut.evaluation.rows import EVEN, VANILLA, Row
 from lit_shortcut.metrics.functional import mean_interval
 from lit_shortcut.metrics.latency import ratio
 
@@ -49,9 +49,7 @@ def current_latencies(results: Results, loops: Mapping[str, Any]) -> dict[str, d
 def _line(
     results: Results, row: Row, seeds: Sequence[int], latencies: Mapping[str, dict[str, Any]], reference: str
 ) -> dict[str, Any]:
-    entry = row.entry()
-    line: dict[str, Any] = {"name": row.name, "method": row.method, "N": entry["num_steps"], "budget": row.budget}
-    line |= {"plan": row.plan, "decoding": row.settings}
+    line = row.entry()
     found = [stored for seed in seeds if (stored := results.stored(row, seed)) is not None]
     if found:
         line |= {"images": found[0]["identity"]["conditions"]["num_images"], "seeds": len(found)}
@@ -92,7 +90,7 @@ def for_people(table: pd.DataFrame) -> pd.DataFrame:
     """Return ``table`` as text: units in the header, intervals after ±, and a dash where nothing was measured."""
     shown = table[["method", "N"]].copy()
     shown["b"] = [shown_passes(line) for line in table.to_dict("records")]
-    if set(table["plan"]) - {"", "even"}:
+    if set(table["plan"]) - {"", EVEN}:
         shown["plan"] = table["plan"]
     if table["decoding"].any():
         shown["decoding"] = table["decoding"]

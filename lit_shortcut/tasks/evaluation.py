@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_shortcut.acceleration.accelerated import reads_features
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, MaskedImageModel
-from lit_shortcut.evaluation.drawing import Drawn, draw
+from lit_shortcut.evaluation.drawing import Drawn, draw_row
 from lit_shortcut.evaluation.identity import loop_identities, row_identity
 from lit_shortcut.evaluation.originals import Originals
 from lit_shortcut.evaluation.results import Results
@@ -131,7 +131,7 @@ class EvaluationTask(ComparisonTask):
         left = [row for row in rows if batch_idx >= self.tallies[row.name].batches]
         vanilla = self._vanilla(batch, batch_idx) if left and are_paired(self.metrics) else None
         for row in left:
-            drawn = vanilla if vanilla and row.name == self.reference.name else draw(self.base, batch, row)
+            drawn = vanilla if vanilla and row.name == self.reference.name else draw_row(self.base, batch, row)
             is_shown = batch_idx == 0 and dataloader_idx == 0 and self.trainer.is_global_zero
             if is_shown and self.grid_images:
                 count = self.grid_images
@@ -200,7 +200,7 @@ class EvaluationTask(ComparisonTask):
         """Return what vanilla draws of ``batch``, the ``index``-th, or drew of it before."""
         if (found := self.originals.find(index, self.base, self.device)) is not None:
             return found
-        drawn = draw(self.base, batch, self.reference)
+        drawn = draw_row(self.base, batch, self.reference)
         self.originals.add(index, drawn)
         return drawn
 

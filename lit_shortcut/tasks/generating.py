@@ -90,19 +90,19 @@ class GenerateTask(L.LightningModule):
             require_feasible(self.base, self.rows, data)
 
     def on_predict_start(self) -> None:
-        """Compile networks if ``compiled``."""
+        """Compile networks if ``compiled``, and build the rows, once for all batches."""
+        self._drawn = self.rows
         if self.compiled:
             methods: list[nn.Module] = [self.shortcut] if isinstance(self.shortcut, nn.Module) else []
             compile_networks(self.base, methods, self.compile_mode)
 
     def predict_step(self, batch: Conditions, batch_idx: int) -> dict[str, Drawing]:
         """Return the pictures of one batch by row; the first batch is preceded by two steps of each to warm up."""
-        rows = self.rows
         if batch_idx == 0:
-            for row in rows:
+            for row in self._drawn:
                 for _ in islice(sample(self.base, batch, row.decoding, row.acceleration), 2):
                     pass
-        return {row.name: draw(self.base, batch, row, on_step=self._stepped) for row in rows}
+        return {row.name: draw(self.base, batch, row, on_step=self._stepped) for row in self._drawn}
 
     def _stepped(self, step: object) -> None:
         if self.on_step is not None:

@@ -116,7 +116,7 @@ class OptimizedTask(L.LightningModule):
         where = f"{self.trainer.ckpt_path}: not a checkpoint of this configuration"
         if "network" not in checkpoint:
             raise WeightsError(f"{where}, but of no lit-shortcut task at all: it has no key 'network'")
-        own, found = _told(identity(self.network) | self.network_facts()), _told(checkpoint["network"])
+        own, found = _deciding(identity(self.network) | self.network_facts()), _deciding(checkpoint["network"])
         changes = [
             f"{name} is {found[name]}, expected {own[name]}" for name in own if own[name] != found.get(name, own[name])
         ]
@@ -129,6 +129,6 @@ class OptimizedTask(L.LightningModule):
             prefer(*self._optimizer_and_scheduler(), checkpoint, str(self.trainer.ckpt_path))
 
 
-def _told(facts: dict[str, Any]) -> dict[str, Any]:
+def _deciding(facts: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata beside the weights that decide whether they fit."""
     return facts["hparams"] | {name: facts[name] for name in ("class", "base_fingerprint") if name in facts}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,16 @@ def test_plan_for_something_else_is_refused(
 def test_budget_without_a_threshold_is_refused(path: Path) -> None:
     with pytest.raises(ValueError, match=r"plan.json.*adaptive.*budget 3"):
         CalibratedAdaptive(3, path).start(COUNTS, Hold())
+
+
+@pytest.mark.parametrize("broken", [{"steps": {"2": 3}}, {"adaptive": {"2": {"thresh": 1}}}], ids=str)
+def test_plan_that_makes_no_sense_is_named_with_its_file(path: Path, broken: dict[str, Any]) -> None:
+    content = json.loads(path.read_text())
+    content["schedules"][0] |= broken
+    path.write_text(json.dumps(content))
+    plan = Calibrated(2, path) if "steps" in broken else CalibratedAdaptive(2, path)
+    with pytest.raises(ValueError, match=r"plan\.json: calibrated.* plan of budget 2: "):
+        plan.start(COUNTS, Hold())
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"predictor": {}, "base_fingerprint": "", "schedules": [{}]}'])

@@ -116,10 +116,16 @@ def test_listed_steps_beyond_the_last_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"threshold": 0.0}, {"threshold": float("nan")}, {"threshold": 1.0, "max_gap": 0}]
+    "arguments",
+    [
+        {"threshold": 0.0},
+        {"threshold": float("nan")},
+        {"threshold": 1.0, "max_gap": 0},
+        {"threshold": 1.0, "per": "batches"},
+    ],
 )
 def test_adaptive_plan_without_sense_is_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"threshold|max_gap"):
+    with pytest.raises(ValueError, match=r"threshold|max_gap|per must be one of sample, batch"):
         Adaptive(**arguments)
 
 

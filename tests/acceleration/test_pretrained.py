@@ -161,7 +161,7 @@ def test_calibrated_plans_lie_beside_the_weights(base: MaskGIT, tmp_path: Path) 
     made = Shortcut(ShortcutNet(width=base.spec.width, num_heads=2), base.fingerprint, origin=Origin(num_steps=5))
     made.save_pretrained(tmp_path)
     shortcut, decoding = Shortcut.from_pretrained(tmp_path), Decoding(num_steps=5)
-    with pytest.raises(ValueError, match="no plan is named 'calibrated'"):
+    with pytest.raises(ValueError, match=r"calibrated needs the plan\.json"):
         row_of(shortcut, "calibrated", 2, decoding)
     counts = tokens_per_step(decoding.schedule, 5, base.spec.num_tokens)
     schedule = SearchedSteps(counts=counts, trajectories=1, steps={"2": [0, 3]}, kl={"2": 0.0})

@@ -116,6 +116,11 @@ def test_checkpoint_of_another_size_is_refused(release: Path) -> None:
         imagenet.published(str(release / "MaskGIT.pth"), str(release / "VQGAN"), grid=GRID, size="big")
 
 
+def test_unknown_size_is_refused_before_files_are_looked_for() -> None:
+    with pytest.raises(ValueError, match="size must be one of base, big, huge; got 'large'"):
+        imagenet.published("nowhere.pth", "nowhere", size="large")  # type: ignore[arg-type]
+
+
 def test_vqgan_of_another_codebook_size_is_refused(release: Path, tmp_path: Path) -> None:
     sizes = VQGAN_SIZES._replace(n_embed=512)
     write_folder(tmp_path, random_weights(sizes, seed=0), sizes)

@@ -19,7 +19,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.callbacks.accelerated_sampling import AcceleratedSampling
 from lit_shortcut.callbacks.ema import ModuleEMA
-from lit_shortcut.evaluation.drawing import Drawn, draw
+from lit_shortcut.evaluation.drawing import Drawn, draw_row
 from lit_shortcut.evaluation.rows import Row, build_rows
 from lit_shortcut.metrics.latency import device_name
 from lit_shortcut.networks.shortcut import ShortcutNet
@@ -90,7 +90,7 @@ def fit(
 def brightness(*entry: Any, network: ShortcutNet | None = None) -> float:
     (conditions,) = ClassLabels(6, batch_size=6, seed=3).loader()
     (row,) = build_rows([entry], DECODING, {"shortcut": Shortcut(network)} if network else {})
-    return float(draw(ToyBase(), conditions, row).images.float().mean())
+    return float(draw_row(ToyBase(), conditions, row).images.float().mean())
 
 
 @pytest.mark.parametrize("callbacks", [(), (ModuleEMA(decay=0.9),)], ids=["raw", "averaged"])
@@ -141,9 +141,9 @@ def test_vanilla_images_are_drawn_once(recorded: Path, monkeypatch: pytest.Monke
 
     def counted(base: ToyBase, conditions: Any, row: Row) -> Drawn:
         drawn.append(row.name)
-        return draw(base, conditions, row)
+        return draw_row(base, conditions, row)
 
-    monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.draw", counted)
+    monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.draw_row", counted)
     fit(recorded, make())
     assert drawn == ["vanilla_n6"] * 2 + (["shortcut_n6_b2"] * 2 + ["shortcut_n4_b2"] * 2) * 2
 
@@ -152,7 +152,7 @@ def test_paired_metrics_compare_with_vanilla_at_every_validation(recorded: Path)
     task, watch = fit(recorded, make(metrics={"difference": Difference()}, latency_rounds=0))
     (conditions,) = ClassLabels(6, batch_size=6, seed=3).loader()
     rows = build_rows([(6,), (4, 2, "shortcut")], DECODING, {"shortcut": Shortcut(task.network)})
-    vanilla, own = (draw(ToyBase(), conditions, row).images.float() for row in rows)
+    vanilla, own = (draw_row(ToyBase(), conditions, row).images.float() for row in rows)
     assert [logged["sampling/vanilla_n6/difference"] for logged in watch.logged] == [0, 0]
     expected = pytest.approx(float((own - vanilla).abs().mean()), rel=1e-5)
     assert watch.logged[-1]["sampling/shortcut_n4_b2/difference"] == expected != 0
@@ -185,9 +185,9 @@ def test_images_are_drawn_in_the_precision_of_test_and_weights_are_cast_once(
     def noted(base: ToyBase, conditions: Any, row: Row) -> Drawn:
         weights = {parameter.dtype for parameter in base.parameters()}
         seen.add((*weights, torch.is_autocast_enabled("cpu")))
-        return draw(base, conditions, row)
+        return draw_row(base, conditions, row)
 
-    monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.draw", noted)
+    monkeypatch.setattr("lit_shortcut.callbacks.accelerated_sampling.draw_row", noted)
     fit(recorded, make(latency_rounds=0), max_steps=2, precision=precision)
     assert seen == {(dtype, False)}
 

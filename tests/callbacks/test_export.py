@@ -161,14 +161,16 @@ def test_shortcut_is_exported_as_a_folder_with_its_base(tmp_path: Path, monkeypa
     assert found.origin == expected
     for name, tensor in found.network.state_dict().items():
         assert torch.equal(tensor, task.network.state_dict()[name])
+    written = {"README.md", "config.json", "model.safetensors"}
     readme = tmp_path / "shortcut" / "README.md"
     fresh = readme.read_text()
     readme.write_text("measurements of the shortcut that is here")
-    (tmp_path / "shortcut" / "pareto.png").write_bytes(b"")
+    for name in ("pareto.png", "plan.json"):
+        (tmp_path / "shortcut" / name).write_bytes(b"")
     export.write(task)  # as a finished run does that is resumed
     assert readme.read_text() == "measurements of the shortcut that is here"
-    assert (tmp_path / "shortcut" / "pareto.png").exists()
+    assert {"pareto.png", "plan.json"} < {path.name for path in (tmp_path / "shortcut").iterdir()}
     (tmp_path / "shortcut" / "model.safetensors").write_bytes(b"half a file")
     export.write(task)
     assert readme.read_text() == fresh
-    assert not (tmp_path / "shortcut" / "pareto.png").exists()
+    assert {path.name for path in (tmp_path / "shortcut").iterdir()} == written

@@ -12,7 +12,7 @@ from lit_shortcut.acceleration.predictors import Hold
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.dimoo.toy import toy_dimoo
 from lit_shortcut.bases.toy import ToyBase
-from lit_shortcut.evaluation.drawing import draw, require_feasible
+from lit_shortcut.evaluation.drawing import draw_row, require_feasible
 from lit_shortcut.evaluation.identity import differences, loop_identities, row_identity
 from lit_shortcut.evaluation.results import Results
 from lit_shortcut.evaluation.rows import Row, build_rows
@@ -51,7 +51,7 @@ def identity(row: Row, base: Any = None, *, precision: str = "32-true", compiled
 def test_images_are_those_of_the_decoded_tokens_and_passes_are_counted() -> None:
     base, row = ToyBase(), row_of(4, 2, "hold")
     (conditions,) = ClassLabels(3, batch_size=3).loader()
-    drawn = draw(base, conditions, row)
+    drawn = draw_row(base, conditions, row)
     assert torch.equal(drawn.images, base.decode(generate(base, conditions, row.decoding, row.acceleration).tokens))
     assert drawn.full_steps.tolist() == [2, 2, 2]
 

@@ -14,7 +14,7 @@ from datamodules.conditions import ClassLabels
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.evaluation.drawing import draw
+from lit_shortcut.evaluation.drawing import draw_row
 from lit_shortcut.evaluation.rows import build_rows
 from lit_shortcut.fashion.classifier import FashionCNN, FashionFeatures
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
@@ -48,7 +48,7 @@ def images(default: MaskGIT) -> dict[int, torch.Tensor]:
     """Forty images each, drawn in 12 steps and in 2."""
     (conditions,) = ClassLabels(40, batch_size=40, seed=77).loader()
     rows = build_rows([[12], [2]], DECODING)
-    return {row.decoding.num_steps: draw(default, conditions, row).images for row in rows}
+    return {row.decoding.num_steps: draw_row(default, conditions, row).images for row in rows}
 
 
 def labels() -> torch.Tensor:
@@ -114,5 +114,5 @@ def test_command_records_the_default_base(default: MaskGIT, tmp_path: Path) -> N
     samples = [one for shard in (0, 1) for one in read_shard(folder, shard, card)]
     assert [int(one.conditions.labels) for one in samples] == [0, 1, 2, 3]
     (conditions,) = ClassLabels(4, batch_size=4, seed=card.seed).loader()
-    drawn = draw(default, conditions, *build_rows([[4]], ACCELERATED)).images
+    drawn = draw_row(default, conditions, *build_rows([[4]], ACCELERATED)).images
     assert torch.equal(default.decode(torch.cat([one.tokens for one in samples])), drawn)

@@ -13,7 +13,7 @@ from transformers import CLIPModel, CLIPProcessor
 from datamodules.conditions import ClassLabels
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
-from lit_shortcut.evaluation.drawing import draw
+from lit_shortcut.evaluation.drawing import draw_row
 from lit_shortcut.evaluation.rows import build_rows
 from lit_shortcut.fashion.tokenizer import FSQTokenizer
 from lit_shortcut.metrics.clip import CLIPScore
@@ -37,7 +37,7 @@ def images() -> Tensor:
     )
     decoding = Decoding(**yaml.safe_load((CONFIGS / "parts" / "fashion_decoding.yaml").read_text()))
     (conditions,) = ClassLabels(COUNT, batch_size=COUNT, seed=3).loader()
-    return draw(base, conditions, *build_rows([[8]], decoding)).images
+    return draw_row(base, conditions, *build_rows([[8]], decoding)).images
 
 
 def score(images: Tensor, prompts: list[str]) -> float:

@@ -177,14 +177,15 @@ def test_higher_may_be_better(table: pd.DataFrame) -> None:
     assert dominated(table, "distance", higher_is_better=True) == [(HOLD.name, VANILLA.name)]
 
 
-def test_json_holds_all_figures_and_no_nan(results: Results) -> None:
+def test_json_holds_all_figures_and_no_nan(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/lit-shortcut", "test"])
     content = json.loads(json_of(collected(results, ROWS, [0], changed=(HOLD.name,)), seeds=[0]))
     assert [line["name"] for line in content["rows"]] == NAMES
     assert content["rows"][0]["distance"] == 6.0
     assert "latency_ms" not in content["rows"][2]
     assert content["seeds"] == [0]
     assert {"python", "torch", "lightning"} <= content["versions"].keys()
-    assert content["command"].startswith("lit-shortcut")
+    assert content["command"] == "lit-shortcut test"
 
 
 def test_cost_at_a_lighter_step_is_computed_for_rows_with_a_shortcut(table: pd.DataFrame) -> None:

@@ -20,7 +20,7 @@ from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.toy import ToyBase
 from lit_shortcut.contracts import Conditions, MaskedImageModel
 from lit_shortcut.decoding.schedules import tokens_per_step
-from lit_shortcut.evaluation.drawing import Drawn, draw
+from lit_shortcut.evaluation.drawing import Drawn, draw_row
 from lit_shortcut.evaluation.rows import Row, build_rows, vanilla_row
 from lit_shortcut.fashion.classifier import FashionCNN
 from lit_shortcut.metrics.images import ClassAgreement
@@ -56,7 +56,7 @@ def stored(folder: Path) -> dict[str, Any]:
 def brightness(row: Row, seed: int, num_images: int = 10) -> float:
     """By hand, all images in one batch."""
     (conditions,) = ClassLabels(num_images, batch_size=num_images, seed=seed).loader()
-    return float(draw(ToyBase(), conditions, row).images.float().mean())
+    return float(draw_row(ToyBase(), conditions, row).images.float().mean())
 
 
 class Interrupt:
@@ -69,7 +69,7 @@ class Interrupt:
         self.drawn.append(row.name)
         if len(self.drawn) == self.last:
             raise RuntimeError("interrupted")
-        return draw(base, conditions, row)
+        return draw_row(base, conditions, row)
 
 
 # ---- measuring
@@ -98,7 +98,9 @@ def test_paired_metrics_compare_with_vanilla_of_the_same_seeds_wherever_it_stand
     for row in build_rows(rows, DECODING, {"hold": Hold()}):
         for seed in (0, 7):
             (conditions,) = ClassLabels(10, batch_size=10, seed=seed).loader()
-            own, vanilla = (draw(ToyBase(), conditions, each).images.float() for each in (row, vanilla_row(DECODING)))
+            own, vanilla = (
+                draw_row(ToyBase(), conditions, each).images.float() for each in (row, vanilla_row(DECODING))
+            )
             expected = float((own - vanilla).abs().mean())
             assert found[f"{row.name}_seed{seed}"]["values"]["difference"] == pytest.approx(expected, rel=1e-5)
             assert (expected == 0) == (row.name == "vanilla_n5")
@@ -109,10 +111,10 @@ def test_interrupted_paired_test_draws_no_batch_twice_and_ends_with_the_same_byt
     tmp_path: Path, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure(tmp_path / "whole", metrics=PAIRED)
-    monkeypatch.setattr(f"{TASK}.draw", interrupted := Interrupt(last))
+    monkeypatch.setattr(f"{TASK}.draw_row", interrupted := Interrupt(last))
     with pytest.raises(RuntimeError, match="interrupted"):
         measure(tmp_path / "killed", metrics=PAIRED)
-    monkeypatch.setattr(f"{TASK}.draw", rest := Interrupt(0))
+    monkeypatch.setattr(f"{TASK}.draw_row", rest := Interrupt(0))
     measure(tmp_path / "killed", metrics=PAIRED)
     assert interrupted.drawn[:-1] + rest.drawn == NAMES * 3
     assert stored(tmp_path / "killed") == stored(tmp_path / "whole")
@@ -123,7 +125,7 @@ def test_row_added_later_is_compared_with_what_vanilla_drew_before(
 ) -> None:
     measure(tmp_path / "whole", metrics=PAIRED)
     measure(tmp_path / "later", ROWS[:2], metrics=PAIRED)
-    monkeypatch.setattr(f"{TASK}.draw", later := Interrupt(0))
+    monkeypatch.setattr(f"{TASK}.draw_row", later := Interrupt(0))
     measure(tmp_path / "later", metrics=PAIRED)
     assert later.drawn == ["hold_n5_b2"] * 3
     assert stored(tmp_path / "later") == stored(tmp_path / "whole")
@@ -136,7 +138,7 @@ def test_damaged_originals_are_drawn_again_and_the_log_says_so(tmp_path: Path, m
     damaged.write_bytes(damaged.read_bytes()[:-9])
     said: list[str] = []
     monkeypatch.setattr("lit_shortcut.evaluation.originals.rank_zero_info", said.append)
-    monkeypatch.setattr(f"{TASK}.draw", later := Interrupt(0))
+    monkeypatch.setattr(f"{TASK}.draw_row", later := Interrupt(0))
     measure(tmp_path / "later", metrics=PAIRED)
     assert later.drawn == ["hold_n5_b2", "vanilla_n5", "hold_n5_b2", "hold_n5_b2"]
     assert str(damaged) in said[0]
@@ -148,7 +150,7 @@ def test_paired_rows_are_measured_again_when_vanilla_is_decoded_otherwise(
 ) -> None:
     rows, same = [[5], [3]], {"num_images": 10, "batch_size": 10}
     measure(tmp_path, rows, metrics=PAIRED, data=same)
-    monkeypatch.setattr(f"{TASK}.draw", again := Interrupt(0))
+    monkeypatch.setattr(f"{TASK}.draw_row", again := Interrupt(0))
     measure(tmp_path, rows, metrics=PAIRED, data=same, decoding=replace(DECODING, num_steps=3))
     assert again.drawn == ["vanilla_n3", "vanilla_n5"]
     assert stored(tmp_path)["vanilla_n3_seed0"]["values"]["difference"] == 0
@@ -160,11 +162,11 @@ def test_interrupted_test_loses_no_finished_batch_and_ends_with_the_same_bytes(
 ) -> None:
     measure(tmp_path / "whole")
     interrupted = Interrupt(last)
-    monkeypatch.setattr(f"{TASK}.draw", interrupted)
+    monkeypatch.setattr(f"{TASK}.draw_row", interrupted)
     with pytest.raises(RuntimeError, match="interrupted"):
         measure(tmp_path / "killed")
     rest = Interrupt(0)
-    monkeypatch.setattr(f"{TASK}.draw", rest)
+    monkeypatch.setattr(f"{TASK}.draw_row", rest)
     measure(tmp_path / "killed")
     assert interrupted.drawn[:-1] + rest.drawn == NAMES * 3  # three batches, each once for each row
     for path in (tmp_path / "whole").rglob("*"):
@@ -189,7 +191,7 @@ def test_change_of_what_values_depend_on_measures_every_row_again(
 ) -> None:
     monkeypatch.setattr("lit_shortcut.tasks.comparison.compile_networks", lambda base, *_: None)
     measure(tmp_path)
-    monkeypatch.setattr(f"{TASK}.draw", again := Interrupt(0))
+    monkeypatch.setattr(f"{TASK}.draw_row", again := Interrupt(0))
     measure(tmp_path)
     assert again.drawn == []
     measure(tmp_path, **change)
@@ -230,7 +232,7 @@ def test_rows_whose_steps_depend_on_the_batch_are_measured_again_at_another_batc
     asked: dict[str, Any] = {"plans": {"adaptive": Adaptive(threshold=0.5)}, "methods": {"taylor": Taylor(1)}}
     measure(tmp_path, rows, **asked)
     drawn = Interrupt(last=0)
-    monkeypatch.setattr("lit_shortcut.tasks.evaluation.draw", drawn)
+    monkeypatch.setattr("lit_shortcut.tasks.evaluation.draw_row", drawn)
     measure(tmp_path, rows, data={"batch_size": 10}, **asked)
     assert set(drawn.drawn) == {"taylor_n5_b2_adaptive"}
 
@@ -256,7 +258,7 @@ def test_passes_of_an_adaptive_plan_are_those_that_were_run(tmp_path: Path) -> N
     assert found["taylor_n5_b2_seed0"] == {"mean": 2.0, "low": 2, "high": 2}
     (row,) = build_rows(rows[1:2], DECODING, {"taylor": Taylor(1)}, plans)
     batches = ClassLabels(10, batch_size=4).loader()
-    counted = torch.cat([draw(ToyBase(), batch, row).full_steps for batch in batches]).float()
+    counted = torch.cat([draw_row(ToyBase(), batch, row).full_steps for batch in batches]).float()
     assert found["taylor_n5_b2_adaptive_seed0"]["mean"] == pytest.approx(float(counted.mean()))
 
 
@@ -315,7 +317,7 @@ def test_random_weights_are_timed_once_and_draw_no_image(tmp_path: Path, monkeyp
     def never(*arguments: Any) -> Drawn:
         raise AssertionError("an image was drawn")
 
-    monkeypatch.setattr(f"{TASK}.draw", never)
+    monkeypatch.setattr(f"{TASK}.draw_row", never)
     first = measure(tmp_path, random_weights=True, latency_rounds=1).stored.latency()
     assert list(first["measured"]) == NAMES
     assert not (tmp_path / "rows").exists()
@@ -394,7 +396,7 @@ def test_rows_that_cannot_be_run_are_refused_before_any_is(
     def never(*arguments: Any) -> Drawn:
         raise AssertionError("something was run")
 
-    monkeypatch.setattr(f"{TASK}.draw", never)
+    monkeypatch.setattr(f"{TASK}.draw_row", never)
     with pytest.raises(ValueError, match=message) as caught:
         measure(tmp_path, rows, methods={"hold": Hold(), "foreign": foreign()})
     assert isinstance(caught.value, WeightsError) == ("trained" in message)

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
-from lit_shortcut.places import located
+from lit_shortcut.inputs import located
 from lit_shortcut.weights import WeightsError
 
 TEMPLATE = "<system>Generate an image according to the text prompt.</system><user>{}</user>"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_shortcut.bases.dimoo.adapter import DiMOO
 from lit_shortcut.bases.dimoo.llada import LLaDA
 from lit_shortcut.bases.dimoo.prompt import SpecialTokens, TextTokenizer, Utf8Tokenizer
+from lit_shortcut.bases.frozen import grid_of
 from lit_shortcut.bases.prompted_llada import PromptedLLaDA
 from lit_shortcut.bases.saved import TRANSFORMERS, read_json, read_weights
 from lit_shortcut.bases.vq import VQDecoder
@@ -72,8 +73,9 @@ def published(
         WeightsError: if a file is unavailable, damaged, or does not fit the others.
         ValueError: if height or width is not a multiple of 16.
     """
+    grid = grid_of(height, width, PATCH_SIZE)  # before anything is downloaded
     folder, special = local_folder(source, FILES), special or SpecialTokens()
-    decoder = VQDecoder.load(folder / "vqvae", height // PATCH_SIZE, width // PATCH_SIZE)
+    decoder = VQDecoder.load(folder / "vqvae", *grid)
     return DiMOO(
         load_transformer(folder, getattr(torch, dtype)),
         decoder,

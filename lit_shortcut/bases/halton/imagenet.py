@@ -10,7 +10,7 @@ from lit_shortcut.bases.halton.llamagen import llamagen_decoder, load_llamagen
 from lit_shortcut.bases.halton.transformer import HaltonTransformer, swiglu_width
 from lit_shortcut.bases.maskgit.adapter import MaskGIT
 from lit_shortcut.hub import local_file
-from lit_shortcut.places import located
+from lit_shortcut.inputs import located
 
 Size = Literal["tiny", "small", "base", "large", "xlarge"]
 Resolution = Literal[256, 384]
@@ -50,7 +50,7 @@ def random_weights(size: Size = "large", resolution: Resolution = 384, seed: int
     """
     with seeded(seed):
         base = MaskGIT(HaltonTransformer(**imagenet_sizes(size, resolution)), llamagen_decoder())
-    base.fingerprint = f"random-{base.fingerprint}"
+    base.label = "random-"
     return base
 
 

@@ -72,7 +72,7 @@ class MaskGIT(FrozenBase):
             mask_id=transformer.mask_id,
             num_classes=transformer.num_classes,
         )
-        self.fingerprint = fingerprint(transformer.state_dict())  # now, before a trainer casts the weights
+        self.weights_fingerprint = fingerprint(self.weights())  # now, before a trainer casts the weights
 
     def context(self, conditions: Conditions, *, guided: bool) -> Context:
         """Class token ids.

@@ -29,12 +29,14 @@ def published(transformer: str, vqgan: str, grid: int = 32, size: Size = "base")
 
     Raises:
         WeightsError: if a file is unavailable, damaged, or of other sizes.
+        ValueError: if there is no such size.
     """
+    sizes = imagenet_sizes(grid, size)  # before anything is downloaded
     file = local_file(transformer)
     local_file(f"{vqgan}/last.ckpt")
     folder = local_file(f"{vqgan}/model.yaml").parent
     decoder = load_vqgan(folder)
-    return MaskGIT(MaskGITTransformer.load_published(file, **imagenet_sizes(grid, size)), decoder)
+    return MaskGIT(MaskGITTransformer.load_published(file, **sizes), decoder)
 
 
 def random_weights(grid: int = 32, size: Size = "base", seed: int = 0) -> MaskGIT:
@@ -44,10 +46,16 @@ def random_weights(grid: int = 32, size: Size = "base", seed: int = 0) -> MaskGI
     """
     with seeded(seed):
         base = MaskGIT(MaskGITTransformer(**imagenet_sizes(grid, size)), vqgan_decoder())
-    base.fingerprint = f"random-{base.fingerprint}"
+    base.label = "random-"
     return base
 
 
 def imagenet_sizes(grid: int, size: Size) -> dict[str, int]:
-    """Arguments of :class:`MaskGITTransformer`."""
+    """Arguments of :class:`MaskGITTransformer`.
+
+    Raises:
+        ValueError: if there is no such size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
     return {"codebook_size": 1024, "num_classes": 1000, "grid": grid, "num_heads": 16, "mlp_width": 3072} | SIZES[size]

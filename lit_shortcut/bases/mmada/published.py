@@ -9,6 +9,7 @@ import torch
 
 from lit_shortcut.bases.dimoo.prompt import TextTokenizer, Utf8Tokenizer
 from lit_shortcut.bases.dimoo.published import PATCH_SIZE, NoDecoder, as_random, load_transformer, random_transformer
+from lit_shortcut.bases.frozen import grid_of
 from lit_shortcut.bases.mmada.adapter import MMaDA, MMaDATokens
 from lit_shortcut.bases.mmada.magvit import FILES as VQ_FILES
 from lit_shortcut.bases.mmada.magvit import load_magvit
@@ -44,6 +45,7 @@ def published(
         WeightsError: if a file is unavailable, damaged, or does not fit the others.
         ValueError: if ``size`` is not a multiple of 16.
     """
+    grid_of(size, size, PATCH_SIZE)  # before anything is downloaded
     folder = local_folder(source, FILES)
     text = TextTokenizer(folder / "tokenizer.json", None)
     decoder = load_magvit(local_folder(vq, VQ_FILES))

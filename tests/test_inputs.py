@@ -10,8 +10,8 @@ from lit_shortcut import load
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bases.maskgit.transformer import MaskGITTransformer
 from lit_shortcut.fashion.classifier import FashionFeatures
+from lit_shortcut.inputs import SHIPPED, located, use_projects_of
 from lit_shortcut.metrics.distances import FrechetDistance
-from lit_shortcut.places import SHIPPED, located, use_projects_of
 from lit_shortcut.trajectory import Card
 from tests.command_line import CONFIGS, lightning
 
