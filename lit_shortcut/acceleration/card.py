@@ -70,7 +70,7 @@ def model_card(
         base=base.name or "a base of one's own",
         address=address,
         budget=origin.budget or max(1, origin.num_steps // 4),
-        asked="labels=[0]" if base.name in _OF_CLASSES else '["a dark, wide coat"]',
+        asked="labels=[0]" if origin.num_classes else '["a dark, wide coat"]',
         source=f" ({base.source}{f' at {base.revision}' * bool(base.revision)})" if on_hub else "",
         fingerprint=base.fingerprint,
         steps=f"N = {origin.num_steps}, of which the base computes {computed}",
@@ -82,9 +82,6 @@ def model_card(
     if measured:
         text += f"\n## Measured\n\n{measured}"
     return text + "".join(f"\n![{name.partition('.')[0]}]({name})\n" for name in pictures)
-
-
-_OF_CLASSES = ("fashion", "maskgit", "halton")
 
 
 def write_card(folder: Path, report: Path) -> None:

@@ -50,6 +50,7 @@ class Origin:
         budget: b of that plan; 0 leaves it to the user.
         licence: SPDX identifier of the weights.
         trained_on: the data.
+        num_classes: classes of the base; 0 if it takes prompts.
     """
 
     base: BaseReference = field(default_factory=BaseReference)
@@ -59,12 +60,14 @@ class Origin:
     budget: int = 0
     licence: str = ""
     trained_on: str = ""
+    num_classes: int = 0
 
     @classmethod
     def of_metadata(cls, metadata: Mapping[str, Any]) -> Origin:
         """Return the origin in the metadata of a checkpoint or safetensors file, the card of its trajectories."""
         base = BaseReference(metadata.get("base_fingerprint") or "")
-        return cls(base, metadata.get("num_steps", 0), metadata.get("decoding", {}))
+        num_classes = metadata.get("spec", {}).get("num_classes", 0)
+        return cls(base, metadata.get("num_steps", 0), metadata.get("decoding", {}), num_classes=num_classes)
 
     def require_steps(self, num_steps: int) -> None:
         """Check that the shortcut was trained for runs of ``num_steps``.

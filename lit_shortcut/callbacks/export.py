@@ -124,7 +124,13 @@ class ExportShortcut(ExportWeights):
         assert isinstance(task, ShortcutTask)
         recorded = Origin.of_metadata(task.network_facts())
         base = replace(self.origin.base, fingerprint=recorded.base.fingerprint)
-        origin = replace(self.origin, base=base, num_steps=recorded.num_steps, decoding=recorded.decoding)
+        origin = replace(
+            self.origin,
+            base=base,
+            num_steps=recorded.num_steps,
+            decoding=recorded.decoding,
+            num_classes=recorded.num_classes,
+        )
         if not self._is_there(task.network):
             for name in (CARD, PLAN, *PICTURES):  # of the shortcut that was here; saving would keep its card
                 (self.path / name).unlink(missing_ok=True)

@@ -151,13 +151,13 @@ def test_card_of_a_shortcut_without_a_budget_can_be_followed(tmp_path: Path) -> 
 
 def test_shortcut_is_exported_as_a_folder_with_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = ShortcutTask(ShortcutNet(width=16, num_heads=2))
-    card = {"base_fingerprint": "0123", "num_steps": 5, "decoding": {"num_steps": 5}}
+    card = {"base_fingerprint": "0123", "num_steps": 5, "decoding": {"num_steps": 5}, "spec": {"num_classes": 3}}
     monkeypatch.setattr(task, "network_facts", lambda: card)
     base = BaseReference(name="dimoo", source="hf://owner/base")
     export = ExportShortcut(tmp_path / "shortcut", "MIT", "noise", base, budget=2)
     assert export.write(task) == tmp_path / "shortcut" / "model.safetensors"
     found = Shortcut.from_pretrained(tmp_path / "shortcut")
-    expected = Origin(replace(base, fingerprint="0123"), 5, {"num_steps": 5}, "even", 2, "MIT", "noise")
+    expected = Origin(replace(base, fingerprint="0123"), 5, {"num_steps": 5}, "even", 2, "MIT", "noise", num_classes=3)
     assert found.origin == expected
     for name, tensor in found.network.state_dict().items():
         assert torch.equal(tensor, task.network.state_dict()[name])
