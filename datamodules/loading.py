@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.copying import CopyStream, begun_ahead
 from lit_shortcut.background import Background
 from lit_shortcut.contracts import Trajectories
 from lit_shortcut.trajectory import TrajectoryError
@@ -41,6 +42,7 @@ class EpochLoader(Generic[Batch]):
         layout: everything the order depends on, compared when a checkpoint is resumed.
         num_workers: threads, each at most two batches ahead, in pinned memory if there is a GPU and they are no
             trajectories; 0 makes each batch on demand.
+        device: where the batches are used; if it is a GPU, each is copied there while the one before is in use.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class EpochLoader(Generic[Batch]):
         epoch: Callable[[], int] = lambda: 0,
         layout: dict[str, int | str] | None = None,
         num_workers: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         self._batches, self._length, self._epoch, self._layout = batches, length, epoch, layout or {}
-        self._num_workers = num_workers
+        self._num_workers, self._device = num_workers, device
         self._position, self._resume = (0, 0), (0, 0)
 
     def __len__(self) -> int:
@@ -64,6 +67,9 @@ class EpochLoader(Generic[Batch]):
         self._resume = (0, 0)
         places = [(epoch, number) for number in range(done, self._length)]
         made = self._made_ahead(places) if self._num_workers else map(self._batches.__getitem__, places)
+        if self._device is not None and self._device.type == "cuda":
+            copies = CopyStream(self._device)
+            made = begun_ahead(made, copies.begin, copies.finish)
         for number, batch in enumerate(made, start=done + 1):
             self._position = (epoch, number)
             if batch is not None:

@@ -203,6 +203,7 @@ class TrajectoryDataModule(TransitionDataModule):
             partial(epoch_of, self),
             self.layout(**facts),
             self.num_workers,
+            self.trainer.strategy.root_device if self.trainer else None,
         )
 
     def first_targets(self, epoch: int, number: int) -> list[list[int]] | None:
@@ -232,7 +233,7 @@ class TrajectoryDataModule(TransitionDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count the transitions that replace damaged ones."""
         if isinstance(batch, EncodedTransition):
-            self.num_replaced += int(batch.replaced.sum())
+            self.num_replaced += sum(batch.replaced)
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -184,7 +184,7 @@ class WindowReader:
         tokens, committed_at = (torch.stack(grids) for grids in zip(*(head[:2] for head in heads), strict=True))
         step, gap = (torch.tensor(column) for column in zip(*(window[3:] for window in windows), strict=True))
         batch = EncodedTransition.of(card.encoding, parts, tokens, committed_at, step, gap, prefix, self.guidance)
-        return batch._replace(replaced=torch.tensor(replaced))
+        return batch._replace(replaced=tuple(replaced))
 
     def _read_one(self, room: Parts, epoch: int, position: int) -> tuple[Window, Head]:
         """Read the window at ``position``, or the next readable one, into ``room``."""

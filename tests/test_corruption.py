@@ -10,7 +10,6 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from lit_shortcut.trajectory import Card, TrajectoryError, problems, read_shard
 from lit_shortcut.trajectory.card import shard_name
 from lit_shortcut.trajectory.interface_file import load_interface, save_interface
 from lit_shortcut.weights import WeightsError
+from tests.datamodules.opened import make
 from tests.forged_shards import Members, edit_index, forge, replaced
 from tests.tiny_trajectories import interface, trajectories, write_set
 
@@ -258,10 +258,7 @@ def flip(folder: Path, index: int, sample: str) -> None:
 
 
 def module(folder: Path, **arguments: Any) -> TrajectoryDataModule:
-    made = TrajectoryDataModule(str(folder), batch_size=9, **arguments)
-    made.trainer = SimpleNamespace(global_rank=0, world_size=1, current_epoch=0, overfit_batches=0)  # type: ignore[assignment]
-    made.setup("fit")
-    return made
+    return make(folder, batch_size=9, **arguments)
 
 
 def seen(made: TrajectoryDataModule) -> list[tuple[int, int]]:

@@ -19,14 +19,14 @@ class EncodedTransition(NamedTuple):
     """A :class:`Transition` as it leaves the loader, encoded: ``features`` (B, G, 1 + R, S, …) before it, then targets.
 
     G is 1, for a window's own branch, unless ``guidance`` (B, 1 + R) gives the scales by which all branches are guided
-    when they are decoded. ``others`` holds all the other fields. ``replaced`` (B,) marks windows read in place of
-    damaged ones.
+    when they are decoded. ``others`` holds all the other fields. ``replaced``, of B, marks windows read in place
+    of damaged ones.
     """
 
     encoding: str
     features: Parts
     others: Transition
-    replaced: Tensor
+    replaced: tuple[bool, ...]
     guidance: Tensor | None = None
 
     @classmethod
@@ -65,7 +65,7 @@ class EncodedTransition(NamedTuple):
         if guidance is not None:
             targets = (step + gap)[:, None] + torch.tensor([0, *range(window)], device=step.device)
             scales = torch.tensor(guidance, dtype=torch.float32, device=step.device)[targets]
-        return cls(encoding, features, others, torch.zeros(len(step), dtype=torch.bool), scales)
+        return cls(encoding, features, others, (False,) * len(step), scales)
 
     def decode(self) -> Transition:
         """Decode the features on the device they are on."""

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from datamodules.trajectories import TrajectoryDataModule
 from lit_shortcut.contracts import Transition
 
@@ -16,7 +18,9 @@ def make(
     folder: Path | str, *, rank: int = 0, world_size: int = 1, epoch: int = 0, **arguments: Any
 ) -> TrajectoryDataModule:
     module = TrajectoryDataModule(str(folder), **({"batch_size": 8} | arguments))
-    module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=epoch, overfit_batches=0)
+    ranks = {"global_rank": rank, "world_size": world_size}
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    module.trainer = SimpleNamespace(**ranks, strategy=strategy, current_epoch=epoch, overfit_batches=0)
     module.setup("fit")
     return module
 

@@ -164,6 +164,34 @@ def test_batches_are_made_no_more_than_two_a_thread_ahead() -> None:
     assert seen == [number for number in range(12) if number != 3]
 
 
+def test_each_batch_is_copied_to_a_gpu_before_the_one_before_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Copies:
+        def __init__(self, device: torch.device) -> None:
+            happened.append(str(device))
+
+        def begin(self, batch: int | None) -> int | None:
+            happened.append(f"begin {batch}")
+            return batch
+
+        def finish(self, begun: int | None) -> int | None:
+            return begun
+
+    class Numbers(Dataset[int | None]):
+        def __getitem__(self, place: tuple[int, int]) -> int | None:
+            return None if place[1] == 1 else place[1]
+
+    monkeypatch.setattr("datamodules.loading.CopyStream", Copies)
+    loader = EpochLoader(Numbers(), 4, device=torch.device("cuda", 1))
+    done = []
+    for number in loader:
+        happened.append(f"use {number}")
+        done.append(loader.state_dict()["done"])
+    begun = ["cuda:1", "begin 0", "begin None", "use 0", "begin 2", "begin 3", "use 2", "use 3"]
+    assert (happened, done) == (begun, [1, 3, 4])
+
+
 def test_epoch_after_a_resumed_one_is_whole(folder: Path) -> None:
     module = make(folder)
     loader = module.train_dataloader()

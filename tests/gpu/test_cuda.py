@@ -11,6 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.utils._triton import has_triton
 
+from datamodules.copying import CopyStream, begun_ahead
 from lit_shortcut.acceleration.accelerated import Accelerated, Vanilla
 from lit_shortcut.acceleration.compilation import compile_networks
 from lit_shortcut.acceleration.plans import Even
@@ -125,6 +126,19 @@ def test_recorded_features_are_those_of_the_loop_byte_for_byte(name: str) -> Non
     for index, step in enumerate(sample(base, conditions, NOISY, Vanilla())):
         assert torch.equal(recorded.features[:, :, index].cpu(), step.features.transpose(0, 1).cpu())
     assert torch.equal(recorded.tokens.cpu(), step.tokens.cpu())
+
+
+def test_batches_are_whole_though_the_device_is_busy_while_they_are_copied() -> None:
+    expected = [
+        torch.randn(64, 2, 1025, 768, generator=torch.Generator().manual_seed(k)).pin_memory() for k in range(4)
+    ]
+    copies, found = CopyStream(CUDA), []
+    for batch in begun_ahead(expected, copies.begin, copies.finish):
+        torch.cuda._sleep(10**8)
+        found.append(batch * 1.0)
+        del batch  # its memory may be given to the next copy, but not before the product is there
+    for own, copied in zip(expected, found, strict=True):
+        assert torch.equal(own, copied.cpu())
 
 
 def test_one_training_step_moves_the_weights_as_on_the_cpu() -> None:
