@@ -11,10 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
+from lit_shortcut.acceleration.origin import Origin
 from lit_shortcut.acceleration.shortcut import Shortcut
 from lit_shortcut.bounds import require_at_least
 from lit_shortcut.contracts import Conditions, ConditionSource, MaskedImageModel
 from lit_shortcut.evaluation.drawing import Drawn, draw_row, require_feasible, strip_of
+from lit_shortcut.evaluation.identity import log_trained_otherwise
 from lit_shortcut.evaluation.rows import TRAINED, NamedPlan, Row, RowEntry, build_rows, require_others, vanilla_row
 from lit_shortcut.evaluation.tally import Tally
 from lit_shortcut.evaluation.timing import time_rows
@@ -28,6 +30,7 @@ from lit_shortcut.report.grids import grids
 from lit_shortcut.report.plot import pixels
 from lit_shortcut.sampling import Decoding
 from lit_shortcut.tasks.shortcut import ShortcutTask
+from lit_shortcut.trajectory import Card
 
 
 class AcceleratedSampling(L.Callback):
@@ -93,6 +96,8 @@ class AcceleratedSampling(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check, before training, that this base recorded the trajectories and that all rows can be run on each rank.
 
+        Rows that are not drawn as the trajectories were, in another number of steps say, are logged.
+
         Raises:
             ValueError: if it is another base, a row cannot be run, or there are fewer batches of conditions than ranks.
         """
@@ -102,13 +107,15 @@ class AcceleratedSampling(L.Callback):
                 f"conditions of AcceleratedSampling make {num_batches} batch{'es' * (num_batches > 1)}, and each of "
                 f"{trainer.world_size} ranks needs one: lower their batch_size or raise num_images"
             )
-        require_feasible(self.base, self._rows(pl_module.network), self.conditions)
-        recorded = trainer.datamodule.card.base_fingerprint  # type: ignore[attr-defined]
-        if recorded != self.base.fingerprint:
+        card: Card = trainer.datamodule.card  # type: ignore[attr-defined]
+        rows = self._rows(pl_module.network, Origin(decoding=card.decoding))
+        require_feasible(self.base, rows, self.conditions)
+        if card.base_fingerprint != self.base.fingerprint:
             raise ValueError(
-                f"the trajectories come from base {recorded}, but sampling would accelerate base "
+                f"the trajectories come from base {card.base_fingerprint}, but sampling would accelerate base "
                 f"{self.base.fingerprint}: use the same weights for both"
             )
+        log_trained_otherwise(rows)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sample, measure, log."""
@@ -124,9 +131,10 @@ class AcceleratedSampling(L.Callback):
         with precision.forward_context():
             self._sample(trainer, pl_module)
 
-    def _rows(self, network: ShortcutNetwork) -> list[Row]:
-        """Return vanilla, then all other rows."""
-        rows = build_rows(self.rows, self.decoding, self.methods | {TRAINED: Shortcut(network)}, self.plans)
+    def _rows(self, network: ShortcutNetwork, origin: Origin | None = None) -> list[Row]:
+        """Return vanilla, then all other rows, those with ``network`` of that ``origin``."""
+        methods = self.methods | {TRAINED: Shortcut(network, origin=origin)}
+        rows = build_rows(self.rows, self.decoding, methods, self.plans)
         vanilla = vanilla_row(self.decoding)
         return [vanilla, *(row for row in rows if row.name != vanilla.name)]
 

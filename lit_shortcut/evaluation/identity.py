@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_shortcut.acceleration.shortcut import shortcut_of
@@ -62,12 +63,13 @@ def row_identity(
     return dict(loop) | _as_json({"conditions": dict(conditions), "metrics": measured} | compared)
 
 
-def trained_otherwise(row: Row) -> list[str]:
-    """Return where the decoding of ``row`` differs from that of the trajectories that its shortcut was trained on."""
-    if (shortcut := shortcut_of(row.acceleration)) is None:
-        return []
-    recorded, own = dict(shortcut.origin.decoding), _as_json(asdict(row.decoding))
-    return differences(recorded, {name: own[name] for name in recorded if name in own})
+def log_trained_otherwise(rows: Iterable[Row]) -> None:
+    """Log where the decoding of ``rows`` differs from that of the trajectories that their shortcuts were trained on."""
+    for row in rows:
+        if (shortcut := shortcut_of(row.acceleration)) is not None:
+            recorded, own = dict(shortcut.origin.decoding), _as_json(asdict(row.decoding))
+            if changes := differences(recorded, {name: own[name] for name in recorded if name in own}):
+                rank_zero_info(f"{row.name}: not drawn as its shortcut's trajectories were: {'; '.join(changes)}")
 
 
 def dtype_of(base: MaskedImageModel) -> str:

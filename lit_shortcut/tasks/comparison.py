@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_shortcut.acceleration.accelerated import Predictor
 from lit_shortcut.acceleration.compilation import Mode, compile_networks
 from lit_shortcut.contracts import MaskedImageModel
 from lit_shortcut.evaluation.drawing import require_feasible
-from lit_shortcut.evaluation.identity import trained_otherwise
+from lit_shortcut.evaluation.identity import log_trained_otherwise
 from lit_shortcut.evaluation.rows import NamedPlan, RowEntry, build_rows, modules_of
 from lit_shortcut.sampling import Decoding
 
@@ -71,6 +70,4 @@ class ComparisonTask(L.LightningModule):
         """Compile networks if ``compiled``, and log which rows differ from what their shortcuts were trained for."""
         if self.compiled:
             compile_networks(self.base, self.methods, self.compile_mode)
-        for row in self.rows:
-            if changes := trained_otherwise(row):
-                rank_zero_info(f"{row.name}: not drawn as its shortcut's trajectories were: {'; '.join(changes)}")
+        log_trained_otherwise(self.rows)

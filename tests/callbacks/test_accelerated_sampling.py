@@ -235,6 +235,15 @@ def test_grid_shows_vanilla_and_every_plan(recorded: Path, tmp_path: Path) -> No
     assert picture.float().std() > 1
 
 
+def test_rows_unlike_the_recorded_trajectories_are_named_in_the_log(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_shortcut.evaluation.identity.rank_zero_info", said.append)
+    fit(recorded, make(latency_rounds=0), max_steps=2)
+    assert said == ["shortcut_n4_b2: not drawn as its shortcut's trajectories were: num_steps was 6 and is 4"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -266,7 +266,7 @@ def test_rows_unlike_the_trajectories_of_their_shortcut_are_named_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lit_shortcut.tasks.comparison.rank_zero_info", said.append)
+    monkeypatch.setattr("lit_shortcut.evaluation.identity.rank_zero_info", said.append)
     origin = Origin(num_steps=5, decoding={"num_steps": 5, "temperature": 0.9})
     shortcut = Shortcut(ShortcutNet(ToyBase().spec.width, num_heads=1), origin=origin)
     rows = [[5], [5, 2, "it", {"temperature": 0.9}], [5, 2, "it"], [6, 2, "it"]]
