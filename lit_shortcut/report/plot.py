@@ -67,19 +67,17 @@ def legend_title(table: pd.DataFrame) -> list[str]:
 
 
 def point_label(line: Mapping[Any, Any]) -> str:
-    """Return the label of a point: N for vanilla; else N, base passes, and the plan if it is not the even one.
-
-    A star follows if the row has a decoding of its own.
-    """
+    """Return the label of a point: N for vanilla, else N and base passes; then a star for a decoding of its own."""
     star = _OWN_DECODING if line["decoding"] else ""
     if line["method"] == VANILLA:
         return f"N={line['N']}{star}"
-    return f"({line['N']}, {shown_passes(line)}){star} {_own_plan(line)}".rstrip()
+    return f"({line['N']}, {shown_passes(line)}){star}"
 
 
 def variant(line: Mapping[Any, Any]) -> str:
     """Return method, plan if it is not the even one, and decoding if the row has its own."""
-    return " ".join(part for part in (line["method"], _own_plan(line), line["decoding"]) if part)
+    plan = "" if line["plan"] == EVEN else line["plan"]
+    return " ".join(part for part in (line["method"], plan, line["decoding"]) if part)
 
 
 def front(lines: pd.DataFrame, metric: str, *, higher_is_better: bool) -> list[str]:
@@ -90,10 +88,6 @@ def front(lines: pd.DataFrame, metric: str, *, higher_is_better: bool) -> list[s
             names.append(line["name"])
             best = sign * line[metric]
     return names
-
-
-def _own_plan(line: Mapping[Any, Any]) -> str:
-    return "" if line["plan"] == EVEN else str(line["plan"])
 
 
 def _draw(axes: Axes, lines: pd.DataFrame, metric: str, colour: str, corner: tuple[int, int, str], label: str) -> None:

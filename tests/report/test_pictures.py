@@ -81,7 +81,7 @@ def test_plans_and_decodings_of_one_method_share_its_line(results: Results) -> N
     labels = [container.get_label() for container in axes.containers]
     assert labels == ["vanilla", "_others", "hold"]
     texts = {text.get_text() for text in axes.texts}
-    assert texts == {"N=4", "N=8", "N=8*", "(8, 2)", "(8, 2.5 (1–4)) adaptive"}
+    assert texts == {"N=4", "N=8", "N=8*", "(8, 2)", "(8, 2.5 (1–4))"}
     assert "*: another decoding" in axes.get_legend().get_title().get_text()
 
 
