@@ -79,7 +79,12 @@ def notes(
 
 
 def _compared(table: pd.DataFrame, quality: str, *, higher_is_better: bool) -> list[str]:
-    """Return which rows dominate which, and how fast each method is within the interval of the best vanilla row."""
+    """Return which rows dominate which, and how fast each method is within the interval of the best vanilla row.
+
+    Neither with one seed of few images, where rows of equal quality differ by more than methods do.
+    """
+    if table["seeds"].max() == 1 and table["images"].max() < FEW_IMAGES:
+        return ["- With one seed of so few images rows differ by chance: more of both, or several run_seeds, decide."]
     losers: dict[str, list[str]] = {}
     for winner, loser in dominated(table, quality, higher_is_better=higher_is_better):
         losers.setdefault(winner, []).append(loser)

@@ -172,6 +172,14 @@ def test_fastest_rows_within_the_interval_of_the_best_vanilla_are_named(table: p
     assert within_best(table.drop(columns="speedup"), **lower).empty
 
 
+def test_one_seed_is_compared_only_where_it_has_many_images(table: pd.DataFrame) -> None:
+    table["seeds"], table["distance_interval"] = 1, math.nan
+    assert "dominates" not in notes(table, "distance", **NOTED)
+    assert "rows differ by chance" in notes(table, "distance", **NOTED)
+    table["images"] = 5000
+    assert f"{HOLD.name} dominates {SHORT.name}: lower distance at no more" in notes(table, "distance", **NOTED)
+
+
 def test_higher_may_be_better(table: pd.DataFrame) -> None:
     table["distance_interval"] = 0.1
     assert dominated(table, "distance", higher_is_better=True) == [(HOLD.name, VANILLA.name)]
