@@ -6,7 +6,10 @@ import shlex
 import sys
 from pathlib import Path
 
+_ALIASES = {"lightning": "lit-shortcut"}
+
 
 def command() -> str:
-    """Return the command line of this process without the folder of the command, to be pasted into a shell."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command line of this process, to be pasted into a shell: without the command's folder or alias."""
+    name = Path(sys.argv[0]).name
+    return shlex.join([_ALIASES.get(name, name), *sys.argv[1:]])

@@ -123,7 +123,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     folder = tmp_path_factory.mktemp("toy")
     runs: dict[str, Run] = {}
     drawn: dict[str, Counter[str]] = {}
-    real_draw = lit_shortcut.tasks.evaluation.draw
+    real_draw = lit_shortcut.tasks.evaluation.draw_row
 
     def run(name: str, verb: str, config: str, *words: object) -> None:
         before = set(folder.glob("runs/wandb/offline-run-*"))
@@ -134,7 +134,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
             return real_draw(*arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lit_shortcut.tasks.evaluation, "draw", draw)
+            patch.setattr(lit_shortcut.tasks.evaluation, "draw_row", draw)
             lightning(folder, verb, "--config", TOY / config, *words)
         for path in set(folder.glob("runs/wandb/offline-run-*")) - before:
             runs[name] = read_run(path)

@@ -154,7 +154,7 @@ def test_killed_training_ends_with_the_bits_of_the_uninterrupted_one(
 def test_killed_test_loses_at_most_one_batch_and_ends_with_the_same_bytes(
     tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = lit_shortcut.tasks.evaluation.draw
+    draw = lit_shortcut.tasks.evaluation.draw_row
 
     def noted(base: Any, conditions: Any, row: Row) -> Any:
         with (tmp_path / "drawn").open("a") as file:
@@ -171,7 +171,7 @@ def test_killed_test_loses_at_most_one_batch_and_ends_with_the_same_bytes(
         path = tmp_path / "drawn"
         return path.read_text().split() if path.exists() else []
 
-    monkeypatch.setattr(lit_shortcut.tasks.evaluation, "draw", noted)
+    monkeypatch.setattr(lit_shortcut.tasks.evaluation, "draw_row", noted)
     kill_once(lambda: len(drawn()) >= moment, 0, get_context("fork").Process(target=measure, args=("killed",)))
     assert moment <= len(drawn()) < 24
     measure("killed")
