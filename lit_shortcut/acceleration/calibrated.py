@@ -92,7 +92,7 @@ class _FromFile(Plan):
         self.budget, self.path = budget, located(path)
         self._file = PlanFile.read(self.path)
         self._digest = sha256(self.path.read_bytes()).hexdigest()[:16]
-        self._found: tuple[Predictor, list[int], Any] | None = None
+        self._found: tuple[Predictor, list[int], Plan] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Name and budget, and a digest of the file."""
@@ -105,13 +105,21 @@ class _FromFile(Plan):
                 f"{self.path}: plans for base {self._file.base_fingerprint}, not for base {base.fingerprint}"
             )
 
-    def _entry(self, counts: Sequence[int], predictor: Predictor) -> Any:
+    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
+        """Decide by the plan in the file.
+
+        Raises:
+            ValueError: if the file is for other steps, token counts or another predictor, or lacks the budget.
+        """
+        return self._entry(counts, predictor).start(counts, predictor)
+
+    def _entry(self, counts: Sequence[int], predictor: Predictor) -> Plan:
         """Look up the entry once: a predictor's identity is a hash of its weights, too slow for every batch."""
         if self._found is None or self._found[0] is not predictor or self._found[1] != list(counts):
             self._found = (predictor, list(counts), self._look_up(counts, predictor))
         return self._found[2]
 
-    def _look_up(self, counts: Sequence[int], predictor: Predictor) -> Any:
+    def _look_up(self, counts: Sequence[int], predictor: Predictor) -> Plan:
         if (own := predictor.identity()) != self._file.predictor:
             raise ValueError(f"{self.path}: predictor: expected {own}, found {self._file.predictor}")
         found = [one for one in self._file.schedules if one.counts == list(counts)]
@@ -149,14 +157,6 @@ class Calibrated(_FromFile):
 
     _name, _table, _plan = "calibrated", "steps", staticmethod(Steps)
 
-    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
-        """Decide by the list in the file.
-
-        Raises:
-            ValueError: if the file is for other steps, token counts or another predictor, or lacks the budget.
-        """
-        return self._entry(counts, predictor).start(counts, predictor)
-
 
 class CalibratedAdaptive(_FromFile):
     """:class:`~lit_shortcut.acceleration.plans.Adaptive` with the threshold found for a mean of ``budget`` full steps.
@@ -172,7 +172,3 @@ class CalibratedAdaptive(_FromFile):
     reads_features = True
     _name, _table = "calibrated adaptive", "adaptive"
     _plan = staticmethod(lambda found: Adaptive(**found))
-
-    def start(self, counts: Sequence[int], predictor: Predictor) -> DecideFn:
-        """Decide by the threshold in the file; raises the errors of :class:`Calibrated`."""
-        return self._entry(counts, predictor).start(counts, predictor)

@@ -28,9 +28,7 @@ _SIZES: dict[str, Any] = {
     "codebook_size": 16384,
     "code_width": 8,
     "latent_width": 256,
-    "width": 128,
     "multipliers": (1, 1, 2, 2, 4),
-    "num_blocks": (3, 3, 3, 3, 3),
 }
 
 

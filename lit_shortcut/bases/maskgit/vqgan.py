@@ -12,15 +12,7 @@ from lit_shortcut.published import Names, filled, load_state
 from lit_shortcut.weights import WeightsError
 
 _UNUSED = ("encoder.", "quant_conv.", "loss.")  # other tensors of the checkpoint
-_SIZES: dict[str, Any] = {
-    "codebook_size": 1024,
-    "code_width": 256,
-    "latent_width": 256,
-    "width": 128,
-    "multipliers": (1, 1, 2, 2, 4),
-    "num_blocks": (3, 3, 3, 3, 3),
-    "attention_levels": (4,),
-}
+_SIZES: dict[str, Any] = {"codebook_size": 1024, "code_width": 256, "latent_width": 256, "attention_levels": (4,)}
 
 
 def vqgan_decoder(**sizes: Any) -> CodeDecoder:
